@@ -1,0 +1,30 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: env demo test lint bench clean
+
+env: .venv/installed
+
+# fast-slic compiles from source and its own build set-up calls pip, so its build tools come first.
+.venv/installed: requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q $$(grep -E '^(setuptools|wheel|Cython|numpy)==' requirements.lock)
+	$(BIN)/pip install --disable-pip-version-check -q --no-build-isolation -r requirements.lock
+	touch $@
+
+demo: env
+	$(BIN)/python -m jobs.demo --output demo
+
+test: env
+	$(BIN)/python -m pytest
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: env
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,131 @@
+"""What every job's command line shares: flags from dataclasses, one-line errors, run records."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.shards import DataError
+
+Config = TypeVar("Config")
+
+RECORDED_PACKAGES = ("ray", "torch", "fast-slic", "webdataset", "pyarrow", "numpy")
+
+
+class UserError(Exception):
+    """Something the caller can mend; `run` prints the message as the only line."""
+
+
+def option(
+    default: Any = dataclasses.MISSING, *, help: str, positional: bool = False
+) -> Any:
+    """A dataclass field whose `help` (meaning, unit, range) becomes the flag's help text."""
+    return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
+
+
+def parse(config_type: type[Config], argv: Sequence[str] | None, description: str) -> Config:
+    """Fill the dataclass from command-line flags: field `batch_size` is flag `--batch-size`.
+
+    A bool becomes `--x/--no-x`; a field without a default is required; a tuple field takes
+    several values, without a flag where its metadata says `positional`.
+    A ValueError from the dataclass's own checks is reported as a usage error.
+    """
+    module = sys.modules[config_type.__module__].__spec__
+    program = f"python -m {module.name}" if module else None
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    types_by_name = typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
+        _add_flag(parser, field, types_by_name[field.name])
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(argv)).items()
+    }
+    try:
+        return config_type(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _add_flag(
+    parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", annotation: Any
+) -> None:
+    text = field.metadata.get("help", "").replace("%", "%%")
+    required = field.default is dataclasses.MISSING
+    flag = "--" + field.name.replace("_", "-")
+    options: dict[str, Any] = {"help": text}
+    if required:
+        options |= {"required": True}
+    else:
+        options |= {"default": field.default}
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # X | None
+        annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+    if annotation is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        return
+    if typing.get_origin(annotation) is tuple:
+        annotation = typing.get_args(annotation)[0]
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, nargs="+", type=annotation, help=text)
+            return
+        options["nargs"] = "+"
+    elif typing.get_origin(annotation) is typing.Literal:
+        options["choices"] = typing.get_args(annotation)
+        annotation = str
+    parser.add_argument(flag, type=annotation, **options)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a job's main: known errors become one line on standard error and exit code 1."""
+    try:
+        main()
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def record(config: Any) -> dict[str, Any]:
+    """What is saved with every output: the resolved configuration, git commit and versions."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"  # a job's working directory is sent to the cluster without .git
+    return {
+        "configuration": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "commit": commit,
+        "versions": {name: version(name) for name in RECORDED_PACKAGES},
+    }
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain-text table; the first column flush left, the others flush right."""
+    cells = [list(headers), *[list(row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)

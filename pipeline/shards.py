@@ -1,0 +1,298 @@
+"""The sample format: one tar shard per task, written atomically and byte for byte repeatable.
+
+Nothing else in the project knows how a sample lies on disk. `docs/formats.md` describes it.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+
+FORMAT_VERSION = 1
+CARD_NAME = "dataset.json"
+JPEG_QUALITY = 95
+INDEX_VERSION = "v1.2"  # of DALI's webdataset index files
+
+
+class DataError(ValueError):
+    """Data that cannot be used: the message names what was given, and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One preprocessed image.
+
+    image: uint8 [H, W, 3], RGB, at the stored size.
+    segments: uint8 or uint16 [H, W], superpixel labels, contiguous from 0.
+    label: class index. row: position of the image's row in the ledger.
+    meta: id, wnid, original width and height in pixels, boxes as [x0, y0, x1, y1] in original
+        inclusive pixels (an empty list where none are known).
+    """
+
+    key: str
+    row: int
+    label: int
+    image: np.ndarray
+    segments: np.ndarray
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """What the data-set card says of one shard file."""
+
+    name: str
+    images: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """What the data-set card says of one split; `rows` counts ledger rows, rejected ones too."""
+
+    images: int
+    rejected: int
+    shards: tuple[Shard, ...]
+    class_counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """`dataset.json`: everything a reader of the shards must know.
+
+    classes: wnids (or folder names) in index order. height, width: stored size in pixels.
+    image_format: "rgb" or "jpg". segments_dtype: "uint8" or "uint16".
+    max_superpixels: the largest number of superpixels in any image.
+    mean, std: of the train split's pixels per channel, in 0..255.
+    configuration: what the set was made with (source, sizes, superpixels, seed).
+    """
+
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    height: int
+    width: int
+    image_format: str
+    segments_dtype: str
+    max_superpixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    splits: dict[str, Split]
+    configuration: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT_VERSION
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` is either absent, as before, or complete, even after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _members(sample: Sample, image_format: str) -> list[tuple[str, bytes]]:
+    if image_format == "rgb":
+        image = sample.image.tobytes()
+    else:
+        image = simplejpeg.encode_jpeg(
+            np.ascontiguousarray(sample.image), JPEG_QUALITY, colorsubsampling="444"
+        )
+    return [
+        (image_format, image),
+        ("seg", sample.segments.astype(sample.segments.dtype.newbyteorder("<")).tobytes()),
+        ("cls", int(sample.label).to_bytes(4, "little", signed=True)),
+        ("row", int(sample.row).to_bytes(8, "little", signed=True)),
+        ("json", json.dumps(sample.meta, sort_keys=True, ensure_ascii=True).encode()),
+    ]
+
+
+def write_shard(path: Path, samples: Iterable[Sample], image_format: str) -> Shard:
+    """Write `path` (a USTAR tar) and its DALI index beside it, both atomically.
+
+    The bytes depend on the samples alone. The whole shard is held in memory (about 20 MB for a
+    thousand 64-px samples). Raises DataError for a key with a dot, which would split a sample
+    in two when read.
+    """
+    buffer = io.BytesIO()
+    index_lines: list[str] = []
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            if "." in sample.key or "/" in sample.key:
+                raise DataError(
+                    f"sample key {sample.key!r} holds a dot or slash; tar readers split a sample "
+                    "at the first dot. Use letters, digits, '-' and '_' only."
+                )
+            fields = []
+            for extension, data in _members(sample, image_format):
+                info = tarfile.TarInfo(f"{sample.key}.{extension}")
+                info.size = len(data)
+                info.mode = 0o644
+                offset = buffer.tell() + tarfile.BLOCKSIZE
+                tar.addfile(info, io.BytesIO(data))
+                fields.append(f"{extension} {offset} {len(data)} {info.name}")
+            index_lines.append(" ".join(fields))
+    content = buffer.getvalue()
+    index = f"{INDEX_VERSION} {len(index_lines)}\n" + "".join(f"{x}\n" for x in index_lines)
+    write_atomically(path.with_suffix(".idx"), index.encode())
+    write_atomically(path, content)
+    return Shard(
+        name=path.name,
+        images=len(index_lines),
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def read_index(path: Path) -> list[dict[str, tuple[int, int]]]:
+    """The index of shard `path`: for each sample, its members' (offset, size) in bytes.
+
+    Raises DataError where the index is missing, of another version or does not fit the shard.
+    """
+    index_path = path.with_suffix(".idx")
+    if not index_path.is_file():
+        raise DataError(f"{index_path} is missing; run jobs.preprocess again to rebuild the shard.")
+    header, *lines = index_path.read_text().splitlines()
+    version, count = header.split()
+    if version != INDEX_VERSION or int(count) != len(lines):
+        raise DataError(
+            f"{index_path} is not a whole {INDEX_VERSION} index of {count} samples; "
+            "run jobs.preprocess again to rebuild the shard."
+        )
+    samples = []
+    for line in lines:
+        words = line.split()
+        members = {
+            words[i]: (int(words[i + 1]), int(words[i + 2])) for i in range(0, len(words), 4)
+        }
+        samples.append(members)
+    size = path.stat().st_size
+    if samples and max(sum(extent) for extent in samples[-1].values()) > size:
+        raise DataError(
+            f"{path} has {size} bytes, fewer than its index says: it was cut off or replaced; "
+            "delete both and run jobs.preprocess again."
+        )
+    return samples
+
+
+def decode_sample(key: str, members: dict[str, bytes], card: Card) -> Sample:
+    """A sample from its members' bytes (the inverse of `write_shard`)."""
+    shape = (card.height, card.width)
+    if card.image_format == "rgb":
+        image = np.frombuffer(members["rgb"], np.uint8).reshape(*shape, 3)
+    else:
+        image = simplejpeg.decode_jpeg(members["jpg"])
+    dtype = np.dtype(card.segments_dtype).newbyteorder("<")
+    return Sample(
+        key=key,
+        row=int.from_bytes(members["row"], "little", signed=True),
+        label=int.from_bytes(members["cls"], "little", signed=True),
+        image=image,
+        segments=np.frombuffer(members["seg"], dtype).reshape(shape),
+        meta=json.loads(members["json"]),
+    )
+
+
+def read_shard(path: Path, card: Card) -> Iterator[Sample]:
+    """The samples of one shard in order. Raises DataError for a damaged one."""
+    try:
+        with tarfile.open(path) as tar:
+            key, members = "", dict[str, bytes]()
+            for info in tar:
+                name, extension = info.name.split(".", 1)
+                if name != key and members:
+                    yield decode_sample(key, members, card)
+                    members = {}
+                key = name
+                file = tar.extractfile(info)
+                assert file is not None
+                members[extension] = file.read()
+            if members:
+                yield decode_sample(key, members, card)
+    except (tarfile.TarError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error!r}); delete it and run jobs.preprocess again."
+        ) from error
+
+
+def card_to_json(card: Card) -> str:
+    """`dataset.json` as text, with sorted keys."""
+    from dataclasses import asdict
+
+    return json.dumps(asdict(card), indent=1, sort_keys=True) + "\n"
+
+
+def read_card(data: Path) -> Card:
+    """Read and check `dataset.json` of the set in folder `data`.
+
+    Raises DataError where the folder holds no finished set, or one of another format version.
+    """
+    path = data / CARD_NAME
+    if not path.is_file():
+        raise DataError(
+            f"{data} holds no {CARD_NAME}: no finished set of shards lies there. "
+            f"Make one with: python -m jobs.preprocess --source IMAGES --output {data}"
+        )
+    try:
+        content = json.loads(path.read_text())
+        version = content["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); run jobs.preprocess again.") from error
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {version}; this program reads {FORMAT_VERSION}. "
+            "Preprocess the images again with this program, or use the one that wrote them."
+        )
+    splits = {
+        name: Split(
+            images=split["images"],
+            rejected=split["rejected"],
+            shards=tuple(Shard(**shard) for shard in split["shards"]),
+            class_counts=tuple(split["class_counts"]),
+        )
+        for name, split in content.pop("splits").items()
+    }
+    for name in ("classes", "class_names", "mean", "std"):
+        content[name] = tuple(content[name])
+    return Card(splits=splits, **content)
+
+
+def split_of(card: Card, split: str) -> Split:
+    """The card's entry for one split. Raises DataError, naming those there are."""
+    if split not in card.splits:
+        raise DataError(f"the set has no split {split!r}; it has {', '.join(sorted(card.splits))}.")
+    return card.splits[split]
+
+
+def shard_paths(data: Path, card: Card, split: str) -> list[Path]:
+    """Paths of a split's shards, in order, each checked to be there with its recorded size."""
+    paths = []
+    for shard in split_of(card, split).shards:
+        path = data / split / shard.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard.bytes:
+            raise DataError(
+                f"{path} {'is missing' if size is None else f'has {size} bytes'}; "
+                f"{CARD_NAME} says {shard.bytes} bytes. Delete it and run jobs.preprocess again."
+            )
+        paths.append(path)
+    return paths
