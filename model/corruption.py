@@ -1,0 +1,76 @@
+"""The corruption net: which pixels to mask (paper, section 2.1)."""
+
+from torch import Tensor, nn
+
+from model.classifier import GROUPS, convolution
+
+STRIDE = 16  # of the bottleneck: image sides must be multiples of it
+START_BIAS = -1.0  # the first masks cover about a quarter of the image
+
+
+class Up(nn.Module):
+    """Deconvolution to twice the size, plus the encoder's map of that size, plus a residual
+    convolution."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.deconvolution = nn.ConvTranspose2d(inputs, outputs, 2, 2)
+        self.residual = nn.Sequential(
+            nn.GroupNorm(GROUPS, outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = self.deconvolution(x) + skip
+        return x + self.residual(x)
+
+
+class CorruptionNet(nn.Module):
+    """Normalized images [B, 3, H, W] -> logits of being masked [B, H, W].
+
+    A stride-2 encoder, a fully connected bottleneck over the whole image (what is it?), and
+    deconvolutions with an additive connection from every encoder layer (where are its edges?).
+    size: (H, W), multiples of 16. width: as the classifier's.
+    """
+
+    def __init__(self, size: tuple[int, int], width: int, bottleneck: int) -> None:
+        super().__init__()
+        height, width_pixels = size
+        if height % STRIDE or width_pixels % STRIDE:
+            raise ValueError(
+                f"the corruption net halves the image four times, so its sides must be "
+                f"multiples of {STRIDE}; got {height} x {width_pixels}"
+            )
+        widths = (width, 2 * width, 4 * width, 16 * width // 3 // GROUPS * GROUPS)
+        self.encoder = nn.ModuleList(
+            [
+                convolution(3, widths[0], 5, 2),
+                convolution(widths[0], widths[1], 5, 2),
+                convolution(widths[1], widths[2], 3, 2),
+                convolution(widths[2], widths[3], 3, 2),
+            ]
+        )
+        cells = (height // STRIDE) * (width_pixels // STRIDE)
+        self.bottleneck = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(widths[3] * cells, bottleneck),
+            nn.ReLU(),
+            nn.Linear(bottleneck, widths[3] * cells),
+        )
+        self.decoder = nn.ModuleList(
+            [Up(widths[3], widths[2]), Up(widths[2], widths[1]), Up(widths[1], widths[0])]
+        )
+        self.output = nn.ConvTranspose2d(widths[0], 1, 2, 2)
+        nn.init.constant_(self.output.bias, START_BIAS)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        skips = []
+        x = images
+        for layer in self.encoder:
+            x = layer(x)
+            skips.append(x)
+        x = x + self.bottleneck(x).view_as(x)
+        for layer, skip in zip(self.decoder, reversed(skips[:-1]), strict=True):
+            x = layer(x, skip)
+        return self.output(x).squeeze(1)

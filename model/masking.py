@@ -1,0 +1,51 @@
+"""From a probability per pixel to a hard mask per superpixel (paper, section 2.2).
+
+Shapes: B images, H x W pixels, K the largest number of superpixels in the data set. Images
+with fewer leave the last columns of [B, K] tensors empty.
+"""
+
+import torch
+from torch import Tensor
+
+
+def superpixel_mean(values: Tensor, segments: Tensor, superpixels: int) -> Tensor:
+    """Mean of `values` (float [B, H, W]) over each superpixel: float [B, K].
+
+    segments: int64 [B, H, W], labels below `superpixels` (K). An absent superpixel gets 0; it
+    covers no pixel, so its value reaches nothing.
+    """
+    flat = segments.flatten(1)
+    totals = values.new_zeros(len(values), superpixels).scatter_add(1, flat, values.flatten(1))
+    ones = torch.ones_like(values.flatten(1))
+    pixels = values.new_zeros(len(values), superpixels).scatter_add(1, flat, ones)
+    return totals / pixels.clamp(min=1)
+
+
+def paint(values: Tensor, segments: Tensor) -> Tensor:
+    """Give each pixel its superpixel's value: [B, K] and int64 [B, H, W] -> [B, H, W]."""
+    return values.gather(1, segments.flatten(1)).view(segments.shape)
+
+
+def gumbel_difference(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """z1 - z2 of two independent standard Gumbel variables, float32, on the generator's device.
+
+    z = -ln(-ln u) with u uniform in (0, 1); the paper prints -ln(-ln(-u)), which is not a number.
+    """
+    device = generator.device
+    tiny = torch.finfo(torch.float32).tiny
+    u = torch.rand((2, *shape), generator=generator, device=device).clamp(tiny, 1 - 2**-24)
+    z = -torch.log(-torch.log(u))
+    return z[0] - z[1]
+
+
+def bernoulli_straight_through(probability: Tensor, noise: Tensor) -> Tensor:
+    """Exact Bernoulli(p) samples in {0, 1}, with the gradient of p itself.
+
+    probability: float in [0, 1], any shape; noise: `gumbel_difference` of that shape. A sample
+    is 1 where log p + z1 > log(1 - p) + z2 (the Gumbel-max rule); backwards it counts as p
+    (the straight-through estimator).
+    """
+    tiny = torch.finfo(probability.dtype).tiny
+    p = probability.detach()
+    hard = torch.log(p.clamp(min=tiny)) + noise > torch.log((1 - p).clamp(min=tiny))
+    return hard.to(probability.dtype) + (probability - p)

@@ -1,0 +1,284 @@
+"""A generated data set with known boxes, in ILSVRC's own folder layout.
+
+Each class is a texture; its shape and hue only hint at it. Backgrounds and distractors are
+drawn from one distribution for all classes, so nothing but the objects tells the class, and
+place, size, aspect and rotation vary so much that no constant box scores
+(`benchmarks/synthetic_controls.py` measures both).
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+
+JPEG_QUALITY = 92
+SPLIT_SEEDS = {"train": 0, "val": 1}
+CLASS_SHAPE_SHARE = 0.7  # of objects that have their class's own shape
+CLASS_HUE_SHARE = 0.75  # of objects that have one of their class's two hues
+SEVERAL_SHARE = 0.25  # of images that hold two or three objects of the class
+GAP = 4  # pixels between the boxes of two objects
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """What to generate. Sides are drawn uniformly from `min_side` to `max_side` pixels; an
+    object's box covers `min_area` to `max_area` of the image."""
+
+    train_images: int = 5000
+    val_images: int = 1000
+    min_side: int = 112
+    max_side: int = 144
+    min_area: float = 0.05
+    max_area: float = 0.5
+    seed: int = 0
+
+
+Texture = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
+
+
+def _stripes(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.sin(2 * np.pi * u)
+
+
+def _checks(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.sin(np.pi * u * 1.3) * np.sin(np.pi * v * 1.3) * 3
+
+
+def _dots(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    du, dv = u - np.round(u), v - np.round(v)
+    return (0.3 - np.hypot(du, dv)) * 8
+
+
+def _rings(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.sin(2 * np.pi * np.hypot(u, v))
+
+
+def _grid(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    line = np.minimum(np.abs(u - np.round(u)), np.abs(v - np.round(v)))
+    return (0.16 - line) * 8
+
+
+def _spokes(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.sin(12 * np.arctan2(v, u)) * 2
+
+
+def _zigzag(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.sin(2 * np.pi * (u + 1.2 * np.abs(v / 1.5 - np.round(v / 1.5))))
+
+
+def _speckle(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    coarse = rng.normal(size=(u.shape[0] // 4 + 1, u.shape[1] // 4 + 1)).astype(np.float32)
+    return cv2.resize(coarse, u.shape[::-1], interpolation=cv2.INTER_NEAREST) * 1.5
+
+
+TEXTURES: dict[str, Texture] = {
+    "stripes": _stripes,
+    "checks": _checks,
+    "dots": _dots,
+    "rings": _rings,
+    "grid": _grid,
+    "spokes": _spokes,
+    "zigzag": _zigzag,
+    "speckle": _speckle,
+}
+CLASS_NAMES = tuple(TEXTURES)
+WNIDS = tuple(f"n{i + 1:08d}" for i in range(len(CLASS_NAMES)))
+
+
+def _polygon(corners: int, inner: float = 1.0) -> np.ndarray:
+    """Corner points [n, 2] within the unit circle; `inner` < 1 makes it a star."""
+    angles = np.arange(2 * corners) * np.pi / corners
+    radii = np.where(np.arange(2 * corners) % 2 == 0, 1.0, inner)
+    if inner == 1.0:
+        angles, radii = angles[::2], radii[::2]
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+
+
+_CROSS = np.array(
+    [(-1, -0.4), (-0.4, -0.4), (-0.4, -1), (0.4, -1), (0.4, -0.4), (1, -0.4)]
+    + [(1, 0.4), (0.4, 0.4), (0.4, 1), (-0.4, 1), (-0.4, 0.4), (-1, 0.4)]
+)
+SHAPES = (
+    _polygon(40),  # disc
+    _polygon(4),  # square
+    _polygon(3),  # triangle
+    _polygon(6),  # hexagon
+    _polygon(5, inner=0.55),  # star
+    _CROSS,
+    np.array([(-1, -0.6), (0.6, -0.6), (1, 0.6), (-0.6, 0.6)]),  # parallelogram
+    np.concatenate([_polygon(40)[:21] * [1, 1.4] - [0, 0.6], [[-1, -0.6]]]),  # half disc
+)
+
+
+def _colour(hue: float, rng: np.random.Generator) -> np.ndarray:
+    hsv = np.array([[[hue % 1.0 * 180, rng.uniform(110, 220), rng.uniform(120, 230)]]])
+    return cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32)
+
+
+def _smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
+    """Float32 noise [height, width, 3] of unit variance at its `cells` x `cells` grid points."""
+    coarse = rng.normal(size=(cells, cells, 3)).astype(np.float32)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Blotches and grain of several scales around a random colour, then plain distractors."""
+    base = rng.uniform(60, 190, 3).astype(np.float32)
+    canvas = base + 28 * _smooth_noise(rng, height, width, int(rng.integers(2, 5)))
+    canvas += rng.uniform(4, 16) * _smooth_noise(rng, height, width, int(rng.integers(8, 24)))
+    canvas += rng.uniform(2, 9) * rng.normal(size=(height, width, 1)).astype(np.float32)
+    for _ in range(int(rng.integers(3, 7))):
+        size = rng.uniform(0.08, 0.3) * min(height, width)
+        centre = rng.uniform(0, 1, 2) * [width, height]
+        corners = _rotated(SHAPES[rng.integers(len(SHAPES))], rng) * size + centre
+        alpha = _fill(corners, height, width)[..., None] * rng.uniform(0.6, 1.0)
+        canvas = canvas * (1 - alpha) + _colour(rng.uniform(), rng) * alpha
+    return canvas
+
+
+def _rotated(corners: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The shape with a random aspect, exp(+-.3), and a random rotation."""
+    stretch = np.exp(rng.uniform(-0.15, 0.15))
+    angle = rng.uniform(0, 2 * np.pi)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    return (corners * [stretch, 1 / stretch]) @ turn
+
+
+def _fill(corners: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Coverage in 0..1, float32 [height, width], of the polygon (pixel coordinates, x first)."""
+    mask = np.zeros((height, width), np.uint8)
+    fixed = np.round((corners - 0.5) * 16).astype(np.int32)
+    cv2.fillPoly(mask, [fixed], 255, lineType=cv2.LINE_AA, shift=4)
+    return mask.astype(np.float32) / 255
+
+
+def _draw_object(
+    canvas: np.ndarray, label: int, area: float, taken: list[list[int]], rng: np.random.Generator
+) -> list[int] | None:
+    """Draw one object of class `label` in place; its box, or None where it found no room."""
+    height, width = canvas.shape[:2]
+    own_shape = rng.uniform() < CLASS_SHAPE_SHARE
+    shape = SHAPES[label if own_shape else rng.integers(len(SHAPES))]
+    corners = _rotated(shape, rng)
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    scale = np.sqrt(area * height * width / np.prod(high - low))
+    extent = (high - low) * scale
+    room = np.array([width, height]) - extent
+    if room.min() < 0:
+        return None
+    origin = rng.uniform(0, 1, 2) * room
+    corners = (corners - low) * scale + origin
+    alpha = _fill(corners, height, width)
+    rows, columns = np.any(alpha > 0.5, axis=1).nonzero()[0], np.any(alpha > 0.5, axis=0).nonzero()[0]
+    box = [int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])]
+    if any(_near(box, other) for other in taken):
+        return None
+    hue = (label // 2) * 0.25 + rng.choice([0.0, 0.12]) + rng.normal() * 0.01
+    if rng.uniform() > CLASS_HUE_SHARE:
+        hue = rng.uniform()
+    dark, light = _colour(hue, rng) * 0.45, _colour(hue + rng.normal() * 0.03, rng) + 45
+    period = rng.uniform(9, 14)
+    turn = rng.uniform(0, 2 * np.pi)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    x, y = x - np.float32(corners[:, 0].mean()), y - np.float32(corners[:, 1].mean())
+    u = (np.cos(turn) * x + np.sin(turn) * y) / period
+    v = (-np.sin(turn) * x + np.cos(turn) * y) / period
+    wave = TEXTURES[CLASS_NAMES[label]](u.astype(np.float32), v.astype(np.float32), rng)
+    blend = (0.5 + 0.5 * np.tanh(2 * wave))[..., None]
+    colour = dark + (light - dark) * blend
+    canvas[:] = canvas * (1 - alpha[..., None]) + colour * alpha[..., None]
+    return box
+
+
+def _near(box: list[int], other: list[int]) -> bool:
+    return not (
+        box[2] + GAP < other[0]
+        or other[2] + GAP < box[0]
+        or box[3] + GAP < other[1]
+        or other[3] + GAP < box[1]
+    )
+
+
+def draw_image(
+    config: SyntheticConfig, split: str, index: int
+) -> tuple[np.ndarray, np.ndarray, int, list[list[int]]]:
+    """Image `index` of a split: (image, the same without its objects, label, boxes).
+
+    Images are uint8 RGB [H, W, 3]; boxes are [x0, y0, x1, y1] in inclusive pixels. A pure
+    function of its arguments.
+    """
+    rng = np.random.default_rng([config.seed, SPLIT_SEEDS[split], index])
+    label = index % len(CLASS_NAMES)
+    height, width = (int(side) for side in rng.integers(config.min_side, config.max_side + 1, 2))
+    canvas = _background(rng, height, width)
+    empty = canvas.copy()
+    several = rng.uniform() < SEVERAL_SHARE
+    wanted = int(rng.integers(2, 4)) if several else 1
+    largest = config.max_area / wanted
+    boxes: list[list[int]] = []
+    while len(boxes) < wanted:
+        area = rng.uniform(np.sqrt(config.min_area * 1.1), np.sqrt(largest * 0.95)) ** 2
+        box = _draw_object(canvas, label, area, boxes, rng)
+        if box is not None:
+            boxes.append(box)
+        elif boxes and rng.uniform() < 0.05:
+            break  # no room beside the others: one object fewer
+    grain = rng.normal(size=(height, width, 3)).astype(np.float32) * 4
+    finish = partial(np.clip, a_min=0, a_max=255)
+    return (
+        finish(canvas + grain).astype(np.uint8),
+        finish(empty + grain).astype(np.uint8),
+        label,
+        boxes,
+    )
+
+
+def _annotation(stem: str, wnid: str, height: int, width: int, boxes: list[list[int]]) -> str:
+    objects = "".join(
+        f"<object><name>{wnid}</name><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin>"
+        f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+        for x0, y0, x1, y1 in boxes
+    )
+    return (
+        f"<annotation><filename>{stem}</filename><size><width>{width}</width>"
+        f"<height>{height}</height><depth>3</depth></size>{objects}</annotation>\n"
+    )
+
+
+def _write_range(config: SyntheticConfig, output: Path, split: str, indices: range) -> None:
+    for index in indices:
+        image, _, label, boxes = draw_image(config, split, index)
+        wnid = WNIDS[label]
+        if split == "train":
+            stem, folder = f"{wnid}_{index // len(WNIDS)}", Path(split) / wnid
+        else:
+            stem, folder = f"ILSVRC2012_val_{index + 1:08d}", Path(split)
+        xml = _annotation(stem, wnid, *image.shape[:2], boxes)
+        encoded = simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorsubsampling="420")
+        (output / folder / f"{stem}.JPEG").write_bytes(encoded)
+        (output / "boxes" / folder / f"{stem}.xml").write_text(xml)
+
+
+def write_synthetic(output: Path, config: SyntheticConfig) -> None:
+    """Write the set: `train/<wnid>/*.JPEG`, `val/*.JPEG`, `boxes/` with the XML of both, and
+    `LOC_synset_mapping.txt`. Same configuration, same bytes, on any number of cores."""
+    for folder in ["val", *(f"train/{wnid}" for wnid in WNIDS)]:
+        (output / folder).mkdir(parents=True, exist_ok=True)
+        (output / "boxes" / folder).mkdir(parents=True, exist_ok=True)
+    mapping = "".join(f"{w} {name}\n" for w, name in zip(WNIDS, CLASS_NAMES, strict=True))
+    (output / "LOC_synset_mapping.txt").write_text(mapping)
+    ranges = [
+        (split, range(start, min(start + 250, count)))
+        for split, count in (("train", config.train_images), ("val", config.val_images))
+        for start in range(0, count, 250)
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        tasks = [pool.submit(_write_range, config, output, *part) for part in ranges]
+        for task in tasks:
+            task.result()
