@@ -1,0 +1,49 @@
+"""RGB -> superpixel label map. The only importer of fast_slic."""
+
+import numpy as np
+from fast_slic import Slic
+
+try:
+    # There on machines where fast-slic was compiled with AVX2; the result is the same, bit for bit.
+    from fast_slic.avx2 import SlicAvx2 as FastestSlic
+except ImportError:
+    FastestSlic = Slic
+
+MIN_PIXELS = 4  # per superpixel; below 1 fast-slic ends the process with SIGFPE
+MAX_COUNT = 32767  # labels come as int16
+
+
+def check_superpixels(height: int, width: int, count: int) -> None:
+    """Raise ValueError where an image of this size cannot be cut into `count` superpixels."""
+    if not 1 <= count <= MAX_COUNT:
+        raise ValueError(f"superpixels {count} is out of range; allowed: 1 to {MAX_COUNT}.")
+    if height * width < MIN_PIXELS * count:
+        raise ValueError(
+            f"{count} superpixels do not fit into {height}x{width} pixels, which hold at most "
+            f"{height * width // MIN_PIXELS}; ask for fewer superpixels or larger images."
+        )
+
+
+def label_dtype(count: int) -> np.dtype:
+    """uint8 where the labels of `count` superpixels fit, else uint16."""
+    return np.dtype(np.uint8 if count <= 256 else np.uint16)
+
+
+def superpixels(
+    image: np.ndarray, count: int, compactness: float = 10.0, iterations: int = 10
+) -> np.ndarray:
+    """Cut `image` (uint8 [H, W, 3], RGB) into about `count` superpixels (SLIC).
+
+    Returns labels [H, W], contiguous from 0, each superpixel in one piece; uint8 where `count`
+    is at most 256, else uint16. There are at most `count`, often fewer. The same image gives the
+    same labels. A larger `compactness` makes them squarer. Raises ValueError for an image of
+    another shape or dtype, or one too small for the count.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image has {image.dtype} {image.shape}; give it as uint8 [H, W, 3].")
+    check_superpixels(*image.shape[:2], count)
+    # A fresh object each time: a used one starts from the clusters of the image before. More than
+    # one thread spins on a busy machine.
+    slic = FastestSlic(num_components=count, compactness=compactness, num_threads=1)
+    labels = slic.iterate(np.ascontiguousarray(image), iterations)
+    return labels.astype(label_dtype(count))
