@@ -15,7 +15,7 @@ LAYOUT_HELP = (
     "tiny-imagenet: wnids.txt, train/<wnid>/images, val/images, val/val_annotations.txt; "
     "folders: <class>/* or train/<class>/* and val/<class>/*"
 )
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .webp .ppm .pgm .gif .tif .tiff".split())
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
 WNID = re.compile(r"n\d{8}")
 
 Box = tuple[int, int, int, int]
@@ -294,13 +294,14 @@ def _classes(images: dict[str, list[SourceImage]]) -> tuple[str, ...]:
 
 def _checked(image: SourceImage, classes: set[str]) -> SourceImage:
     """The image with a problem where its class has no index or its name is not UTF-8 text."""
-    names = {"id": image.id, "path": image.path, "wnid": image.wnid}
-    if not all(_is_utf8(name or "") for name in names.values()):
-        escaped = {
-            field: name and name.encode("utf-8", "backslashreplace").decode()
-            for field, name in names.items()
-        }
-        return replace(image, **escaped, problem="file name is not UTF-8: rename it")
+    if not all(_is_utf8(name) for name in (image.id, image.path, image.wnid or "")):
+        return replace(
+            image,
+            id=_escaped(image.id),
+            path=_escaped(image.path),
+            wnid=image.wnid and _escaped(image.wnid),
+            problem="file name is not UTF-8: rename it",
+        )
     if image.problem is None and image.wnid not in classes:
         return replace(image, problem=f"label unknown: no train image has class {image.wnid}")
     return image
@@ -308,6 +309,10 @@ def _checked(image: SourceImage, classes: set[str]) -> SourceImage:
 
 def _is_utf8(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _class_names(source: Path) -> dict[str, str]:

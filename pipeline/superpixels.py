@@ -1,13 +1,10 @@
-"""RGB -> superpixel label map. The only importer of fast_slic."""
+"""RGB -> superpixel label map. The only importer of fast_slic, and only once labels are made:
+drivers check their configuration here."""
+
+import functools
+from typing import Any
 
 import numpy as np
-from fast_slic import Slic
-
-try:
-    # There on machines where fast-slic was compiled with AVX2; the result is the same, bit for bit.
-    from fast_slic.avx2 import SlicAvx2 as FastestSlic
-except ImportError:
-    FastestSlic = Slic
 
 MIN_PIXELS = 4  # per superpixel; below 1 fast-slic ends the process with SIGFPE
 MAX_COUNT = 32767  # labels come as int16
@@ -41,9 +38,22 @@ def superpixels(
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image has {image.dtype} {image.shape}; give it as uint8 [H, W, 3].")
-    check_superpixels(*image.shape[:2], count)
+    check_superpixels(image.shape[0], image.shape[1], count)
     # A fresh object each time: a used one starts from the clusters of the image before. More than
     # one thread spins on a busy machine.
-    slic = FastestSlic(num_components=count, compactness=compactness, num_threads=1)
+    slic = _fastest_slic()(num_components=count, compactness=compactness, num_threads=1)
     labels = slic.iterate(np.ascontiguousarray(image), iterations)
     return labels.astype(label_dtype(count))
+
+
+@functools.cache
+def _fastest_slic() -> Any:
+    """SlicAvx2 where fast-slic was compiled on a CPU that has it, else the plain class; the labels
+    are the same, bit for bit."""
+    try:
+        from fast_slic.avx2 import SlicAvx2
+    except ImportError:
+        from fast_slic import Slic
+
+        return Slic
+    return SlicAvx2
