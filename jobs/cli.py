@@ -23,9 +23,7 @@ class UserError(Exception):
     """Something the caller can mend; `run` prints the message as the only line."""
 
 
-def option(
-    default: Any = dataclasses.MISSING, *, help: str, positional: bool = False
-) -> Any:
+def option(default: Any = dataclasses.MISSING, *, help: str, positional: bool = False) -> Any:
     """A dataclass field whose `help` (meaning, unit, range) becomes the flag's help text."""
     return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
 

@@ -84,7 +84,7 @@ def load_nets(run: Path) -> Nets:
         raise UserError(f"{path} cannot be read ({type(error).__name__}); train again.") from error
     if version != MODEL_FORMAT:
         raise UserError(f"{path} has format {version}; this program reads {MODEL_FORMAT}.")
-    values = {
+    values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list | tuple) else value
         for name, value in content["config"].items()
     }

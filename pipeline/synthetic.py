@@ -7,7 +7,6 @@ place, size, aspect and rotation vary so much that no constant box scores
 """
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -39,56 +38,33 @@ class SyntheticConfig:
     seed: int = 0
 
 
-Texture = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
-
-
-def _stripes(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.sin(2 * np.pi * u)
-
-
-def _checks(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.sin(np.pi * u * 1.3) * np.sin(np.pi * v * 1.3) * 3
-
-
-def _dots(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    du, dv = u - np.round(u), v - np.round(v)
-    return (0.3 - np.hypot(du, dv)) * 8
-
-
-def _rings(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.sin(2 * np.pi * np.hypot(u, v))
-
-
-def _grid(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    line = np.minimum(np.abs(u - np.round(u)), np.abs(v - np.round(v)))
-    return (0.16 - line) * 8
-
-
-def _spokes(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.sin(12 * np.arctan2(v, u)) * 2
-
-
-def _zigzag(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return np.sin(2 * np.pi * (u + 1.2 * np.abs(v / 1.5 - np.round(v / 1.5))))
-
-
-def _speckle(u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    coarse = rng.normal(size=(u.shape[0] // 4 + 1, u.shape[1] // 4 + 1)).astype(np.float32)
-    return cv2.resize(coarse, u.shape[::-1], interpolation=cv2.INTER_NEAREST) * 1.5
-
-
-TEXTURES: dict[str, Texture] = {
-    "stripes": _stripes,
-    "checks": _checks,
-    "dots": _dots,
-    "rings": _rings,
-    "grid": _grid,
-    "spokes": _spokes,
-    "zigzag": _zigzag,
-    "speckle": _speckle,
-}
-CLASS_NAMES = tuple(TEXTURES)
+CLASS_NAMES = ("stripes", "checks", "dots", "rings", "grid", "spokes", "zigzag", "speckle")
 WNIDS = tuple(f"n{i + 1:08d}" for i in range(len(CLASS_NAMES)))
+
+
+def _texture(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Height of a class's texture, about -1 (dark) to 1 (light), at object coordinates u, v in
+    periods from the object's centre."""
+    match name:
+        case "stripes":
+            return np.sin(2 * np.pi * u)
+        case "checks":
+            return np.sin(np.pi * u * 1.3) * np.sin(np.pi * v * 1.3) * 3
+        case "dots":
+            return (0.3 - np.hypot(u - np.round(u), v - np.round(v))) * 8
+        case "rings":
+            return np.sin(2 * np.pi * np.hypot(u, v))
+        case "grid":
+            return (0.16 - np.minimum(np.abs(u - np.round(u)), np.abs(v - np.round(v)))) * 8
+        case "spokes":
+            return np.sin(12 * np.arctan2(v, u)) * 2
+        case "zigzag":
+            return np.sin(2 * np.pi * (u + 1.2 * np.abs(v / 1.5 - np.round(v / 1.5))))
+        case "speckle":
+            cells = np.floor(2.5 * u).astype(np.int64), np.floor(2.5 * v).astype(np.int64)
+            mixed = (cells[0] * 73856093 ^ cells[1] * 19349663) * 2654435761
+            return ((mixed >> 13) & 255) / 85 - 1.5
+    raise ValueError(f"no texture {name!r}; there are {', '.join(CLASS_NAMES)}")
 
 
 def _polygon(corners: int, inner: float = 1.0) -> np.ndarray:
@@ -100,10 +76,9 @@ def _polygon(corners: int, inner: float = 1.0) -> np.ndarray:
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
-_CROSS = np.array(
-    [(-1, -0.4), (-0.4, -0.4), (-0.4, -1), (0.4, -1), (0.4, -0.4), (1, -0.4)]
-    + [(1, 0.4), (0.4, 0.4), (0.4, 1), (-0.4, 1), (-0.4, 0.4), (-1, 0.4)]
-)
+_QUARTERS = [(1, 0), (0, 1), (-1, 0), (0, -1)]  # cosine and sine of the turns
+_ARM = [(1, -0.4), (1, 0.4), (0.4, 0.4)]
+_CROSS = np.array([(x * c - y * s, x * s + y * c) for c, s in _QUARTERS for x, y in _ARM])
 SHAPES = (
     _polygon(40),  # disc
     _polygon(4),  # square
@@ -175,7 +150,10 @@ def _draw_object(
     origin = rng.uniform(0, 1, 2) * room
     corners = (corners - low) * scale + origin
     alpha = _fill(corners, height, width)
-    rows, columns = np.any(alpha > 0.5, axis=1).nonzero()[0], np.any(alpha > 0.5, axis=0).nonzero()[0]
+    rows, columns = (
+        np.any(alpha > 0.5, axis=1).nonzero()[0],
+        np.any(alpha > 0.5, axis=0).nonzero()[0],
+    )
     box = [int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])]
     if any(_near(box, other) for other in taken):
         return None
@@ -189,7 +167,7 @@ def _draw_object(
     x, y = x - np.float32(corners[:, 0].mean()), y - np.float32(corners[:, 1].mean())
     u = (np.cos(turn) * x + np.sin(turn) * y) / period
     v = (-np.sin(turn) * x + np.cos(turn) * y) / period
-    wave = TEXTURES[CLASS_NAMES[label]](u.astype(np.float32), v.astype(np.float32), rng)
+    wave = _texture(CLASS_NAMES[label], u, v)
     blend = (0.5 + 0.5 * np.tanh(2 * wave))[..., None]
     colour = dark + (light - dark) * blend
     canvas[:] = canvas * (1 - alpha[..., None]) + colour * alpha[..., None]
@@ -259,7 +237,7 @@ def _write_range(config: SyntheticConfig, output: Path, split: str, indices: ran
             stem, folder = f"{wnid}_{index // len(WNIDS)}", Path(split) / wnid
         else:
             stem, folder = f"ILSVRC2012_val_{index + 1:08d}", Path(split)
-        xml = _annotation(stem, wnid, *image.shape[:2], boxes)
+        xml = _annotation(stem, wnid, image.shape[0], image.shape[1], boxes)
         encoded = simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorsubsampling="420")
         (output / folder / f"{stem}.JPEG").write_bytes(encoded)
         (output / "boxes" / folder / f"{stem}.xml").write_text(xml)

@@ -1,0 +1,140 @@
+"""`python -m jobs.train`: adversarial training on Ray Train, resumable by the same command."""
+
+import hashlib
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from jobs import cli
+from jobs.models import MODEL_NAME
+from jobs.training_log import METRICS_NAME, line
+from jobs.training_state import TrainConfig, TrainingError
+from pipeline.shards import CARD_NAME, read_card, split_of, write_atomically
+
+RUN_NAME = "run.json"
+CHECKPOINTS_NAME = "checkpoints"
+KEPT_CHECKPOINTS = 2
+COLLECTIVE_TIMEOUT = 300  # seconds that ranks wait for one that died
+FREE_TO_CHANGE = ("output", "data", "workers", "device", "log_interval", "max_failures")
+
+
+def claim_output(config: TrainConfig, record: dict[str, Any]) -> None:
+    """Write RUN/run.json, or check that the one there is of the same training.
+
+    The number of workers may change: batches, crops and mask samples do not depend on it.
+    Raises UserError for an output folder of another configuration or data set.
+    """
+    path = config.output / RUN_NAME
+    card = hashlib.sha256((config.data / CARD_NAME).read_bytes()).hexdigest()
+    content = {**record, "data_sha256": card}
+    if path.exists():
+        before = json.loads(path.read_text())
+        old, new = before["configuration"], content["configuration"]
+        changed = [
+            f"{name} (there {old.get(name)}, now {new[name]})"
+            for name in new
+            if name not in FREE_TO_CHANGE and old.get(name) != new[name]
+        ]
+        if before["data_sha256"] != card:
+            changed.append("the data set")
+        if changed:
+            raise cli.UserError(
+                f"{config.output} holds a run of another configuration: {', '.join(changed)}. "
+                "Use a new --output, or the same flags to go on with that run."
+            )
+        return
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def follow(path: Path, stop: threading.Event) -> None:
+    """Print the metrics file's new lines as they come, until told to stop."""
+    start = path.stat().st_size if path.exists() else 0
+    stopping = False
+    while not stopping:
+        stopping = stop.wait(0.5)
+        size = path.stat().st_size if path.exists() else 0
+        if size <= start:
+            start = size  # a resumed run cuts the file back to its checkpoint
+            continue
+        with path.open() as file:
+            file.seek(start)
+            text = file.read()
+        whole, _, _ = text.rpartition("\n")
+        start += len(whole) + 1 if whole else 0
+        for text_line in whole.splitlines():
+            print(line(json.loads(text_line)), flush=True)
+
+
+def cause(error: BaseException) -> str | None:
+    """The message of the TrainingError behind a failure of Ray Train, if there is one."""
+    seen: list[BaseException] = [error]
+    while seen:
+        current = seen.pop()
+        if isinstance(current, TrainingError):
+            return str(current)
+        seen += list(getattr(current, "worker_failures", {}).values())
+        seen += [e for e in (current.__cause__, getattr(current, "cause", None)) if e is not None]
+    return None
+
+
+def train(config: TrainConfig) -> None:
+    """Train to the end, from the last checkpoint where there is one. Raises UserError with the
+    cause where training cannot go on."""
+    config = replace(config, data=config.data.resolve(), output=config.output.resolve())
+    split_of(read_card(config.data), "train")
+    record = cli.record(config)
+    claim_output(config, record)
+    if (config.output / MODEL_NAME).exists():
+        print(f"{config.output / MODEL_NAME} is there already: nothing left to train")
+        return
+    ray.init(log_to_driver=False, ignore_reinit_error=True)
+    use_gpu = config.device == "cuda" or (
+        config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
+    )
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"config": config, "record": record},
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
+        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name=CHECKPOINTS_NAME,
+            storage_path=str(config.output),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+        ),
+    )
+    stop = threading.Event()
+    printer = threading.Thread(target=follow, args=(config.output / METRICS_NAME, stop))
+    printer.start()
+    try:
+        trainer.fit()
+    except Exception as error:
+        message = cause(error)
+        if message is None:
+            raise
+        raise cli.UserError(message) from error
+    finally:
+        stop.set()
+        printer.join()
+    print(f"trained nets: {config.output / MODEL_NAME}")
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    from jobs.training import train_worker  # imports DALI, which a driver need not have
+
+    train_worker(settings)
+
+
+def main() -> None:
+    train(cli.parse(TrainConfig, None, __doc__ or ""))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,72 @@
+"""What training says of itself: RUN/metrics.jsonl, TensorBoard, and the line a person reads."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+METRICS_NAME = "metrics.jsonl"
+TENSORBOARD_NAME = "tensorboard"
+
+
+class TrainingLog:
+    """Appends to a run's metrics file and TensorBoard events, from one rank alone.
+
+    A resumed run first drops what was logged after its checkpoint, so every step is there once.
+    """
+
+    def __init__(self, run: Path, resumed_step: int) -> None:
+        path = run / METRICS_NAME
+        kept = []
+        if path.exists():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if _step(line) <= resumed_step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.file = path.open("a")
+        self.events = SummaryWriter(str(run / TENSORBOARD_NAME), purge_step=resumed_step + 1)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Log one interval; `values` holds "step" and JSON numbers or strings."""
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "step":
+                self.events.add_scalar(f"{values['phase']}/{name}", value, values["step"])
+        self.events.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        self.events.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf  # the last line of a killed run may be cut off
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03 under an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def line(values: dict[str, Any]) -> str:
+    """One interval's values as the line that the terminal shows."""
+    parts = [f"step {values['step']}/{values['steps']}", f"epoch {values['epoch'] + 1}"]
+    if values["phase"] == "warmup":
+        parts += ["warm-up", f"loss {values['classifier_loss']:.3f}"]
+        parts += [f"accuracy {values['accuracy']:.3f}"]
+    else:
+        parts += [f"joint {values['joint_share']:.0%}"]
+        parts += [f"corruption loss {values['corruption_loss']:.3f}"]
+        parts += [f"classifier loss {values['classifier_loss']:.3f}"]
+        parts += [f"masked accuracy {values['accuracy']:.3f} (target {values['target']:.3f})"]
+        parts += [f"lambda {values['area_weight']:.3g}", f"area {values['area']:.3f}"]
+    parts += [f"{values['images_per_second']:.0f} images/s", f"waiting {values['waiting']:.1%}"]
+    parts += [f"ETA {duration(values['eta_seconds'])}"]
+    return " | ".join(parts)

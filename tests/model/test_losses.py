@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+import torch
+
+from model.losses import area_penalty, classification_loss, correct, corruption_loss
+
+
+def test_corruption_loss_by_hand() -> None:
+    logits = torch.tensor([[3.0, 1.0, -1.0], [0.0, 2.0, 2.0]])
+    # 3 - (1 - 1) / 2, and 2 - (0 + 2) / 2: one of two equal tops counts among the others
+    assert corruption_loss(logits).tolist() == [3.0, 1.0]
+
+
+def test_corruption_loss_equals_equation_1_written_out() -> None:
+    logits = np.random.default_rng(0).normal(size=(20, 9))
+    expected = np.zeros(20)
+    for n in range(20):
+        top = logits[n].argmax()
+        for j in range(9):
+            indicator = float(j == top)
+            expected[n] += indicator * logits[n, j] - (1 - indicator) * logits[n, j] / 8
+    np.testing.assert_allclose(corruption_loss(torch.tensor(logits)).numpy(), expected, rtol=1e-12)
+
+
+def test_corruption_loss_is_zero_only_in_full_confusion_and_never_negative() -> None:
+    assert corruption_loss(torch.full((1, 6), 2.5)).item() == pytest.approx(0, abs=1e-6)
+    assert (corruption_loss(torch.randn(1000, 6)) > 0).all()
+
+
+def test_corruption_loss_ignores_a_constant_added_to_all_logits() -> None:
+    logits = torch.randn(5, 4, dtype=torch.float64)
+    torch.testing.assert_close(corruption_loss(logits + 17), corruption_loss(logits))
+
+
+def test_area_penalty_by_hand() -> None:
+    mask = torch.zeros(2, 2, 4)
+    mask[0, 0] = 1
+    mask[1] = 1
+    assert area_penalty(mask, 1).tolist() == [0.5, 1.0]
+    assert area_penalty(mask, 2).tolist() == [0.25, 1.0]
+
+
+def test_squared_area_costs_nothing_at_the_margin_of_an_empty_mask() -> None:
+    mask = torch.zeros(1, 4, 4, requires_grad=True)
+    area_penalty(mask, 2).sum().backward()
+    assert mask.grad is not None
+    assert mask.grad.abs().max() == 0
+
+
+def test_classification_loss_equals_minus_log_softmax() -> None:
+    logits = np.random.default_rng(1).normal(size=(6, 5))
+    labels = np.array([0, 1, 2, 3, 4, 0])
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = -np.log(shares[np.arange(6), labels])
+    result = classification_loss(torch.tensor(logits), torch.tensor(labels)).numpy()
+    np.testing.assert_allclose(result, expected, rtol=1e-12)
+
+
+def test_correct_counts_top_classes_that_are_the_label() -> None:
+    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
+    assert correct(logits, torch.tensor([1, 1, 1])).tolist() == [1.0, 0.0, 1.0]

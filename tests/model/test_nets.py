@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch.nn import functional
+
+from model.classifier import Classifier
+from model.corruption import CorruptionNet
+
+
+def test_classifier_has_four_convolutions_and_gives_logits_for_any_size() -> None:
+    net = Classifier(10, 8)
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 4
+    for size in (32, 64, 96):
+        assert net(torch.randn(2, 3, size, size)).shape == (2, 10)
+        assert net.features(torch.randn(2, 3, size, size)).shape[2:] == (size // 8, size // 8)
+
+
+def test_logits_are_the_head_applied_to_the_mean_feature_so_class_activation_maps_exist() -> None:
+    net, images = Classifier(5, 8), torch.randn(2, 3, 32, 32)
+    maps = functional.conv2d(net.features(images), net.head.weight[:, :, None, None])
+    expected = maps.mean(dim=(2, 3)) + net.head.bias
+    torch.testing.assert_close(net(images), expected)
+
+
+def test_each_image_is_classified_alone_whatever_the_batch() -> None:
+    net, images = Classifier(5, 8), torch.randn(6, 3, 32, 32)
+    together = net(images)
+    alone = torch.cat([net(image[None]) for image in images])
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (48, 80), (128, 128)])
+def test_corruption_net_gives_one_logit_per_pixel(size: tuple[int, int]) -> None:
+    assert CorruptionNet(size, 8, 16)(torch.randn(2, 3, *size)).shape == (2, *size)
+
+
+def test_corruption_net_refuses_sizes_that_it_cannot_halve_four_times() -> None:
+    with pytest.raises(ValueError, match="multiples of 16; got 60 x 64"):
+        CorruptionNet((60, 64), 8, 16)
+
+
+def test_first_masks_cover_about_a_quarter() -> None:
+    torch.manual_seed(0)
+    share = torch.sigmoid(CorruptionNet((64, 64), 24, 64)(torch.randn(4, 3, 64, 64))).mean()
+    assert 0.1 < share < 0.45
+
+
+def test_bottleneck_lets_every_pixel_see_the_whole_image() -> None:
+    """The far corner reaches a pixel through the fully connected layers alone."""
+    net = CorruptionNet((128, 128), 8, 32)
+    images = torch.randn(1, 3, 128, 128, requires_grad=True)
+    net(images)[0, 0, 0].backward()
+    assert images.grad is not None
+    assert images.grad[0, :, -1, -1].abs().sum() > 0
+
+
+def test_skips_carry_local_detail_past_a_silent_bottleneck() -> None:
+    net = CorruptionNet((64, 64), 8, 16)
+    silent = ("encoder.3.", "bottleneck.", "decoder.0.deconvolution.")
+    for name, parameter in net.named_parameters():
+        if name.startswith(silent):
+            torch.nn.init.zeros_(parameter)
+    images = torch.randn(1, 3, 64, 64)
+    changed = images.clone()
+    changed[0, :, 20:24, 20:24] += 3
+    moved = (net(changed) - net(images)).abs()[0]
+    assert moved[20:24, 20:24].mean() > 5 * moved[50:, 50:].mean()
