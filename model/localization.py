@@ -1,0 +1,89 @@
+"""From a map of probabilities to a box (paper, section 3.2 and figure 3).
+
+Boxes are [x0, y0, x1, y1] in inclusive integer pixels: a box of one pixel has x0 = x1.
+"""
+
+import cv2
+import numpy as np
+from torch import Tensor, nn
+
+from model.adversarial import mask_probability
+from model.masking import paint
+
+MEAN_WEIGHT, MAX_WEIGHT = 0.7, 0.3
+BOX_RULE = (
+    f"threshold {MEAN_WEIGHT} mean + {MAX_WEIGHT} max; box of the largest 8-connected component"
+)
+# Sums of float32 values over superpixels leave about this much noise on a map without content.
+FLAT = 1e-5
+
+
+def mask_map(corruption: nn.Module, images: Tensor, segments: Tensor, superpixels: int) -> Tensor:
+    """Each pixel's probability of being masked, averaged over its superpixel: [B, H, W] in [0, 1].
+
+    images: normalized float [B, 3, H, W]; segments: int64 [B, H, W], labels below `superpixels`.
+    """
+    return paint(mask_probability(corruption, images, segments, superpixels), segments)
+
+
+def adaptive_threshold(values: np.ndarray) -> float:
+    """0.7 mean + 0.3 max of a map, in float64 (paper, section 3.2)."""
+    mean = float(values.mean(dtype=np.float64))
+    # Written so that a constant map's threshold is exactly its value.
+    return mean + MAX_WEIGHT * (float(values.max()) - mean)
+
+
+def map_box(values: np.ndarray) -> np.ndarray | None:
+    """The box of the largest 8-connected component strictly above the adaptive threshold.
+
+    values: float [H, W]; scaling or shifting a map does not move its box, so a map need not lie
+    in [0, 1]. Returns int64 [4]. Of components with equally many pixels the topmost wins, then
+    the leftmost. None for a flat map (the same value everywhere, up to rounding), of which
+    nothing is above the threshold. Raises ValueError for NaN or infinite values.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"the map of {values.shape[0]} x {values.shape[1]} pixels holds NaN or infinite "
+            "values, from which no box follows; the net that made it has diverged: train it again."
+        )
+    threshold = adaptive_threshold(values)
+    if float(values.max()) - threshold <= FLAT * float(np.abs(values).max()):
+        return None
+    above = (values > threshold).astype(np.uint8)
+    stats = cv2.connectedComponentsWithStats(above, connectivity=8)[2][1:].tolist()
+    x, y, width, height, _ = min(stats, key=lambda s: (-s[4], s[1], s[0], s[3], s[2]))
+    return np.array([x, y, x + width - 1, y + height - 1], np.int64)
+
+
+def localize(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`map_box` of each map: float [B, H, W] -> boxes int64 [B, 4], found bool [B].
+
+    A flat map says nothing about the place: its box is the whole map and its `found` False.
+    """
+    height, width = maps.shape[1:]
+    boxes = np.tile(np.array([0, 0, width - 1, height - 1], np.int64), (len(maps), 1))
+    found = np.zeros(len(maps), bool)
+    for i, values in enumerate(maps):
+        box = map_box(values)
+        if box is not None:
+            boxes[i], found[i] = box, True
+    return boxes, found
+
+
+def scale_boxes(boxes: np.ndarray, stored: tuple[int, int], sizes: np.ndarray) -> np.ndarray:
+    """Boxes in pixels of the stored size -> boxes in pixels of the original images.
+
+    boxes: integer [N, 4]; stored: (H, W); sizes: integer [N, 2], original (height, width). The
+    edges of the pixels are scaled, x and y alone, and rounded to the nearest original edge, in
+    integers: the whole map gives the whole image. Returns int64 [N, 4], within the image and of
+    at least one pixel.
+    """
+    from_size = np.array([stored[1], stored[0]])
+    to_size = sizes[:, ::-1].astype(np.int64)
+
+    def edge(position: np.ndarray) -> np.ndarray:
+        return (2 * position * to_size + from_size) // (2 * from_size)
+
+    first = np.minimum(edge(boxes[:, :2].astype(np.int64)), to_size - 1)
+    last = np.maximum(edge(boxes[:, 2:].astype(np.int64) + 1) - 1, first)
+    return np.concatenate([first, last], axis=1)

@@ -1,0 +1,140 @@
+"""Maps to boxes: the paper's threshold, components and scaling, by hand and against a reference."""
+
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from model.localization import adaptive_threshold, localize, map_box, mask_map, scale_boxes
+
+
+def reference_box(values: np.ndarray) -> list[int]:
+    """Flood fill over the 8 neighbours, written without OpenCV."""
+    threshold = 0.7 * values.mean(dtype=np.float64) + 0.3 * values.max()
+    open_pixels = {(int(y), int(x)) for y, x in np.argwhere(values > threshold)}
+    components = []
+    while open_pixels:
+        queue = deque([open_pixels.pop()])
+        pixels = [queue[0]]
+        while queue:
+            y, x = queue.popleft()
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & open_pixels
+            open_pixels -= near
+            queue.extend(near)
+            pixels.extend(near)
+        ys, xs = [p[0] for p in pixels], [p[1] for p in pixels]
+        components.append((-len(pixels), min(ys), min(xs), max(ys), max(xs)))
+    _, y0, x0, y1, x1 = min(components)
+    return [x0, y0, x1, y1]
+
+
+def test_threshold_is_07_mean_plus_03_max() -> None:
+    values = np.array([[0.0, 1.0], [0.0, 0.2]], np.float32)  # mean .3, max 1
+    assert adaptive_threshold(values) == pytest.approx(0.7 * 0.3 + 0.3 * 1.0, rel=1e-6)
+
+
+def test_box_of_the_largest_component_by_hand() -> None:
+    # Two components: four pixels joined at a corner (8-connected), and three in a row.
+    values = np.zeros((6, 8), np.float32)
+    values[0, 0] = values[0, 1] = values[1, 2] = values[2, 2] = 1
+    values[5, 5:8] = 1
+    np.testing.assert_array_equal(map_box(values), [0, 0, 2, 2])
+
+
+def test_only_pixels_above_the_threshold_belong_to_the_component() -> None:
+    values = np.array([[0.43, 1.0, 0.45, 0.0, 0.0, 0.0, 0.0, -0.28]], np.float32)  # mean .2
+    assert adaptive_threshold(values) == pytest.approx(0.44, rel=1e-6)
+    np.testing.assert_array_equal(map_box(values), [1, 0, 2, 0])
+
+
+def test_equal_components_give_the_topmost_then_the_leftmost() -> None:
+    values = np.zeros((5, 9), np.float32)
+    values[3, 0:2] = values[1, 4:6] = values[1, 7:9] = 1
+    np.testing.assert_array_equal(map_box(values), [4, 1, 5, 1])
+
+
+@settings(max_examples=150, deadline=None)
+@given(hnp.arrays(np.float32, (7, 9), elements=st.integers(0, 6).map(float)))
+def test_boxes_match_a_flood_fill(values: np.ndarray) -> None:
+    if np.ptp(values) == 0:
+        assert map_box(values) is None
+    else:
+        np.testing.assert_array_equal(map_box(values), reference_box(values))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(np.float32, (6, 6), elements=st.integers(0, 5).map(float)),
+    st.sampled_from([0.125, 4.0, 1024.0]),
+    st.sampled_from([-2.0, 0.0, 3.0]),
+)
+def test_scaling_and_shifting_a_map_leaves_its_box(
+    values: np.ndarray, scale: float, shift: float
+) -> None:
+    boxes, found = localize(np.stack([values, values * np.float32(scale) + np.float32(shift)]))
+    threshold = adaptive_threshold(values)
+    if np.abs(values - threshold).min() > 1e-5 or np.ptp(values) == 0:  # else rounding decides
+        np.testing.assert_array_equal(boxes[0], boxes[1])
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1.0, -3.0])
+def test_a_flat_map_gives_the_whole_map_and_says_that_nothing_was_found(value: float) -> None:
+    flat = np.full((1, 5, 7), value, np.float32)
+    boxes, found = localize(flat)
+    assert boxes.tolist() == [[0, 0, 6, 4]]
+    assert not found[0]
+
+
+def test_rounding_noise_on_a_saturated_map_is_no_object() -> None:
+    flat = np.full((8, 8), 0.9, np.float32)
+    flat[2, 3] = np.nextafter(np.float32(0.9), np.float32(1))
+    assert map_box(flat) is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_diverged_map_is_an_error(value: float) -> None:
+    values = np.zeros((4, 4), np.float32)
+    values[1, 1] = value
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        map_box(values)
+
+
+def test_scaling_a_box_by_hand() -> None:
+    # 64x64 -> 500 wide, 375 high: x 16..31 covers [125, 250), y 0..63 the whole height
+    boxes = scale_boxes(np.array([[16, 0, 31, 63]]), (64, 64), np.array([[375, 500]]))
+    assert boxes.tolist() == [[125, 0, 249, 374]]
+    # 4 -> 10 pixels: edges 1 and 3 fall on 2.5 and 7.5, which round up to 3 and 8
+    boxes = scale_boxes(np.array([[1, 1, 2, 2]]), (4, 4), np.array([[10, 10]]))
+    assert boxes.tolist() == [[3, 3, 7, 7]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_scaled_boxes_stay_inside_and_whole_maps_become_whole_images(data: st.DataObject) -> None:
+    h, w, height, width = (data.draw(st.integers(1, 300)) for _ in range(4))
+    x0, y0 = data.draw(st.integers(0, w - 1)), data.draw(st.integers(0, h - 1))
+    x1, y1 = data.draw(st.integers(x0, w - 1)), data.draw(st.integers(y0, h - 1))
+    stored = np.array([[x0, y0, x1, y1], [0, 0, w - 1, h - 1]])
+    box, whole = scale_boxes(stored, (h, w), np.array([[height, width]] * 2)).tolist()
+    assert whole == [0, 0, width - 1, height - 1]
+    assert 0 <= box[0] <= box[2] < width
+    assert 0 <= box[1] <= box[3] < height
+    if (height, width) == (h, w):
+        assert box == [x0, y0, x1, y1]
+
+
+def test_the_mask_map_is_constant_on_each_superpixel_and_keeps_its_mean() -> None:
+    logits = torch.randn((1, 4, 4), generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([[[0, 0, 1, 1]] * 2 + [[0, 2, 2, 1]] * 2])
+
+    # A net that returns its input stands for the corruption net: only the averaging is tested.
+    values = mask_map(torch.nn.Identity(), logits, segments, 5)
+    p = 1 / (1 + np.exp(-logits.numpy().astype(np.float64)))
+    for label in range(3):
+        inside = segments.numpy() == label
+        np.testing.assert_allclose(values.numpy()[inside], p[inside].mean(), rtol=1e-6)
