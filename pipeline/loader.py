@@ -71,12 +71,13 @@ def steps_per_epoch(samples: int, batch_size: int, ranks: int) -> int:
 
     Raises DataError where some rank would get an empty batch and hang the others.
     """
-    if batch_size < ranks or samples < ranks:
+    steps = -(-samples // max(1, batch_size))
+    if steps == 0 or samples // steps < ranks:
         raise DataError(
             f"{samples} images in batches of {batch_size} cannot give each of {ranks} workers an "
             "image in every step; use fewer workers, or a larger batch size or set."
         )
-    return -(-samples // batch_size)
+    return steps
 
 
 def step_range(samples: int, steps: int, step: int) -> tuple[int, int]:
