@@ -1,0 +1,126 @@
+"""Real gloo processes: what ranks compute together equals what one computes alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from jobs.training import apply_gradients, reduce_step
+from model.adversarial import Step, adversarial_step, clean_step
+from model.classifier import Classifier
+from model.controller import ControllerConfig, ControllerState, update
+from model.corruption import CorruptionNet
+from model.masking import gumbel_difference
+
+IMAGES = 8
+SPLITS = {1: [8], 2: [4, 4], 3: [1, 5, 2]}
+
+
+def _enter(rank: int, ranks: int, worker: Callable[[int, int], Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks
+    )
+    torch.save(worker(rank, ranks), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run_ranks(ranks: int, worker: Callable[[int, int], Any], folder: Path) -> list[Any]:
+    """The worker's result on every rank, each a process of one gloo group."""
+    folder.mkdir()
+    mp.start_processes(_enter, (ranks, worker, str(folder)), nprocs=ranks, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+
+
+def two_steps(rank: int, ranks: int) -> dict[str, Any]:
+    """A warm-up step and two joint adversarial ones on this rank's uneven part of a batch."""
+    torch.manual_seed(0)
+    corruption, classifier = CorruptionNet((32, 32), 8, 16).double(), Classifier(3, 8).double()
+    optimizers = [torch.optim.Adam(net.parameters(), 1e-3) for net in (corruption, classifier)]
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(IMAGES, 3, 32, 32, generator=generator, dtype=torch.float64)
+    segments = torch.randint(0, 16, (IMAGES, 32, 32), generator=generator)
+    labels = torch.randint(0, 3, (IMAGES,), generator=generator)
+    first = sum(SPLITS[ranks][:rank])
+    part = slice(first, first + SPLITS[ranks][rank])
+    state = ControllerState(area_weight=1.0, accuracy=0.3)
+    config = ControllerConfig(target=0.4)
+    step: Step = reduce_step(clean_step(classifier, images[part], labels[part], IMAGES))
+    assert step.classifier_gradients is not None
+    apply_gradients(classifier, optimizers[1], step.classifier_gradients, 1e-3)
+    for _ in range(2):
+        noise = gumbel_difference((IMAGES, 16), generator).double()
+        step = reduce_step(
+            adversarial_step(
+                corruption,
+                classifier,
+                images[part],
+                segments[part],
+                labels[part],
+                noise[part],
+                total=IMAGES,
+                joint=True,
+                area_weight=state.area_weight,
+                area_power=2,
+                clean_weight=1.0,
+            )
+        )
+        assert step.corruption_gradients is not None
+        assert step.classifier_gradients is not None
+        apply_gradients(corruption, optimizers[0], step.corruption_gradients, 1e-3)
+        apply_gradients(classifier, optimizers[1], step.classifier_gradients, 1e-3)
+        state = update(state, config, float(step.sums["correct"]), IMAGES)
+    weights = torch.cat(
+        [p.detach().flatten() for n in (corruption, classifier) for p in n.parameters()]
+    )
+    return {
+        "weights": weights,
+        "sums": {name: float(value) for name, value in step.sums.items()},
+        "controller": (state.area_weight, state.accuracy, state.joint),
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_with_parts_of_a_batch_equal_one_rank_with_the_whole(
+    ranks: int, tmp_path: Path
+) -> None:
+    alone = run_ranks(1, two_steps, tmp_path / "alone")[0]
+    together = run_ranks(ranks, two_steps, tmp_path / "together")
+    for result in together:
+        torch.testing.assert_close(result["weights"], alone["weights"], rtol=1e-7, atol=1e-9)
+        assert result["sums"] == pytest.approx(alone["sums"], rel=1e-9)
+        assert result["controller"] == alone["controller"]
+
+
+def test_ranks_hold_the_same_bits(tmp_path: Path) -> None:
+    first, second, third = run_ranks(3, two_steps, tmp_path / "ranks")
+    for other in (second, third):
+        assert torch.equal(first["weights"], other["weights"])
+        assert first["controller"] == other["controller"]
+
+
+def unequal_accuracy(rank: int, ranks: int) -> tuple[float, float, bool]:
+    """Rank 0 classifies all of its 2 images right, the others none of their 3."""
+    correct = 2.0 if rank == 0 else 0.0
+    step = Step(
+        corruption_gradients=None,
+        classifier_gradients=None,
+        sums={"correct": torch.tensor(correct)},
+    )
+    total = 2 + 3 * (ranks - 1)
+    state = ControllerState(area_weight=1.0, accuracy=0.5)
+    reduced = reduce_step(step).sums["correct"]
+    state = update(state, ControllerConfig(target=0.3, smoothing=0.0), float(reduced), total)
+    return state.area_weight, state.accuracy, state.joint
+
+
+def test_unequal_ranks_take_the_branch_of_the_common_accuracy(tmp_path: Path) -> None:
+    """2 of 5 is above the target of .3 though rank 1 alone is below; 2 of 8 is below it."""
+    two = run_ranks(2, unequal_accuracy, tmp_path / "two")
+    assert two == [(pytest.approx(0.994), pytest.approx(0.4), False)] * 2
+    three = run_ranks(3, unequal_accuracy, tmp_path / "three")
+    assert three == [(pytest.approx(1.006), pytest.approx(0.25), True)] * 3
