@@ -97,7 +97,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write `data` so that `path` is either absent, as before, or complete, even after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -151,7 +151,7 @@ def write_shard(path: Path, samples: Iterable[Sample], image_format: str) -> Sha
                 tar.addfile(info, io.BytesIO(data))
                 fields.append(f"{extension} {offset} {len(data)} {info.name}")
             index_lines.append(" ".join(fields))
-    content = buffer.getvalue()
+    content = buffer.getbuffer()
     index = f"{INDEX_VERSION} {len(index_lines)}\n" + "".join(f"{x}\n" for x in index_lines)
     write_atomically(path.with_suffix(".idx"), index.encode())
     write_atomically(path, content)
