@@ -94,7 +94,8 @@ def train(config: TrainConfig) -> None:
     if (config.output / MODEL_NAME).exists():
         print(f"{config.output / MODEL_NAME} is there already: nothing left to train")
         return
-    ray.init(log_to_driver=False, ignore_reinit_error=True)
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, logging_level="warning", log_to_driver=False)
     use_gpu = config.device == "cuda" or (
         config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
     )

@@ -1,10 +1,15 @@
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two cores are shared with Ray's workers
 
 import pytest
 import ray
+
+from pipeline.plan import PreprocessConfig
+from pipeline.preprocess import preprocess
+from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +18,19 @@ def ray_local() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def small_set(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Path:
+    """Shards of a generated set: 64 train and 24 val images of 8 classes at 32 px."""
+    folder = tmp_path_factory.mktemp("small")
+    write_synthetic(folder / "images", SyntheticConfig(train_images=64, val_images=24))
+    config = PreprocessConfig(
+        source=str(folder / "images"),
+        output=str(folder / "shards"),
+        image_size=32,
+        superpixels=25,
+        samples_per_shard=20,
+    )
+    preprocess(config, show=lambda progress: None)
+    return folder / "shards"

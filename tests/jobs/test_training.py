@@ -1,0 +1,258 @@
+import json
+import math
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.cli import UserError
+from jobs.train import cause, claim_output
+from jobs.training import LAG, Trainer, model_config
+from jobs.training_log import METRICS_NAME, TrainingLog, duration, line
+from jobs.training_state import (
+    TrainConfig,
+    TrainingError,
+    adversarial_factor,
+    restore_state,
+    save_state,
+    warmup_factor,
+)
+from pipeline.loader import Augmentation, train_batches
+from pipeline.shards import read_card
+
+CPU = torch.device("cpu")
+
+
+def config_for(data: Path, **changes: object) -> TrainConfig:
+    options: dict = {
+        "data": data,
+        "output": data.parent / "run",
+        "warmup_epochs": 2,
+        "epochs": 2,
+        "batch_size": 16,
+        "net_width": 8,
+        "bottleneck": 16,
+        "target": 0.2,
+    }
+    return TrainConfig(**(options | changes))
+
+
+def new_trainer(config: TrainConfig) -> Trainer:
+    card = read_card(config.data)
+    return Trainer(config, model_config(config, card), card, CPU, ranks=1)
+
+
+def train_epochs(trainer: Trainer, epochs: int) -> None:
+    config = trainer.config
+    batches = train_batches(
+        config.data,
+        read_card(config.data),
+        batch_size=config.batch_size,
+        rank=0,
+        ranks=1,
+        seed=config.seed,
+        start=trainer.position,
+        augmentation=Augmentation(),
+        device=CPU,
+    )
+    for _ in range(epochs):
+        trainer.train_epoch(batches)
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    nets = trainer.state.nets().values()
+    return torch.cat([p.detach().flatten() for net in nets for p in net.parameters()])
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_resumed_training_equals_the_uninterrupted_one_to_the_last_bit(
+    small_set: Path, tmp_path: Path, stop: int
+) -> None:
+    whole = new_trainer(config_for(small_set))
+    train_epochs(whole, 4)
+    first = new_trainer(config_for(small_set))
+    train_epochs(first, stop)
+    save_state(tmp_path, first.state)
+    second = new_trainer(config_for(small_set))
+    restore_state(tmp_path, second.state)
+    train_epochs(second, 4 - stop)
+    assert second.state.step == whole.state.step
+    assert second.state.controller == whole.state.controller
+    assert second.state.target == whole.state.target
+    assert torch.equal(weights(second), weights(whole))
+
+
+def test_the_same_seed_trains_the_same_nets_and_another_seed_others(small_set: Path) -> None:
+    trainers = [new_trainer(config_for(small_set, seed=seed)) for seed in (3, 3, 4)]
+    for trainer in trainers:
+        train_epochs(trainer, 3)
+    assert torch.equal(weights(trainers[0]), weights(trainers[1]))
+    assert not torch.equal(weights(trainers[0]), weights(trainers[2]))
+
+
+def test_warm_up_trains_the_classifier_alone_and_keeps_it_as_the_clean_one(
+    small_set: Path,
+) -> None:
+    trainer = new_trainer(config_for(small_set))
+    before = [p.clone() for p in trainer.state.corruption.parameters()]
+    train_epochs(trainer, 2)
+    after = trainer.state.corruption.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    clean = [p.clone() for p in trainer.state.clean_classifier.parameters()]
+    pairs = zip(clean, trainer.state.classifier.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    train_epochs(trainer, 2)
+    pairs = zip(clean, trainer.state.clean_classifier.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(before[0], next(trainer.state.corruption.parameters()))
+
+
+def test_below_the_target_both_nets_train_once_the_first_numbers_are_read(
+    small_set: Path,
+) -> None:
+    trainer = new_trainer(config_for(small_set, target=1 - 1e-9))
+    train_epochs(trainer, 3)
+    assert trainer.epoch.joint_steps == trainer.epoch_steps - LAG
+    train_epochs(trainer, 1)
+    assert trainer.epoch.joint_steps == trainer.epoch_steps
+
+
+def test_above_the_target_the_classifier_stands_still(small_set: Path) -> None:
+    """One batch is the whole set, and a classifier that always answers class 0 is right for an
+    eighth of it."""
+    trainer = new_trainer(config_for(small_set, target=0.1, batch_size=64, epochs=6))
+    train_epochs(trainer, 2)
+    torch.nn.init.zeros_(trainer.state.classifier.head.weight)
+    trainer.state.classifier.head.bias.data = torch.eye(8)[0]
+    before = [p.clone() for p in trainer.state.classifier.parameters()]
+    for _ in range(6):
+        train_epochs(trainer, 1)
+        assert trainer.epoch.means()["accuracy"] == 0.125
+        assert trainer.epoch.joint_steps == 0
+    after = trainer.state.classifier.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_target_is_the_stated_share_of_the_way_to_the_clean_accuracy(small_set: Path) -> None:
+    trainer = new_trainer(config_for(small_set, target=None, target_share=0.25))
+    train_epochs(trainer, 2)
+    clean = trainer.state.clean_accuracy
+    assert 0 <= clean <= 1
+    assert trainer.state.target == pytest.approx(0.125 + 0.25 * (clean - 0.125))
+
+
+def test_not_a_number_stops_training_and_names_the_remedy(small_set: Path) -> None:
+    trainer = new_trainer(config_for(small_set))
+    torch.nn.init.constant_(trainer.state.classifier.head.bias, math.nan)
+    with pytest.raises(TrainingError, match=r"classifier_loss became NaN .* step [12];.*learning"):
+        train_epochs(trainer, 1)
+
+
+def test_warm_up_rate_rises_then_falls_to_nothing() -> None:
+    factors = [warmup_factor(step, 100) for step in range(100)]
+    assert factors[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert max(factors) == factors[10] == 1.0
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[55] == pytest.approx(0.5)
+    assert factors[-1] < 0.001
+
+
+def test_adversarial_rate_ramps_stays_and_decays() -> None:
+    factors = [adversarial_factor(step, 1000) for step in range(1000)]
+    assert factors[0] == pytest.approx(1 / 50)
+    assert set(factors[49:700]) == {1.0}
+    assert factors[850] == pytest.approx(0.5)
+    assert 0 < factors[999] < 0.004
+
+
+def test_a_resumed_log_holds_every_step_once(tmp_path: Path) -> None:
+    log = TrainingLog(tmp_path, 0)
+    for step in (10, 20, 30):
+        log.write({"step": step, "phase": "warmup", "accuracy": 0.5})
+    log.close()
+    with (tmp_path / METRICS_NAME).open("a") as file:
+        file.write('{"step": 40, "ph')  # killed while writing
+    log = TrainingLog(tmp_path, 20)
+    log.write({"step": 30, "phase": "warmup", "accuracy": 0.6})
+    log.close()
+    found = [json.loads(text) for text in (tmp_path / METRICS_NAME).read_text().splitlines()]
+    assert [(values["step"], values["accuracy"]) for values in found] == [
+        (10, 0.5),
+        (20, 0.5),
+        (30, 0.6),
+    ]
+
+
+def test_a_line_names_all_that_is_watched() -> None:
+    values = {
+        "step": 60,
+        "steps": 100,
+        "epoch": 3,
+        "phase": "adversarial",
+        "accuracy": 0.51,
+        "target": 0.5,
+        "area_weight": 4.25,
+        "joint_share": 0.4,
+        "area": 0.21,
+        "corruption_loss": 1.5,
+        "classifier_loss": 0.9,
+        "images_per_second": 812.3,
+        "waiting": 0.012,
+        "eta_seconds": 3723,
+    }
+    assert line(values) == (
+        "step 60/100 | epoch 4 | joint 40% | corruption loss 1.500 | classifier loss 0.900 | "
+        "masked accuracy 0.510 (target 0.500) | lambda 4.25 | area 0.210 | 812 images/s | "
+        "waiting 1.2% | ETA 1:02:03"
+    )
+
+
+def test_durations_under_an_hour_show_minutes() -> None:
+    assert [duration(seconds) for seconds in (0, 61, 3600)] == ["0:00", "1:01", "1:00:00"]
+
+
+def test_another_configuration_on_the_same_output_is_refused(
+    small_set: Path, tmp_path: Path
+) -> None:
+    def record(config: TrainConfig) -> dict:
+        return {"configuration": json.loads(json.dumps(vars(config), default=str))}
+
+    config = config_for(small_set, output=tmp_path / "run")
+    claim_output(config, record(config))
+    more_workers = config_for(small_set, output=tmp_path / "run", workers=5)
+    claim_output(more_workers, record(more_workers))
+    other = config_for(small_set, output=tmp_path / "run", seed=9)
+    with pytest.raises(UserError, match=r"another configuration: seed \(there 0, now 9\)"):
+        claim_output(other, record(other))
+
+
+def test_the_cause_is_found_under_ray_trains_own_errors() -> None:
+    outer = RuntimeError("worker group failed")
+    outer.worker_failures = {1: ValueError("other"), 0: TrainingError("NaN at step 7")}  # type: ignore[attr-defined]
+    assert cause(outer) == "NaN at step 7"
+    assert cause(RuntimeError("disk on fire")) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"net_width": 20}, "multiple of 8"),
+        ({"target": 1.5}, "between 0 and 1"),
+        ({"warmup_epochs": 0}, "collapse"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"area_power": 3}, "--area-power"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_for(Path("shards"), **changes)
+
+
+def test_every_interval_of_a_run_is_counted(small_set: Path) -> None:
+    trainer = new_trainer(config_for(small_set, log_interval=3))
+    train_epochs(trainer, 4)
+    card = read_card(small_set)
+    assert trainer.epoch.images == card.splits["train"].images
+    assert trainer.steps == trainer.state.step == 4 * trainer.epoch_steps
+    assert list(islice(trainer.pending, 1)) == []
