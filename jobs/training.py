@@ -76,6 +76,7 @@ def apply_gradients(
 class _Pending:
     """A step's reduced sums on their way to the host."""
 
+    step: int  # how many steps had been made with it
     names: list[str]
     values: Tensor
     ready: torch.cuda.Event | None
@@ -88,7 +89,7 @@ class _Pending:
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
-def _send(sums: dict[str, Tensor], total: int, joint: bool) -> _Pending:
+def _send(step: int, sums: dict[str, Tensor], total: int, joint: bool) -> _Pending:
     names = sorted(sums)
     values = torch.stack([sums[name] for name in names])
     ready = None
@@ -96,7 +97,7 @@ def _send(sums: dict[str, Tensor], total: int, joint: bool) -> _Pending:
         values = values.to("cpu", non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-    return _Pending(names=names, values=values, ready=ready, total=total, joint=joint)
+    return _Pending(step=step, names=names, values=values, ready=ready, total=total, joint=joint)
 
 
 class Interval:
@@ -152,7 +153,7 @@ class Trainer:
         """All steps up to the next epoch; afterwards nothing is pending."""
         self.epoch = Interval()
         if self.interval.steps == 0:
-            self.interval = Interval()
+            self.interval = Interval()  # the barrier between epochs is not training time
         for _ in range(self.epoch_steps):
             start = time.perf_counter()
             _, batch = next(batches)
@@ -164,8 +165,6 @@ class Trainer:
             self.state.step += 1
             while len(self.pending) > LAG - 1:
                 self._read()
-            if self.state.step % self.config.log_interval == 0:
-                self._write_interval()
         while self.pending:
             self._read()
         if self.state.step == self.warmup_steps:
@@ -184,7 +183,7 @@ class Trainer:
         rate = config.warmup_rate * warmup_factor(state.step, self.warmup_steps)
         optimizer = state.optimizers["warmup"]
         apply_gradients(state.classifier, optimizer, step.classifier_gradients, rate)
-        self.pending.append(_send(step.sums, batch.total, joint=False))
+        self.pending.append(_send(state.step + 1, step.sums, batch.total, joint=False))
 
     def _finish_warmup(self) -> None:
         """Keep the clean classifier; set the target from its accuracy in its last epoch."""
@@ -258,7 +257,7 @@ class Trainer:
             )
             for average, parameter in pairs:
                 average.lerp_(parameter, 1 - config.averaging)
-        self.pending.append(_send(step.sums, batch.total, joint))
+        self.pending.append(_send(state.step + 1, step.sums, batch.total, joint))
 
     def _read(self) -> None:
         """Take in the oldest pending step's numbers: the controller, the log, the NaN check.
@@ -270,7 +269,7 @@ class Trainer:
         bad = [name for name, value in sums.items() if not abs(value) < float("inf")]
         if bad:
             raise TrainingError(
-                f"{', '.join(bad)} became NaN or infinite at step {self.state.step}; training "
+                f"{', '.join(bad)} became NaN or infinite at step {pending.step}; training "
                 "stopped. The last checkpoint is sound: lower the learning rates "
                 "(--corruption-rate, --classifier-rate, --warmup-rate) and use a new --output"
             )
@@ -283,6 +282,8 @@ class Trainer:
             )
         self.interval.add(sums, pending.total, pending.joint)
         self.epoch.add(sums, pending.total, pending.joint)
+        if pending.step % self.config.log_interval == 0:
+            self._write_interval(pending.step)
 
     def _eta(self, seconds_per_step: float) -> float:
         warmup_left = max(0, self.warmup_steps - self.state.step)
@@ -290,17 +291,17 @@ class Trainer:
         cost = ADVERSARIAL_COST if warmup_left else 1
         return seconds_per_step * (warmup_left + cost * adversarial_left)
 
-    def _write_interval(self) -> None:
+    def _write_interval(self, step: int) -> None:
         interval, state = self.interval, self.state
         self.interval = Interval()
-        seconds = time.perf_counter() - interval.started
-        if self.log is None or interval.steps == 0:
+        if self.log is None:
             return
+        seconds = time.perf_counter() - interval.started
         values: dict[str, Any] = {
-            "step": state.step,
+            "step": step,
             "steps": self.steps,
-            "epoch": (state.step - 1) // self.epoch_steps,
-            "phase": "warmup" if state.step <= self.warmup_steps else "adversarial",
+            "epoch": (step - 1) // self.epoch_steps,
+            "phase": "warmup" if step <= self.warmup_steps else "adversarial",
             **interval.means(),
             "images_per_second": interval.images / seconds,
             "waiting": interval.waiting / seconds,

@@ -1,0 +1,119 @@
+"""`python -m jobs.train` with two Ray Train workers: killed, resumed, and failing clearly."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.models import load_nets
+from tests.e2e.commands import kill_when, run
+
+pytestmark = pytest.mark.e2e
+SMALL = (
+    *("--warmup-epochs", "2"),
+    *("--epochs", "3"),
+    *("--batch-size", "16"),
+    *("--net-width", "8"),
+    *("--bottleneck", "16"),
+    *("--log-interval", "1"),
+)
+
+
+def train(data: Path, output: Path, *more: str) -> tuple[str, ...]:
+    return ("-m", "jobs.train", "--data", str(data), "--output", str(output), *SMALL, *more)
+
+
+def metrics(output: Path) -> list[dict]:
+    path = output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def weights(run_folder: Path) -> torch.Tensor:
+    nets = load_nets(run_folder)
+    parts = (nets.corruption, nets.classifier, nets.clean_classifier)
+    return torch.cat([p.flatten() for net in parts for p in net.parameters()])
+
+
+@pytest.fixture(scope="module")
+def finished(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("train") / "run"
+    result = run(*train(small_set, output))
+    assert result.returncode == 0, result.stderr
+    assert "corruption loss" in result.stdout
+    return output
+
+
+def test_a_run_logs_every_step_and_leaves_what_evaluation_needs(finished: Path) -> None:
+    found = metrics(finished)
+    assert [values["step"] for values in found] == list(range(1, 21))
+    assert {values["phase"] for values in found} == {"warmup", "adversarial"}
+    last = found[-1]
+    needed = {"corruption_loss", "classifier_loss", "accuracy", "area_weight", "area", "phase"}
+    assert needed | {"joint_share", "images_per_second", "waiting", "eta_seconds"} <= set(last)
+    assert list((finished / "tensorboard").iterdir())
+    record = json.loads((finished / "run.json").read_text())
+    assert record["configuration"]["batch_size"] == 16
+    assert record["versions"]["ray"]
+    assert torch.isfinite(weights(finished)).all()
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_bits(
+    finished: Path, small_set: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+
+    def mid_epoch() -> bool:
+        steps = [values["step"] for values in metrics(output)]
+        return any(step >= 10 for step in steps)
+
+    kill_when(mid_epoch, *train(small_set, output))
+    assert not (output / "model.pt").exists()
+    result = run(*train(small_set, output))
+    assert result.returncode == 0, result.stderr
+    assert "step 1/" not in result.stdout, "started anew"
+    assert [values["step"] for values in metrics(output)] == list(range(1, 21))
+    assert torch.equal(weights(output), weights(finished))
+
+
+def test_a_second_start_on_a_finished_run_does_nothing_and_says_so(
+    finished: Path, small_set: Path
+) -> None:
+    result = run(*train(small_set, finished))
+    assert result.returncode == 0
+    assert "nothing left to train" in result.stdout
+
+
+def test_another_configuration_on_the_same_output_is_one_line(
+    finished: Path, small_set: Path
+) -> None:
+    result = run(*train(small_set, finished, "--seed", "5"))
+    assert result.returncode == 1
+    assert "another configuration: seed (there 0, now 5)" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_not_a_number_is_one_line_and_a_failure(small_set: Path, tmp_path: Path) -> None:
+    result = run(*train(small_set, tmp_path / "run", "--warmup-rate", "1e30"))
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "became NaN or infinite" in errors[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
+def test_missing_shards_are_one_line(tmp_path: Path) -> None:
+    result = run(*train(tmp_path / "nowhere", tmp_path / "run"))
+    assert result.returncode == 1
+    assert "no finished set of shards" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_shards_of_another_format_version_are_one_line(small_set: Path, tmp_path: Path) -> None:
+    card = json.loads((small_set / "dataset.json").read_text()) | {"format": 99}
+    (tmp_path / "dataset.json").write_text(json.dumps(card))
+    result = run(*train(tmp_path, tmp_path / "run"))
+    assert result.returncode == 1
+    assert "format version 99; this program reads 1" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
