@@ -1,0 +1,110 @@
+"""The three jobs through `ray job submit`, on a head started with token authentication."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.synthetic import SyntheticConfig, write_synthetic
+from tests.e2e.commands import ROOT, environment
+
+pytestmark = pytest.mark.e2e
+RAY = str(Path(sys.executable).parent / "ray")
+LOGICAL_CPUS = 4  # two training workers, and one for each job's driver
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head node of its own; yields the environment that reaches it with the token."""
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.write_text(secrets.token_hex(32))
+    port, dashboard = free_port(), free_port()
+    variables = environment(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=str(token),
+        RAY_API_SERVER_ADDRESS=f"http://127.0.0.1:{dashboard}",
+    )
+    command = [RAY, "start", "--head", "--block", f"--port={port}", "--disable-usage-stats"]
+    command += [f"--num-cpus={LOGICAL_CPUS}", f"--dashboard-port={dashboard}"]
+    process = subprocess.Popen(
+        command,
+        env=variables,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while subprocess.run([RAY, "job", "list"], env=variables, capture_output=True).returncode:
+            assert process.poll() is None, "ray start ended"
+            assert time.monotonic() < deadline, "the head node did not come up"
+            time.sleep(1)
+        yield variables
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def submit(cluster: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [RAY, "job", "submit", "--working-dir", ".", "--entrypoint-num-cpus", "1"]
+    command += ["--runtime-env", "cluster/runtime_env.yaml", "--", "python", "-m", *arguments]
+    return subprocess.run(
+        command, env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_preprocess_train_and_evaluate_pass_as_submitted_jobs(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    write_synthetic(tmp_path / "images", SyntheticConfig(train_images=64, val_images=16))
+    shards, run, evaluation = (str(tmp_path / name) for name in ("shards", "run", "evaluation"))
+    source = ("--source", str(tmp_path / "images"), "--output", shards)
+    small = ("--image-size", "32", "--superpixels", "25", "--samples-per-shard", "20")
+    result = submit(cluster, "jobs.preprocess", *source, *small)
+    assert result.returncode == 0, result.stdout + result.stderr
+    nets = ("--net-width", "8", "--bottleneck", "16", "--batch-size", "16")
+    epochs = ("--warmup-epochs", "1", "--epochs", "1", "--log-interval", "1")
+    result = submit(cluster, "jobs.train", "--data", shards, "--output", run, *nets, *epochs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    result = submit(
+        cluster, "jobs.evaluate", "--data", shards, "--run", run, "--output", evaluation
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert metrics["images"] == 16
+    assert {"whole_image", "centred_box", "cam", "gradient", "aln"} <= set(metrics["methods"])
+    assert (tmp_path / "evaluation" / "report.html").stat().st_size > 10_000
+
+
+def test_a_failing_submitted_job_fails_with_its_line(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    missing = str(tmp_path / "nowhere")
+    result = submit(
+        cluster, "jobs.preprocess", "--source", missing, "--output", str(tmp_path / "o")
+    )
+    assert result.returncode != 0
+    assert missing in result.stdout + result.stderr
+
+
+def test_the_head_refuses_a_caller_without_the_token(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    stranger = cluster | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
+    result = subprocess.run([RAY, "job", "list"], env=stranger, capture_output=True, check=False)
+    assert result.returncode != 0
