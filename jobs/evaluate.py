@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if config.output.exists() and not config.output.is_dir():
         raise cli.UserError(f"--output {config.output} is a file; give a folder.")
-    ray.init(log_to_driver=False, ignore_reinit_error=True)
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, logging_level="warning", log_to_driver=False)
     evaluation = evaluate(config, progress_printer())
     metrics = {**evaluation.metrics, **cli.record(config)}
     pictures = report_pictures(config, evaluation.predictions)

@@ -22,7 +22,7 @@ from pipeline.shards import DataError, Sample, read_card, read_shard
 
 REPORT_NAME = "report.html"
 TEMPLATE = "report.html.j2"
-PER_GROUP = 8  # pictures of each of best, worst and random
+PER_GROUP = 9  # pictures of each of best, worst and random
 BINS = 20  # of the IoU histograms
 CHART = (200.0, 80.0)  # width and height of a histogram's plot, in SVG units
 CLASS_ROWS = 60  # of the per-class table; with more classes, half best and half worst
@@ -64,10 +64,10 @@ def choose(ious: np.ndarray, count: int, seed: int) -> dict[str, list[int]]:
     """Positions of the pictures to show: the `count` best and worst IoUs, and as many random
     others. ious: float64 [N], NaN where no box is known (never best or worst). Of equal IoUs the
     first images come. No image is shown twice."""
-    order = np.argsort(-ious, kind="stable")  # NaN last
-    known = order[: int((~np.isnan(ious)).sum())]
-    best = known[:count]
-    worst = known[count:][::-1][:count]
+    known = np.flatnonzero(~np.isnan(ious))
+    best = known[np.argsort(-ious[known], kind="stable")][:count]
+    rest = np.setdiff1d(known, best)
+    worst = rest[np.argsort(ious[rest], kind="stable")][:count]
     others = np.setdiff1d(np.arange(len(ious)), np.concatenate([best, worst]))
     drawn = np.random.default_rng(seed).permutation(others)[:count]
     groups = {"best": best, "worst": worst, "random": np.sort(drawn)}
@@ -99,7 +99,7 @@ def _samples(config: EvaluateConfig, chosen: pa.Table) -> dict[int, Sample]:
 
 def _images(nets: Nets, sample: Sample, superpixels: int) -> dict[str, str]:
     """The three pictures of a sample as data URIs."""
-    x = torch.from_numpy(sample.image.copy()).permute(2, 0, 1).unsqueeze(0)
+    x = torch.from_numpy(sample.image.copy()).permute(2, 0, 1).unsqueeze(0).contiguous()
     x = normalize(x, nets.config.mean, nets.config.std)
     segments = torch.from_numpy(sample.segments.astype(np.int64)).unsqueeze(0)
     with torch.no_grad():

@@ -85,7 +85,7 @@ def check_coverage(rows: np.ndarray, ledger: pa.Table) -> None:
             ]
             more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
             raise UserError(
-                f"{len(found)} images {fault}, ledger rows {', '.join(listed[:NAMED])}{more}: "
+                f"images {fault}: {len(found)}, ledger rows {', '.join(listed[:NAMED])}{more}: "
                 "figures over them would be wrong, so none were written. Shards and ledger do not "
                 "belong together; run jobs.preprocess again."
             )
