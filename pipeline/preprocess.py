@@ -6,6 +6,7 @@ the same command goes on from the shards that are there.
 
 import itertools
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -82,8 +83,8 @@ class Outcome:
 def preprocess(config: PreprocessConfig, show: Callable[[Progress], None]) -> Outcome:
     """Make the set of shards that `config` asks for, going on where an earlier run stopped.
 
-    `show` is called after each shard and about every second. Connects to the Ray cluster of the
-    environment, or starts one here. Raises DataError for a source or output that cannot be used,
+    `show` is called after each shard and about every second. Joins the Ray cluster of RAY_ADDRESS,
+    or starts one here. Raises DataError for a source or output that cannot be used,
     for shards that failed repeatedly and for too many rejected images.
     """
     plan = make_plan(config)
@@ -197,6 +198,22 @@ def _make_sample(
     )
 
 
+def _connect() -> None:
+    """Join the cluster that RAY_ADDRESS names, as within `ray job submit`, or start one here.
+
+    Left to itself Ray would also join any cluster once started on this machine.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        ray.init(address=address, include_dashboard=False, logging_level="warning")
+    except ConnectionError as error:
+        raise DataError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}; unset it to run on this machine."
+        ) from error
+
+
 def _run_tasks(
     plan: Plan,
     pending: list[ShardTask],
@@ -204,8 +221,7 @@ def _run_tasks(
     progress: Progress,
     show: Callable[[Progress], None],
 ) -> None:
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level="warning")
+    _connect()
     workers = config.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     remote = ray.remote(max_retries=ATTEMPTS - 1)(make_shard)
     classes, started = plan.listed.classes, time.monotonic()

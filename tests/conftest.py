@@ -15,7 +15,13 @@ from pipeline.synthetic import SyntheticConfig, write_synthetic
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A local Ray of two CPUs, shared by all tests that submit tasks."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    ray.init(
+        address="local",  # not a cluster that somebody else started on this machine
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        ignore_reinit_error=True,
+    )
     yield
     ray.shutdown()
 
