@@ -9,11 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from jobs import cli
 from jobs.evaluation import EvaluateConfig, evaluate
 from jobs.report import REPORT_NAME, render, report_pictures
+from pipeline.preprocess import connect_ray
 from pipeline.shards import write_atomically
 
 PREDICTIONS_NAME = "predictions.parquet"
@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if config.output.exists() and not config.output.is_dir():
         raise cli.UserError(f"--output {config.output} is a file; give a folder.")
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level="warning", log_to_driver=False)
+    connect_ray()
     evaluation = evaluate(config, progress_printer())
     metrics = {**evaluation.metrics, **cli.record(config)}
     pictures = report_pictures(config, evaluation.predictions)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from jobs import cli
 from jobs.models import MODEL_NAME
 from jobs.training_log import METRICS_NAME, line
 from jobs.training_state import TrainConfig, TrainingError
+from pipeline.preprocess import connect_ray
 from pipeline.shards import CARD_NAME, read_card, split_of, write_atomically
 
 RUN_NAME = "run.json"
@@ -51,6 +53,21 @@ def claim_output(config: TrainConfig, record: dict[str, Any]) -> None:
         return
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def check_resources(config: TrainConfig) -> None:
+    """Raises UserError where Ray Train would wait for ever: more workers than this machine's
+    cores or GPUs, and no cluster that could grow."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    resource = "GPU" if config.device == "cuda" else "CPU"
+    available = int(ray.cluster_resources().get(resource, 0))
+    if available < config.workers:
+        raise cli.UserError(
+            f"--workers {config.workers} asks for as many {resource}s, this machine has "
+            f"{available}: training would wait for ever. Lower --workers, or submit the job to a "
+            "cluster"
+        )
 
 
 def follow(path: Path, stop: threading.Event) -> None:
@@ -94,8 +111,8 @@ def train(config: TrainConfig) -> None:
     if (config.output / MODEL_NAME).exists():
         print(f"{config.output / MODEL_NAME} is there already: nothing left to train")
         return
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level="warning", log_to_driver=False)
+    connect_ray()
+    check_resources(config)
     use_gpu = config.device == "cuda" or (
         config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
     )

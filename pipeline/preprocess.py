@@ -198,7 +198,7 @@ def _make_sample(
     )
 
 
-def _connect() -> None:
+def connect_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, as within `ray job submit`, or start one here.
 
     Left to itself Ray would also join any cluster once started on this machine.
@@ -207,7 +207,12 @@ def _connect() -> None:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     try:
-        ray.init(address=address, include_dashboard=False, logging_level="warning")
+        ray.init(
+            address=address,
+            include_dashboard=False,
+            logging_level="warning",
+            log_to_driver=False,  # jobs print what their users need
+        )
     except ConnectionError as error:
         raise DataError(
             f"no Ray cluster answers at RAY_ADDRESS={address}; unset it to run on this machine."
@@ -221,7 +226,7 @@ def _run_tasks(
     progress: Progress,
     show: Callable[[Progress], None],
 ) -> None:
-    _connect()
+    connect_ray()
     workers = config.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     remote = ray.remote(max_retries=ATTEMPTS - 1)(make_shard)
     classes, started = plan.listed.classes, time.monotonic()
