@@ -16,7 +16,15 @@ from pipeline.shards import DataError
 
 Config = TypeVar("Config")
 
-RECORDED_PACKAGES = ("ray", "torch", "fast-slic", "webdataset", "pyarrow", "numpy")
+RECORDED_PACKAGES = (
+    "ray",
+    "torch",
+    "nvidia-dali-cuda130",
+    "fast-slic",
+    "webdataset",
+    "pyarrow",
+    "numpy",
+)
 
 
 class UserError(Exception):
@@ -35,7 +43,7 @@ def parse(config_type: type[Config], argv: Sequence[str] | None, description: st
     several values, without a flag where its metadata says `positional`.
     A ValueError from the dataclass's own checks is reported as a usage error.
     """
-    module = sys.modules[config_type.__module__].__spec__
+    module = sys.modules["__main__"].__spec__
     program = f"python -m {module.name}" if module else None
     parser = argparse.ArgumentParser(
         prog=program,
@@ -87,11 +95,11 @@ def run(main: Callable[[], None]) -> None:
     """Run a job's main: known errors become one line on standard error and exit code 1."""
     try:
         main()
-    except (UserError, DataError) as error:
+    except (UserError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print("interrupted; the same command finishes the work", file=sys.stderr)
         sys.exit(130)
 
 

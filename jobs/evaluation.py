@@ -20,7 +20,7 @@ from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from jobs.cli import UserError, option
-from jobs.models import MODEL_NAME, ModelConfig, Nets, load_nets
+from jobs.models import MODEL_NAME, ModelConfig, Nets, colour_statistics, load_nets
 from jobs.scoring import (
     TOP,
     centred_shares,
@@ -113,7 +113,7 @@ def predict(
     images: uint8 [B, 3, H, W]; segments: int64 [B, H, W]; labels: int64 [B], whose class the
     baselines' maps are of (see model/baselines.py). Raises ValueError for maps with NaN.
     """
-    x = normalize(images, nets.config.mean, nets.config.std)
+    x = normalize(images, *colour_statistics(nets.config, images.device))
     columns: dict[str, np.ndarray] = {}
     with torch.no_grad():
         for name in ("classifier", "clean_classifier"):

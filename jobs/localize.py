@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jobs import cli
 from jobs.cli import UserError, option
-from jobs.models import Nets, load_nets
+from jobs.models import Nets, colour_statistics, load_nets
 from jobs.report import heat
 from model.adversarial import normalize
 from model.localization import localize, mask_map, scale_boxes
@@ -102,7 +102,7 @@ def locate(nets: Nets, data: bytes) -> Located:
     labels = superpixels(image.pixels, config.superpixels, config.compactness)
     segments = torch.from_numpy(labels.astype(np.int64)).unsqueeze(0)
     x = torch.from_numpy(image.pixels).permute(2, 0, 1).unsqueeze(0).contiguous()
-    x = normalize(x, config.mean, config.std)
+    x = normalize(x, *colour_statistics(config, x.device))
     with torch.no_grad():
         values = mask_map(nets.corruption, x, segments, int(labels.max()) + 1).numpy()
         score, top = torch.softmax(nets.clean_classifier(x), dim=1)[0].max(dim=0)

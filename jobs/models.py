@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from jobs.cli import UserError
 from model.classifier import Classifier
@@ -41,6 +42,11 @@ class Nets:
     corruption: CorruptionNet
     classifier: Classifier
     clean_classifier: Classifier
+
+
+def colour_statistics(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation per channel, float32 [3] each, in 0..255, on the device."""
+    return torch.tensor(config.mean, device=device), torch.tensor(config.std, device=device)
 
 
 def new_corruption(config: ModelConfig) -> CorruptionNet:
@@ -80,10 +86,14 @@ def load_nets(run: Path) -> Nets:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         version = content["format"]
+        if version == MODEL_FORMAT:
+            return _nets(content)
     except Exception as error:  # torch raises many types for damaged files
         raise UserError(f"{path} cannot be read ({type(error).__name__}); train again.") from error
-    if version != MODEL_FORMAT:
-        raise UserError(f"{path} has format {version}; this program reads {MODEL_FORMAT}.")
+    raise UserError(f"{path} has format {version}; this program reads {MODEL_FORMAT}.")
+
+
+def _nets(content: dict[str, Any]) -> Nets:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list | tuple) else value
         for name, value in content["config"].items()

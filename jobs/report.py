@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from jobs.evaluation import EvaluateConfig
-from jobs.models import Nets, load_nets
+from jobs.models import Nets, colour_statistics, load_nets
 from jobs.scoring import METHODS, matrix
 from model.adversarial import normalize
 from model.localization import mask_map
@@ -100,7 +100,7 @@ def _samples(config: EvaluateConfig, chosen: pa.Table) -> dict[int, Sample]:
 def _images(nets: Nets, sample: Sample, superpixels: int) -> dict[str, str]:
     """The three pictures of a sample as data URIs."""
     x = torch.from_numpy(sample.image.copy()).permute(2, 0, 1).unsqueeze(0).contiguous()
-    x = normalize(x, nets.config.mean, nets.config.std)
+    x = normalize(x, *colour_statistics(nets.config, x.device))
     segments = torch.from_numpy(sample.segments.astype(np.int64)).unsqueeze(0)
     with torch.no_grad():
         values = mask_map(nets.corruption, x, segments, superpixels)[0].numpy()

@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs import cli
 from jobs.models import MODEL_NAME
 from jobs.training_log import METRICS_NAME, line
-from jobs.training_state import TrainConfig, TrainingError
+from jobs.training_state import FAILURE_NAME, TrainConfig
+from model.corruption import STRIDE
 from pipeline.preprocess import connect_ray
-from pipeline.shards import CARD_NAME, read_card, split_of, write_atomically
+from pipeline.shards import CARD_NAME, read_card, read_index, shard_paths, write_atomically
 
 RUN_NAME = "run.json"
 CHECKPOINTS_NAME = "checkpoints"
@@ -55,14 +62,34 @@ def claim_output(config: TrainConfig, record: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def check_data(config: TrainConfig) -> None:
+    """Raise DataError or UserError, before anything starts, for shards that are damaged or that
+    the nets cannot be trained on."""
+    card = read_card(config.data)
+    for path in shard_paths(config.data, card, "train"):
+        read_index(path)
+    if card.height % STRIDE or card.width % STRIDE:
+        raise cli.UserError(
+            f"the shards' images have {card.height} x {card.width} pixels; the corruption net "
+            f"needs multiples of {STRIDE}. Preprocess again with another --image-size"
+        )
+    if len(card.classes) < 2:
+        raise cli.UserError(
+            f"the set has {len(card.classes)} class; with fewer than two a classifier has "
+            "nothing to tell apart, and no mask could confuse it"
+        )
+
+
 def check_resources(config: TrainConfig) -> None:
-    """Raises UserError where Ray Train would wait for ever: more workers than this machine's
-    cores or GPUs, and no cluster that could grow."""
-    if os.environ.get("RAY_ADDRESS"):
-        return
+    """Raise UserError where Ray Train would wait for ever: more workers than this machine's
+    cores or GPUs. A cluster may still grow, so there it only says what it waits for."""
     resource = "GPU" if config.device == "cuda" else "CPU"
     available = int(ray.cluster_resources().get(resource, 0))
-    if available < config.workers:
+    if available >= config.workers:
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        print(f"waiting for {config.workers} {resource}s; the cluster has {available} now")
+    else:
         raise cli.UserError(
             f"--workers {config.workers} asks for as many {resource}s, this machine has "
             f"{available}: training would wait for ever. Lower --workers, or submit the job to a "
@@ -89,25 +116,15 @@ def follow(path: Path, stop: threading.Event) -> None:
             print(line(json.loads(text_line)), flush=True)
 
 
-def cause(error: BaseException) -> str | None:
-    """The message of the TrainingError behind a failure of Ray Train, if there is one."""
-    seen: list[BaseException] = [error]
-    while seen:
-        current = seen.pop()
-        if isinstance(current, TrainingError):
-            return str(current)
-        seen += list(getattr(current, "worker_failures", {}).values())
-        seen += [e for e in (current.__cause__, getattr(current, "cause", None)) if e is not None]
-    return None
-
-
 def train(config: TrainConfig) -> None:
     """Train to the end, from the last checkpoint where there is one. Raises UserError with the
     cause where training cannot go on."""
     config = replace(config, data=config.data.resolve(), output=config.output.resolve())
-    split_of(read_card(config.data), "train")
+    check_data(config)
     record = cli.record(config)
     claim_output(config, record)
+    failure = config.output / FAILURE_NAME
+    failure.unlink(missing_ok=True)
     if (config.output / MODEL_NAME).exists():
         print(f"{config.output / MODEL_NAME} is there already: nothing left to train")
         return
@@ -133,14 +150,18 @@ def train(config: TrainConfig) -> None:
     printer.start()
     try:
         trainer.fit()
-    except Exception as error:
-        message = cause(error)
-        if message is None:
-            raise
-        raise cli.UserError(message) from error
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {})
+        reason = str(next(iter(failures.values()), error)).strip().splitlines()[-1]
+        raise cli.UserError(
+            f"training failed {config.max_failures + 1} times, the last time with: {reason}. "
+            "The same command goes on from the last checkpoint"
+        ) from error
     finally:
         stop.set()
         printer.join()
+    if failure.exists():
+        raise cli.UserError(failure.read_text())
     print(f"trained nets: {config.output / MODEL_NAME}")
 
 

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jobs.models import ModelConfig, save_nets
+from jobs.models import ModelConfig, colour_statistics, save_nets
 from jobs.training_log import TrainingLog
 from jobs.training_state import (
+    FAILURE_NAME,
     TrainConfig,
     TrainingError,
     adversarial_factor,
@@ -37,9 +38,13 @@ from model.adversarial import Step, adversarial_step, clean_step, normalize
 from model.controller import ControllerConfig, ControllerState, relative_target, update
 from model.masking import gumbel_difference
 from pipeline.loader import Augmentation, Batch, Position, steps_per_epoch, train_batches
-from pipeline.shards import Card, DataError, read_card, split_of
+from pipeline.shards import Card, read_card, split_of, write_atomically
 
 LAG = 2
+NOT_FINITE_REMEDY = (
+    "training stopped. The last checkpoint is sound: lower the learning rates "
+    "(--corruption-rate, --classifier-rate, --warmup-rate) and use a new --output"
+)
 ADVERSARIAL_COST = 5  # an adversarial step over a warm-up step, until it is measured
 
 
@@ -77,10 +82,10 @@ class _Pending:
     """A step's reduced sums on their way to the host."""
 
     step: int  # how many steps had been made with it
+    batch: Batch  # whose GPU memory DALI reuses once nothing refers to it
     names: list[str]
     values: Tensor
     ready: torch.cuda.Event | None
-    total: int
     joint: bool
 
     def read(self) -> dict[str, float]:
@@ -89,7 +94,7 @@ class _Pending:
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
-def _send(step: int, sums: dict[str, Tensor], total: int, joint: bool) -> _Pending:
+def _send(step: int, batch: Batch, sums: dict[str, Tensor], joint: bool) -> _Pending:
     names = sorted(sums)
     values = torch.stack([sums[name] for name in names])
     ready = None
@@ -97,7 +102,7 @@ def _send(step: int, sums: dict[str, Tensor], total: int, joint: bool) -> _Pendi
         values = values.to("cpu", non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-    return _Pending(step=step, names=names, values=values, ready=ready, total=total, joint=joint)
+    return _Pending(step=step, batch=batch, names=names, values=values, ready=ready, joint=joint)
 
 
 class Interval:
@@ -139,6 +144,7 @@ class Trainer:
         self.epoch = Interval()
         self.log: TrainingLog | None = None
         self.noise = torch.Generator(device)
+        self.colours = colour_statistics(model, device)
 
     @property
     def position(self) -> Position:
@@ -171,7 +177,7 @@ class Trainer:
             self._finish_warmup()
 
     def _inputs(self, batch: Batch) -> Tensor:
-        images = normalize(batch.images, self.model.mean, self.model.std)
+        images = normalize(batch.images, *self.colours)
         return images.contiguous(memory_format=torch.channels_last)
 
     def _warmup_step(self, batch: Batch) -> None:
@@ -183,7 +189,7 @@ class Trainer:
         rate = config.warmup_rate * warmup_factor(state.step, self.warmup_steps)
         optimizer = state.optimizers["warmup"]
         apply_gradients(state.classifier, optimizer, step.classifier_gradients, rate)
-        self.pending.append(_send(state.step + 1, step.sums, batch.total, joint=False))
+        self.pending.append(_send(state.step + 1, batch, step.sums, joint=False))
 
     def _finish_warmup(self) -> None:
         """Keep the clean classifier; set the target from its accuracy in its last epoch."""
@@ -257,7 +263,7 @@ class Trainer:
             )
             for average, parameter in pairs:
                 average.lerp_(parameter, 1 - config.averaging)
-        self.pending.append(_send(state.step + 1, step.sums, batch.total, joint))
+        self.pending.append(_send(state.step + 1, batch, step.sums, joint))
 
     def _read(self) -> None:
         """Take in the oldest pending step's numbers: the controller, the log, the NaN check.
@@ -269,21 +275,32 @@ class Trainer:
         bad = [name for name, value in sums.items() if not abs(value) < float("inf")]
         if bad:
             raise TrainingError(
-                f"{', '.join(bad)} became NaN or infinite at step {pending.step}; training "
-                "stopped. The last checkpoint is sound: lower the learning rates "
-                "(--corruption-rate, --classifier-rate, --warmup-rate) and use a new --output"
+                f"{', '.join(bad)} became NaN or infinite at step {pending.step}; "
+                f"{NOT_FINITE_REMEDY}"
             )
         if self.state.controller is not None:
             controller = ControllerConfig(
                 target=self.state.target, rate=self.config.controller_rate
             )
             self.state.controller = update(
-                self.state.controller, controller, sums["correct"], pending.total
+                self.state.controller, controller, sums["correct"], pending.batch.total
             )
-        self.interval.add(sums, pending.total, pending.joint)
-        self.epoch.add(sums, pending.total, pending.joint)
-        if pending.step % self.config.log_interval == 0:
+        self.interval.add(sums, pending.batch.total, pending.joint)
+        self.epoch.add(sums, pending.batch.total, pending.joint)
+        borders = (self.warmup_steps, self.steps)  # an interval holds steps of one phase
+        if pending.step % self.config.log_interval == 0 or pending.step in borders:
             self._write_interval(pending.step)
+
+    def check_weights(self) -> None:
+        """Raise TrainingError where a weight is NaN or infinite, which the next step's losses
+        would show, but a checkpoint must not hold. All ranks have the same weights."""
+        for name, net in self.state.nets().items():
+            sound = torch.stack([p.isfinite().all() for p in net.parameters()]).all()
+            if not sound:
+                raise TrainingError(
+                    f"weights of {name} became NaN or infinite by step {self.state.step}; "
+                    f"{NOT_FINITE_REMEDY}"
+                )
 
     def _eta(self, seconds_per_step: float) -> float:
         warmup_left = max(0, self.warmup_steps - self.state.step)
@@ -347,18 +364,24 @@ def _report(trainer: Trainer, rank: int) -> None:
 def train_worker(settings: dict[str, Any]) -> None:
     """Ray Train's worker function. settings: "config" (TrainConfig), "record" (see jobs.cli).
 
-    Raises TrainingError for NaN, and for data that does not fit.
+    A TrainingError, which all ranks meet at the same step, ends the run without another attempt:
+    its message is left in RUN/failure.txt. Anything else is a failure to recover from.
     """
     config: TrainConfig = settings["config"]
     context = ray.train.get_context()
-    rank, ranks = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    rank = context.get_world_rank()
     try:
-        card = read_card(config.data)
-        model = model_config(config, card)
-        trainer = Trainer(config, model, card, device, ranks)
-    except (DataError, ValueError) as error:
-        raise TrainingError(str(error)) from error
+        _train(config, settings["record"], rank, context.get_world_size())
+    except TrainingError as error:
+        if rank == 0:
+            write_atomically(config.output / FAILURE_NAME, str(error).encode())
+
+
+def _train(config: TrainConfig, record: dict[str, Any], rank: int, ranks: int) -> None:
+    device = ray.train.torch.get_device()
+    card = read_card(config.data)
+    model = model_config(config, card)
+    trainer = Trainer(config, model, card, device, ranks)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -378,7 +401,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     )
     while trainer.state.step < trainer.steps:
         trainer.train_epoch(batches)
+        trainer.check_weights()
         _report(trainer, rank)
     if trainer.log is not None:
         trainer.log.close()
-        save_nets(config.output, finished_nets(trainer.state, model), settings["record"])
+        save_nets(config.output, finished_nets(trainer.state, model), record)

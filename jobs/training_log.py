@@ -7,6 +7,8 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from pipeline.shards import write_atomically
+
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 
@@ -23,7 +25,7 @@ class TrainingLog:
         if path.exists():
             lines = path.read_text().splitlines()
             kept = [line for line in lines if _step(line) <= resumed_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         self.file = path.open("a")
         self.events = SummaryWriter(str(run / TENSORBOARD_NAME), purge_step=resumed_step + 1)
 

@@ -17,6 +17,7 @@ from model.controller import ControllerState
 from model.corruption import CorruptionNet
 
 CHECKPOINT_NAME = "state.pt"
+FAILURE_NAME = "failure.txt"
 RAMP_STEPS = 50  # of the learning rates at the start of the adversarial phase
 DECAY_SHARE = 0.3  # of the adversarial phase, at its end, in which they fall to 0
 WARMUP_RAMP_SHARE = 0.1  # of the warm-up, in which the rate rises
@@ -62,27 +63,43 @@ class TrainConfig:
     averaging: float = option(0.99, help="decay of the corruption net's running average, per step")
     min_crop_area: float = option(0.7, help="smallest share of an image that a crop keeps")
     log_interval: int = option(20, help="steps between lines of the log")
-    max_failures: int = option(2, help="worker failures to recover from, from the last epoch")
+    max_failures: int = option(
+        2, help="deaths of workers to recover from, each from the last epoch"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("workers", "epochs", "batch_size", "log_interval", "bottleneck"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-        if self.net_width < 8 or self.net_width % 8:
-            raise ValueError(f"--net-width {self.net_width} must be a multiple of 8")
-        if self.warmup_epochs < 1:
-            raise ValueError(
-                "--warmup-epochs must be at least 1: without a warmed-up classifier the masks "
-                "collapse to nothing and the gate never lets it learn"
-            )
-        if self.target is not None and not 0 < self.target < 1:
-            raise ValueError(f"--target {self.target} must lie between 0 and 1")
-        if not 0 < self.target_share < 1 or not 0 < self.min_crop_area <= 1:
-            raise ValueError("--target-share must lie in (0, 1), --min-crop-area in (0, 1]")
-        if self.area_power not in (1, 2):
-            raise ValueError(f"--area-power {self.area_power} must be 1 or 2")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"--device {self.device} must be auto, cpu or cuda")
+        positive = "a number above 0"
+        checks = {
+            "workers": (self.workers >= 1, "from 1"),
+            "epochs": (self.epochs >= 1, "from 1"),
+            "batch_size": (self.batch_size >= 1, "from 1"),
+            "log_interval": (self.log_interval >= 1, "from 1"),
+            "bottleneck": (self.bottleneck >= 1, "from 1"),
+            "seed": (self.seed >= 0, "from 0"),
+            "max_failures": (self.max_failures >= 0, "from 0"),
+            "net_width": (self.net_width >= 8 and self.net_width % 8 == 0, "a multiple of 8"),
+            "warmup_epochs": (
+                self.warmup_epochs >= 1,
+                "from 1: without a warmed-up classifier the masks collapse to nothing and the "
+                "gate never lets it learn",
+            ),
+            "warmup_rate": (0 < self.warmup_rate < math.inf, positive),
+            "corruption_rate": (0 < self.corruption_rate < math.inf, positive),
+            "classifier_rate": (0 < self.classifier_rate < math.inf, positive),
+            "area_start": (0 < self.area_start < math.inf, positive),
+            "clean_weight": (0 <= self.clean_weight < math.inf, "a number from 0"),
+            "target": (self.target is None or 0 < self.target < 1, "between 0 and 1"),
+            "target_share": (0 < self.target_share < 1, "between 0 and 1"),
+            "controller_rate": (0 < self.controller_rate < 1, "between 0 and 1"),
+            "averaging": (0 <= self.averaging < 1, "from 0, below 1"),
+            "min_crop_area": (0 < self.min_crop_area <= 1, "above 0, up to 1"),
+            "area_power": (self.area_power in (1, 2), "1 or 2"),
+            "device": (self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+        }
+        for name, (good, allowed) in checks.items():
+            if not good:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {getattr(self, name)} is out of range: {allowed}")
 
 
 @dataclass
@@ -159,8 +176,8 @@ def save_state(folder: Path, state: TrainingState) -> None:
 
 def restore_state(folder: Path, state: TrainingState) -> None:
     """Fill a new state from a checkpoint, in place."""
-    device = next(state.classifier.parameters()).device
-    content = torch.load(folder / CHECKPOINT_NAME, map_location=device, weights_only=True)
+    # Onto the CPU first: Adam's step counts stay there, where reading them waits for no GPU.
+    content = torch.load(folder / CHECKPOINT_NAME, map_location="cpu", weights_only=True)
     for name, net in state.nets().items():
         net.load_state_dict(content["nets"][name])
     for name, optimizer in state.optimizers.items():

@@ -4,7 +4,6 @@ Gradients are of sums over the local images divided by the number of images over
 that adding the ranks' gradients gives the gradient of the mean, however unevenly images lie.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,15 +25,14 @@ class Step:
     sums: dict[str, Tensor]
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] in 0..255 -> float32 of zero mean and unit deviation per channel.
 
-    A masked pixel is set to 0 afterwards, that is, to the data set's mean colour.
+    mean, std: float32 [3] on the images' device. A masked pixel is set to 0 afterwards, that is,
+    to the data set's mean colour.
     """
     shape = (1, 3, 1, 1)
-    centre = torch.tensor(mean, device=images.device).view(shape)
-    scale = torch.tensor(std, device=images.device).view(shape)
-    return (images.to(torch.float32) - centre) / scale
+    return (images.to(torch.float32) - mean.view(shape)) / std.view(shape)
 
 
 def mask_probability(

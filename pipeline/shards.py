@@ -9,7 +9,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """What the data-set card says of one split; `rows` counts ledger rows, rejected ones too."""
+    """What the data-set card says of one split: images in its shards, rejected ones, and the
+    number of images in them per class."""
 
     images: int
     rejected: int
@@ -163,6 +164,10 @@ def write_shard(path: Path, samples: Iterable[Sample], image_format: str) -> Sha
     )
 
 
+def _index_members(words: list[str]) -> dict[str, tuple[int, int]]:
+    return {words[i]: (int(words[i + 1]), int(words[i + 2])) for i in range(0, len(words), 4)}
+
+
 def read_index(path: Path) -> list[dict[str, tuple[int, int]]]:
     """The index of shard `path`: for each sample, its members' (offset, size) in bytes.
 
@@ -171,20 +176,18 @@ def read_index(path: Path) -> list[dict[str, tuple[int, int]]]:
     index_path = path.with_suffix(".idx")
     if not index_path.is_file():
         raise DataError(f"{index_path} is missing; run jobs.preprocess again to rebuild the shard.")
-    header, *lines = index_path.read_text().splitlines()
-    version, count = header.split()
-    if version != INDEX_VERSION or int(count) != len(lines):
+    try:
+        header, *lines = index_path.read_text().splitlines()
+        version, count = header.split()
+        whole = version == INDEX_VERSION and int(count) == len(lines)
+        samples = [_index_members(line.split()) for line in lines]
+    except (ValueError, IndexError):
+        whole = False
+    if not whole:
         raise DataError(
-            f"{index_path} is not a whole {INDEX_VERSION} index of {count} samples; "
-            "run jobs.preprocess again to rebuild the shard."
+            f"{index_path} is not a whole {INDEX_VERSION} index; delete it and run "
+            "jobs.preprocess again to rebuild the shard."
         )
-    samples = []
-    for line in lines:
-        words = line.split()
-        members = {
-            words[i]: (int(words[i + 1]), int(words[i + 2])) for i in range(0, len(words), 4)
-        }
-        samples.append(members)
     size = path.stat().st_size
     if samples and max(sum(extent) for extent in samples[-1].values()) > size:
         raise DataError(
@@ -236,8 +239,6 @@ def read_shard(path: Path, card: Card) -> Iterator[Sample]:
 
 def card_to_json(card: Card) -> str:
     """`dataset.json` as text, with sorted keys."""
-    from dataclasses import asdict
-
     return json.dumps(asdict(card), indent=1, sort_keys=True) + "\n"
 
 
@@ -255,13 +256,17 @@ def read_card(data: Path) -> Card:
     try:
         content = json.loads(path.read_text())
         version = content["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); run jobs.preprocess again.") from error
-    if version != FORMAT_VERSION:
-        raise DataError(
-            f"{path} has format version {version}; this program reads {FORMAT_VERSION}. "
-            "Preprocess the images again with this program, or use the one that wrote them."
-        )
+        if version == FORMAT_VERSION:
+            return _card(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); run jobs.preprocess again.") from error
+    raise DataError(
+        f"{path} has format version {version}; this program reads {FORMAT_VERSION}. "
+        "Preprocess the images again with this program, or use the one that wrote them."
+    )
+
+
+def _card(content: dict[str, Any]) -> Card:
     splits = {
         name: Split(
             images=split["images"],

@@ -21,7 +21,7 @@ from jobs.evaluation import (
     predict,
     ranges,
 )
-from jobs.models import load_nets, save_nets
+from jobs.models import colour_statistics, load_nets, save_nets
 from jobs.scoring import centred_shares, check_coverage, join_predictions, matrix, score
 from model.adversarial import normalize
 from pipeline.ledger import read_ledger
@@ -126,7 +126,7 @@ def test_predictions_equal_the_nets_on_each_image_by_itself(
     boxes = matrix(evaluation.predictions, "aln_box")
     for i, sample in enumerate(samples):
         image = torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None].contiguous()
-        x = normalize(image, nets.config.mean, nets.config.std)
+        x = normalize(image, *colour_statistics(nets.config, image.device))
         with torch.no_grad():
             probability = torch.softmax(nets.classifier(x), dim=1)[0].numpy()
             pixels = torch.sigmoid(nets.corruption(x))[0].numpy().astype(np.float64)

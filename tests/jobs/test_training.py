@@ -1,13 +1,13 @@
 import json
 import math
-from itertools import islice
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from jobs.cli import UserError
-from jobs.train import cause, claim_output
+from jobs.train import check_data, claim_output
 from jobs.training import LAG, Trainer, model_config
 from jobs.training_log import METRICS_NAME, TrainingLog, duration, line
 from jobs.training_state import (
@@ -19,7 +19,7 @@ from jobs.training_state import (
     warmup_factor,
 )
 from pipeline.loader import Augmentation, train_batches
-from pipeline.shards import read_card
+from pipeline.shards import DataError, read_card
 
 CPU = torch.device("cpu")
 
@@ -227,18 +227,14 @@ def test_another_configuration_on_the_same_output_is_refused(
         claim_output(other, record(other))
 
 
-def test_the_cause_is_found_under_ray_trains_own_errors() -> None:
-    outer = RuntimeError("worker group failed")
-    outer.worker_failures = {1: ValueError("other"), 0: TrainingError("NaN at step 7")}  # type: ignore[attr-defined]
-    assert cause(outer) == "NaN at step 7"
-    assert cause(RuntimeError("disk on fire")) is None
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"net_width": 20}, "multiple of 8"),
         ({"target": 1.5}, "between 0 and 1"),
+        ({"seed": -1}, "--seed -1"),
+        ({"controller_rate": 2.0}, "--controller-rate"),
+        ({"warmup_rate": math.nan}, "--warmup-rate nan"),
         ({"warmup_epochs": 0}, "collapse"),
         ({"batch_size": 0}, "--batch-size"),
         ({"area_power": 3}, "--area-power"),
@@ -249,10 +245,74 @@ def test_settings_out_of_range_are_refused(changes: dict, message: str) -> None:
         config_for(Path("shards"), **changes)
 
 
-def test_every_interval_of_a_run_is_counted(small_set: Path) -> None:
+def test_intervals_hold_steps_of_one_phase_and_miss_none(small_set: Path, tmp_path: Path) -> None:
+    """Warm-up ends at step 8, training at 16; lines come every 3 steps and at those two."""
     trainer = new_trainer(config_for(small_set, log_interval=3))
+    trainer.log = TrainingLog(tmp_path, 0)
     train_epochs(trainer, 4)
-    card = read_card(small_set)
-    assert trainer.epoch.images == card.splits["train"].images
-    assert trainer.steps == trainer.state.step == 4 * trainer.epoch_steps
-    assert list(islice(trainer.pending, 1)) == []
+    trainer.log.close()
+    found = [json.loads(text) for text in (tmp_path / METRICS_NAME).read_text().splitlines()]
+    assert [values["step"] for values in found] == [3, 6, 8, 9, 12, 15, 16]
+    assert [values["phase"] for values in found] == ["warmup"] * 3 + ["adversarial"] * 4
+    assert all(("area" in values) == (values["phase"] == "adversarial") for values in found)
+    every = new_trainer(config_for(small_set, log_interval=1))
+    (tmp_path / "every").mkdir()
+    every.log = TrainingLog(tmp_path / "every", 0)
+    train_epochs(every, 4)
+    every.log.close()
+    lines = (tmp_path / "every" / METRICS_NAME).read_text().splitlines()
+    areas = [json.loads(text).get("area") for text in lines]
+    assert found[3]["area"] == pytest.approx(areas[8])
+    assert found[4]["area"] == pytest.approx(sum(areas[9:12]) / 3)
+
+
+def test_first_lambda_is_the_stated_multiple_of_the_first_corruption_loss(
+    small_set: Path,
+) -> None:
+    weights_at_start = []
+    for multiple in (0.5, 2.0):
+        trainer = new_trainer(config_for(small_set, area_start=multiple, controller_rate=1e-12))
+        train_epochs(trainer, 3)
+        assert trainer.state.controller is not None
+        weights_at_start.append(trainer.state.controller.area_weight / multiple)
+    assert weights_at_start[0] == pytest.approx(weights_at_start[1], rel=1e-6)
+    assert weights_at_start[0] > 0
+
+
+def test_the_average_follows_the_corruption_net_by_hand(small_set: Path) -> None:
+    """One step of an epoch of one batch: average = .9 x start + .1 x the net after the step."""
+    trainer = new_trainer(config_for(small_set, averaging=0.9, batch_size=64))
+    train_epochs(trainer, 2)
+    start = [p.clone() for p in trainer.state.corruption.parameters()]
+    train_epochs(trainer, 1)
+    for before, after, average in zip(
+        start,
+        trainer.state.corruption.parameters(),
+        trainer.state.corruption_average.parameters(),
+        strict=True,
+    ):
+        torch.testing.assert_close(average, 0.9 * before + 0.1 * after)
+
+
+def test_a_checkpoint_never_holds_a_weight_that_is_not_a_number(small_set: Path) -> None:
+    trainer = new_trainer(config_for(small_set))
+    train_epochs(trainer, 1)
+    trainer.check_weights()
+    with torch.no_grad():
+        next(trainer.state.corruption_average.parameters())[3, 0, 1, 2] = math.inf
+    with pytest.raises(TrainingError, match=r"weights of corruption_average .* step 4;"):
+        trainer.check_weights()
+
+
+def test_damaged_shards_are_named_before_training_starts(small_set: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "shards"
+    shutil.copytree(small_set, copy)
+    check_data(config_for(copy))
+    (copy / "train" / "train-000001.idx").write_text("")
+    with pytest.raises(DataError, match=r"train-000001\.idx"):
+        check_data(config_for(copy))
+    card = json.loads((copy / "dataset.json").read_text())
+    shutil.copy(small_set / "train" / "train-000001.idx", copy / "train")
+    (copy / "dataset.json").write_text(json.dumps(card | {"height": 40}))
+    with pytest.raises(UserError, match="multiples of 16"):
+        check_data(config_for(copy))

@@ -75,10 +75,12 @@ def test_clean_images_enter_the_classifiers_gradient_with_their_weight(setting: 
     assert_equal_gradients(setting["classifier"], result.classifier_gradients)
 
 
-def test_corruption_loss_leaves_the_classifiers_gradients_untouched(setting: dict) -> None:
-    result = step(setting, joint=False)
-    assert result.classifier_gradients is None
+def test_with_a_closed_gate_no_gradient_of_the_classifier_exists(setting: dict) -> None:
+    closed, opened = step(setting, joint=False), step(setting, joint=True)
+    assert closed.classifier_gradients is None
     assert all(p.grad is None for p in setting["classifier"].parameters())
+    pairs = zip(closed.corruption_gradients, opened.corruption_gradients, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_the_classifiers_labels_do_not_reach_the_corruption_gradient(setting: dict) -> None:
@@ -140,5 +142,6 @@ def test_clean_step_is_plain_cross_entropy(setting: dict) -> None:
 
 def test_normalizing_the_mean_colour_gives_the_value_of_a_masked_pixel() -> None:
     images = torch.tensor([100, 150, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    assert normalize(images, (100.0, 150.0, 200.0), (50.0, 50.0, 50.0)).abs().max() == 0
-    assert normalize(images, (0.0, 0.0, 0.0), (50.0, 75.0, 100.0)).unique().tolist() == [2.0]
+    mean, std = torch.tensor([100.0, 150.0, 200.0]), torch.tensor([50.0, 75.0, 100.0])
+    assert normalize(images, mean, std).abs().max() == 0
+    assert normalize(images, torch.zeros(3), std).unique().tolist() == [2.0]

@@ -112,7 +112,7 @@ def learned_accuracy(blanked: bool) -> float:
     torch.manual_seed(0)
     images, labels = small("train", 1600, blanked)
     val_images, val_labels = small("val", 800, blanked)
-    scale = ((120.0,) * 3, (60.0,) * 3)
+    scale = (torch.full((3,), 120.0), torch.full((3,), 60.0))
     net = Classifier(len(CLASS_NAMES), 16)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in range(8):
