@@ -37,10 +37,15 @@ def job(name: str, *arguments: str) -> None:
 
 
 def generate(output: Path, config: SyntheticConfig) -> None:
-    """Write the generated images, unless an earlier demo wrote the same ones."""
+    """Write the generated images, unless an earlier demo wrote the same ones. Raises UserError
+    where it wrote others, which would stay among the new ones."""
     done = output / DONE_NAME
-    if done.is_file() and done.read_text() == repr(config):
-        return
+    if done.is_file():
+        if done.read_text() == repr(config):
+            return
+        raise cli.UserError(
+            f"{output} holds other generated images ({done.read_text()}); use a new --output"
+        )
     write_synthetic(output, config)
     write_atomically(done, repr(config).encode())
 

@@ -91,6 +91,14 @@ def check_compatible(run: Path, config: ModelConfig, data: Path, card: Card) -> 
             f"{config.height}x{config.width}, {data} holds {card.height}x{card.width}. "
             f"Preprocess with --image-size {config.height}."
         )
+    asked, compactness = card.configuration["superpixels"], card.configuration["compactness"]
+    if max(card.max_superpixels, asked) != config.superpixels or compactness != config.compactness:
+        raise UserError(
+            f"checkpoint and shards with different superpixels: {run} was trained with "
+            f"{config.superpixels} at compactness {config.compactness}, {data} has {asked} at "
+            f"{compactness}; the masks would mean something else. Preprocess with --superpixels "
+            f"{config.superpixels} --compactness {config.compactness}."
+        )
 
 
 def _top_classes(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -129,18 +137,18 @@ def predict(
     return columns
 
 
-def predict_range(config: EvaluateConfig, first: int, stop: int) -> pa.Table:
+def predict_range(config: EvaluateConfig, first: int, stop: int, use_gpu: bool) -> pa.Table:
     """Predictions for batches number first..stop-1 of the split: `predict`'s columns and `row`.
 
-    Runs in a Ray task, on CUDA where the task has a GPU. Sets the process to one thread and to
-    deterministic kernels.
+    Runs in a Ray task, on CUDA where the task was given a GPU. Sets the process to one thread and
+    to deterministic kernels.
     """
     from pipeline.loader import evaluation_batches  # DALI: only where batches are made
 
     torch.set_num_threads(1)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not
     torch.use_deterministic_algorithms(True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if use_gpu else "cpu")
     card = read_card(config.data)
     nets = load_nets(config.run)
     for net in (nets.corruption, nets.classifier, nets.clean_classifier):
@@ -190,7 +198,8 @@ def predict_all(
     """
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
-    workers = config.workers or (int(gpus / GPU_SHARE) or int(resources["CPU"]))
+    cores = max(1, int(resources.get("CPU", 1)))
+    workers = config.workers or int(gpus / GPU_SHARE) or cores
     task = ray.remote(num_cpus=1, num_gpus=GPU_SHARE if gpus else 0)(predict_range)
     waiting = deque(ranges(batches, config.shards or TASKS_PER_WORKER * workers))
     running: dict[ray.ObjectRef, tuple[int, int]] = {}
@@ -198,7 +207,7 @@ def predict_all(
     while waiting or running:
         while waiting and len(running) < workers:
             part = waiting.popleft()
-            running[task.remote(config, *part)] = part
+            running[task.remote(config, *part, gpus > 0)] = part
         (reference,), _ = ray.wait(list(running), num_returns=1)
         first, stop = running.pop(reference)
         try:

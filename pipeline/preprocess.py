@@ -96,15 +96,31 @@ def preprocess(config: PreprocessConfig, show: Callable[[Progress], None]) -> Ou
         return Outcome(
             output=plan.output, card=read_card(plan.output), totals=None, progress=progress
         )
+    if not pending:  # an earlier run was refused for its rejected images, which may be mended
+        rejected = {task.name: _rejected(task, plan.output) for task in plan.tasks}
+        if _too_many(sum(rejected.values()), total, config):
+            pending = [task for task in plan.tasks if rejected[task.name]]
+            progress.resumed -= sum(len(task.images) for task in pending)
     if pending:
         _run_tasks(plan, pending, config, progress, show)
     return _finish(plan, config, progress)
+
+
+def _rejected(task: ShardTask, output: Path) -> int:
+    shard = read_facts(task.part(output)).shard
+    return len(task.images) - (shard.images if shard else 0)
+
+
+def _too_many(rejected: int, total: int, config: PreprocessConfig) -> bool:
+    return rejected > config.max_bad_share * total or rejected == total
 
 
 def make_shard(
     task: ShardTask, classes: tuple[str, ...], source: Path, output: Path, config: PreprocessConfig
 ) -> ShardReport:
     """Make one shard with its index and ledger part. Needs no Ray; may be repeated at will."""
+    if not source.is_dir():
+        raise DataError(f"source {source} is not there on this node; mount it on every node.")
     started = time.monotonic()
     part = task.part(output)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -272,13 +288,14 @@ def _finish(plan: Plan, config: PreprocessConfig, progress: Progress) -> Outcome
     parts = [task.part(plan.output) for task in plan.tasks]
     totals = merge_parts(parts, plan.output, list(splits), len(plan.listed.classes))
     rejected = sum(total.rejected for total in totals.values())
-    if rejected > config.max_bad_share * progress.total or rejected == progress.total:
+    if _too_many(rejected, progress.total, config):
         reasons = sum((total.reasons for total in totals.values()), Counter[str]())
         common = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
         raise DataError(
             f"{rejected} of {progress.total} images were rejected ({common}), more than "
             f"--max-bad-share {config.max_bad_share} allows; {plan.output / LEDGER_NAME} names "
-            "them all. Mend the source, or allow more: the finished shards are kept."
+            "them all. Mend the source and run the same command, which makes the shards with "
+            "rejected images again, or allow more."
         )
     card = _card(plan, config, totals)
     write_atomically(plan.output / CARD_NAME, card_to_json(card).encode())

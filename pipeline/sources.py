@@ -271,10 +271,10 @@ def _tiny_image(
 
 
 def _list_folders(source: Path) -> dict[str, list[SourceImage]]:
-    if any(_files(source / name) for name in _folders(source)):
-        roots = {"train": ""}
-    else:
+    if any(_files(source / "train" / name) for name in _folders(source / "train")):
         roots = {"train": "train/", "val": "val/"}
+    else:
+        roots = {"train": ""}
     return {
         split: [
             SourceImage(split=split, id=f"{name}/{file}", path=f"{root}{name}/{file}", wnid=name)

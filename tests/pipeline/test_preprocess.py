@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,6 +269,23 @@ def test_too_many_rejected_images_fail_the_job_and_keep_the_ledger(
     outcome = run(source, output, max_bad_share=0.1)  # more allowed: nothing is made again
     assert (outcome.progress.done, outcome.progress.resumed) == (0, TRAIN + VAL)
     assert read_card(output).splits["train"].rejected == 1
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_mended_images_are_taken_up_by_the_same_command(source: Path, tmp_path: Path) -> None:
+    copy, output = tmp_path / "images", tmp_path / "shards"
+    shutil.copytree(source, copy)
+    good = sorted((copy / "train").rglob("*.JPEG"))[:2]
+    kept = [path.read_bytes() for path in good]
+    for path in good:
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="were rejected"):
+        run(copy, output, max_bad_share=0.1)
+    for path, content in zip(good, kept, strict=True):
+        path.write_bytes(content)
+    run(copy, output, max_bad_share=0.1)
+    run(copy, tmp_path / "fresh", max_bad_share=0.1)
+    assert contents(output) == contents(tmp_path / "fresh")
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -124,6 +124,14 @@ def test_class_folders_become_a_train_split(tmp_path: Path) -> None:
     assert [x.id for x in source.images["train"]] == ["cat/0.WEBP", "cat/1.jpg", "dog/1.png"]
 
 
+def test_a_stray_image_beside_the_classes_does_not_change_the_layout(tmp_path: Path) -> None:
+    touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg", "train/preview.jpg")
+    source = list_images(tmp_path, find_layout(tmp_path))
+    assert source.classes == ("cat", "dog")
+    assert [x.path for x in source.images["train"]] == ["train/cat/1.jpg", "train/dog/1.jpg"]
+    assert [x.path for x in source.images["val"]] == ["val/dog/2.jpg"]
+
+
 def test_class_folders_below_train_and_val_keep_their_split(tmp_path: Path) -> None:
     touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg")
     assert find_layout(tmp_path) == "folders"

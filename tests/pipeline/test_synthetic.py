@@ -5,13 +5,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
 
-from model.adversarial import clean_step, normalize
+from benchmarks.synthetic_controls import learned_accuracy
 from model.baselines import centred_boxes, fit_centred_box, whole_image_boxes
-from model.classifier import Classifier
 from model.metrics import best_iou
-from pipeline.synthetic import CLASS_NAMES, WNIDS, SyntheticConfig, draw_image, write_synthetic
+from pipeline.synthetic import WNIDS, SyntheticConfig, draw_image, write_synthetic
 
 CONFIG = SyntheticConfig()
 
@@ -80,8 +78,8 @@ def test_sizes_places_and_counts_vary_as_stated() -> None:
     assert counts[0] == 0
     assert len(counts) == 4
     assert 0.1 < (counts[2] + counts[3]) / 400 < 0.3
-    assert 0.04 < min(areas) < 0.08
-    assert 0.4 < max(areas) <= 0.51
+    assert 0.05 <= min(areas) < 0.08
+    assert 0.4 < max(areas) <= 0.5
     assert np.std(centres, axis=0).min() > 0.15
     assert np.abs(np.mean(centres, axis=0) - 0.5).max() < 0.05
 
@@ -97,39 +95,10 @@ def test_no_constant_box_scores() -> None:
     assert (best_iou(whole_image_boxes(sizes), truths) >= 0.5).mean() < 0.25
 
 
-def small(split: str, count: int, blanked: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    drawn = [draw_image(CONFIG, split, index) for index in range(count)]
-    images = [
-        cv2.resize(item[1] if blanked else item[0], (64, 64), interpolation=cv2.INTER_AREA)
-        for item in drawn
-    ]
-    labels = torch.tensor([item[2] for item in drawn])
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels
-
-
-def learned_accuracy(blanked: bool) -> float:
-    """Val accuracy of a classifier trained a few epochs on 1600 images."""
-    torch.manual_seed(0)
-    images, labels = small("train", 1600, blanked)
-    val_images, val_labels = small("val", 800, blanked)
-    scale = (torch.full((3,), 120.0), torch.full((3,), 60.0))
-    net = Classifier(len(CLASS_NAMES), 16)
-    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    for _ in range(8):
-        for part in torch.randperm(len(labels)).split(64):
-            batch = normalize(images[part], *scale)
-            gradients = clean_step(net, batch, labels[part], len(part)).classifier_gradients
-            for parameter, gradient in zip(net.parameters(), gradients or (), strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-    with torch.no_grad():
-        answers = net(normalize(val_images, *scale)).argmax(dim=1)
-    return float((answers == val_labels).float().mean())
-
-
 @pytest.mark.parametrize("blanked", [True, False])
 def test_backgrounds_say_nothing_about_the_class_while_objects_do(blanked: bool) -> None:
-    accuracy = learned_accuracy(blanked)
+    """The script that this calls shows the same with all images and 25 epochs."""
+    accuracy = learned_accuracy(blanked, train_images=1600, val_images=800, epochs=8)
     if blanked:
         assert abs(accuracy - 1 / 8) < 0.05
     else:
