@@ -79,7 +79,7 @@ def preprocess_rates(folder: Path, images: int) -> dict[str, float]:
         fastest = 0.0
         for repeat in range(REPEATS):
             job = config(f"job-{workers}-{repeat}", workers)
-            done = preprocess(job, show=quiet).progress
+            done = preprocess(job, quiet, cli.connect_ray).progress
             fastest = max(fastest, done.done / done.seconds)
         rates[f"preprocess, Ray job, {workers} in flight"] = fastest
     return rates
@@ -101,7 +101,7 @@ def loader_rates(data: Path) -> dict[str, float]:
     )
 
     def augmented() -> int:
-        return sum(len(next(batches)[1].labels) for _ in range(30))
+        return sum(len(next(batches).labels) for _ in range(30))
 
     def plain() -> int:
         found = evaluation_batches(

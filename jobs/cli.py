@@ -1,8 +1,10 @@
-"""What every job's command line shares: flags from dataclasses, one-line errors, run records."""
+"""What every job's command line shares: flags from dataclasses, one-line errors, run records, the
+connection to Ray."""
 
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
@@ -11,6 +13,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
+
+import ray
 
 from pipeline.shards import DataError
 
@@ -120,6 +124,34 @@ def record(config: Any) -> dict[str, Any]:
         "commit": commit,
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
     }
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 2:03 under an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def connect_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names, as within `ray job submit`, or start one here.
+
+    Left to itself Ray would also join any cluster once started on this machine.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False,
+            logging_level="warning",
+            log_to_driver=False,  # jobs print what their users need
+        )
+    except ConnectionError as error:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}; unset it to run on this machine."
+        ) from error
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

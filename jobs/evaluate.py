@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from jobs import cli
 from jobs.evaluation import EvaluateConfig, evaluate
 from jobs.report import REPORT_NAME, render, report_pictures
-from pipeline.preprocess import connect_ray
 from pipeline.shards import write_atomically
 
 PREDICTIONS_NAME = "predictions.parquet"
@@ -31,8 +30,8 @@ def progress_printer() -> Callable[[int, int], None]:
         if done < batches and now - last < LINE_SECONDS:
             return
         last = now
-        left = round((now - started) / done * (batches - done))
-        print(f"{done} of {batches} batches, ETA {left // 60}:{left % 60:02d}", flush=True)
+        left = (now - started) / done * (batches - done)
+        print(f"{done} of {batches} batches, ETA {cli.duration(left)}", flush=True)
 
     return show
 
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if config.output.exists() and not config.output.is_dir():
         raise cli.UserError(f"--output {config.output} is a file; give a folder.")
-    connect_ray()
+    cli.connect_ray()
     evaluation = evaluate(config, progress_printer())
     metrics = {**evaluation.metrics, **cli.record(config)}
     pictures = report_pictures(config, evaluation.predictions)

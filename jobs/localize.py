@@ -20,10 +20,10 @@ from model.adversarial import normalize
 from model.localization import localize, mask_map, scale_boxes
 from pipeline.images import ImageError, read_image
 from pipeline.shards import write_atomically
+from pipeline.sources import IMAGE_SUFFIXES
 from pipeline.superpixels import superpixels
 
 BOXES_NAME = "boxes.json"
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 BLEND = 0.45  # weight of the map's colours in an overlay
 BOX_COLOUR = (255, 79, 154)
 
@@ -69,10 +69,12 @@ def find_images(arguments: Sequence[Path]) -> list[Path]:
         inside = sorted(
             path
             for path in argument.rglob("*")
-            if path.suffix.lower() in SUFFIXES and path.is_file()
+            if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
         )
         if not inside:
-            raise UserError(f"folder {argument} holds no image files ({', '.join(SUFFIXES)}).")
+            raise UserError(
+                f"folder {argument} holds no image files ({', '.join(IMAGE_SUFFIXES)})."
+            )
         found += inside
     return found
 

@@ -14,7 +14,8 @@ BAR_CELLS = 24
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job with command-line flags (`--help` lists them)."""
     config = cli.parse(PreprocessConfig, argv, "Turn a collection of images into shards.")
-    outcome = preprocess(config, progress_printer(terminal=sys.stdout.isatty()))
+    show = progress_printer(terminal=sys.stdout.isatty())
+    outcome = preprocess(config, show, cli.connect_ray)
     if outcome.totals is None:
         print(f"{outcome.output} was finished before: {_counts(outcome)}. Nothing to do.")
         return
@@ -26,8 +27,8 @@ def progress_line(progress: Progress) -> str:
     """`done of all`, rejected, images/s of this run and the time left in minutes and seconds."""
     done = progress.resumed + progress.done
     rate = progress.done / progress.seconds if progress.seconds else 0.0
-    left = round((progress.total - done) / rate) if rate else None
-    eta = "unknown" if left is None else f"{left // 60}:{left % 60:02d}"
+    left = (progress.total - done) / rate if rate else None
+    eta = "unknown" if left is None else cli.duration(left)
     return (
         f"{done} of {progress.total} images, {progress.rejected} rejected, "
         f"{rate:.0f} images/s, ETA {eta}"

@@ -23,7 +23,6 @@ from jobs.models import MODEL_NAME
 from jobs.training_log import METRICS_NAME, line
 from jobs.training_state import FAILURE_NAME, TrainConfig
 from model.corruption import STRIDE
-from pipeline.preprocess import connect_ray
 from pipeline.shards import CARD_NAME, read_card, read_index, shard_paths, write_atomically
 
 RUN_NAME = "run.json"
@@ -128,7 +127,7 @@ def train(config: TrainConfig) -> None:
     if (config.output / MODEL_NAME).exists():
         print(f"{config.output / MODEL_NAME} is there already: nothing left to train")
         return
-    connect_ray()
+    cli.connect_ray()
     check_resources(config)
     use_gpu = config.device == "cuda" or (
         config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers

@@ -155,14 +155,14 @@ class Trainer:
     def warming_up(self) -> bool:
         return self.state.step < self.warmup_steps
 
-    def train_epoch(self, batches: Iterator[tuple[Position, Batch]]) -> None:
+    def train_epoch(self, batches: Iterator[Batch]) -> None:
         """All steps up to the next epoch; afterwards nothing is pending."""
         self.epoch = Interval()
         if self.interval.steps == 0:
             self.interval = Interval()  # the barrier between epochs is not training time
         for _ in range(self.epoch_steps):
             start = time.perf_counter()
-            _, batch = next(batches)
+            batch = next(batches)
             self.interval.waiting += time.perf_counter() - start
             if self.warming_up:
                 self._warmup_step(batch)

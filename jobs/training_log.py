@@ -7,6 +7,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from jobs.cli import duration
 from pipeline.shards import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
@@ -48,13 +49,6 @@ def _step(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:
         return math.inf  # the last line of a killed run may be cut off
-
-
-def duration(seconds: float) -> str:
-    """1:02:03, or 2:03 under an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def line(values: dict[str, Any]) -> str:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from pipeline.shards import Card, DataError, read_index, shard_paths, split_of
 
+THREADS = 1  # of DALI's own on the CPU; a training worker has one core
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
@@ -214,7 +216,7 @@ def _graph(source, card: Card, augment: bool, gpu: bool):  # type: ignore[no-unt
         region = {"size": [card.height, card.width], "roi_start": outputs[2], "roi_end": outputs[3]}
         images = fn.resize(images, interp_type=types.INTERP_LINEAR, antialias=False, **region)
         segments = fn.resize(segments, interp_type=types.INTERP_NN, **region)
-    return fn.transpose(images, perm=[2, 0, 1]), segments
+    return fn.transpose(images, perm=[2, 0, 1]), fn.cast(segments, dtype=types.INT64)
 
 
 def _run(
@@ -223,7 +225,6 @@ def _run(
     max_batch: int,
     augment: bool,
     device: torch.device,
-    threads: int,
 ) -> Iterator[Batch]:
     pending: deque[tuple[np.ndarray, np.ndarray, int, int]] = deque()
 
@@ -241,7 +242,7 @@ def _run(
         augment=augment,
         gpu=gpu,
         batch_size=max_batch,
-        num_threads=threads,
+        num_threads=THREADS,
         device_id=(device.index or 0) if gpu else None,
         prefetch_queue_depth=2,
         exec_dynamic=True,  # outputs own their memory, so tensors need no copy
@@ -255,7 +256,7 @@ def _run(
         labels, rows, total, offset = pending.popleft()
         yield Batch(
             images=torch.from_dlpack(images.as_tensor()),
-            segments=torch.from_dlpack(segments.as_tensor()).squeeze(-1).to(torch.int64),
+            segments=torch.from_dlpack(segments.as_tensor()).squeeze(-1),
             labels=torch.from_numpy(labels).to(device, non_blocking=True),
             index=torch.from_numpy(rows).to(device, non_blocking=True),
             total=total,
@@ -274,17 +275,15 @@ def train_batches(
     start: Position,
     augmentation: Augmentation,
     device: torch.device,
-    split: str = "train",
-    threads: int = 1,
-) -> Iterator[tuple[Position, Batch]]:
-    """Endless batches of `rank`, from `start` on, each with the position that follows it.
+) -> Iterator[Batch]:
+    """Endless batches of the train split for `rank`, from `start` on, in the order of positions.
 
     batch_size: images per step over all ranks, at most (see `step_range`). Every rank gets the
     same number of batches, and every sample comes exactly once an epoch over all ranks, in an
     order and with crops that depend on (seed, epoch, step) alone. Raises DataError for shards
     that do not fit their card or index, and for fewer samples than ranks.
     """
-    samples = Samples(data, card, split)
+    samples = Samples(data, card, "train")
     steps = steps_per_epoch(len(samples), batch_size, ranks)
 
     def requests() -> Iterator[_Request]:
@@ -307,17 +306,7 @@ def train_batches(
                 )
             epoch, first_step = epoch + 1, 0
 
-    position = start
-    max_batch = -(-batch_size // ranks)
-    for batch in _run(samples, requests(), max_batch, True, device, threads):
-        last = position.step + 1 == steps
-        position = Position(epoch=position.epoch + last, step=0 if last else position.step + 1)
-        yield position, batch
-
-
-def evaluation_batch_count(card: Card, split: str, batch_size: int) -> int:
-    """Number of batches when the split is cut in order; the last one may be smaller."""
-    return -(-split_of(card, split).images // batch_size)
+    yield from _run(samples, requests(), -(-batch_size // ranks), True, device)
 
 
 def evaluation_batches(
@@ -329,7 +318,6 @@ def evaluation_batches(
     first: int,
     stop: int,
     device: torch.device,
-    threads: int = 1,
 ) -> Iterator[Batch]:
     """Batches number first..stop-1 of the split cut in order, unaugmented.
 
@@ -342,4 +330,4 @@ def evaluation_batches(
             places = np.arange(number * batch_size, min((number + 1) * batch_size, len(samples)))
             yield _Request(places=places, starts=None, ends=None, total=len(places), offset=0)
 
-    yield from _run(samples, requests(), batch_size, False, device, threads)
+    yield from _run(samples, requests(), batch_size, False, device)

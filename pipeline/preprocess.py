@@ -6,7 +6,6 @@ the same command goes on from the shards that are there.
 
 import itertools
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -80,12 +79,14 @@ class Outcome:
     progress: Progress
 
 
-def preprocess(config: PreprocessConfig, show: Callable[[Progress], None]) -> Outcome:
+def preprocess(
+    config: PreprocessConfig, show: Callable[[Progress], None], connect: Callable[[], None]
+) -> Outcome:
     """Make the set of shards that `config` asks for, going on where an earlier run stopped.
 
-    `show` is called after each shard and about every second. Joins the Ray cluster of RAY_ADDRESS,
-    or starts one here. Raises DataError for a source or output that cannot be used,
-    for shards that failed repeatedly and for too many rejected images.
+    `show` is called after each shard and about every second; `connect`, which must leave Ray
+    initialized, only where there is something to make. Raises DataError for a source or output
+    that cannot be used, for shards that failed repeatedly and for too many rejected images.
     """
     plan = make_plan(config)
     claim_output(plan)
@@ -102,6 +103,7 @@ def preprocess(config: PreprocessConfig, show: Callable[[Progress], None]) -> Ou
             pending = [task for task in plan.tasks if rejected[task.name]]
             progress.resumed -= sum(len(task.images) for task in pending)
     if pending:
+        connect()
         _run_tasks(plan, pending, config, progress, show)
     return _finish(plan, config, progress)
 
@@ -214,27 +216,6 @@ def _make_sample(
     )
 
 
-def connect_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, as within `ray job submit`, or start one here.
-
-    Left to itself Ray would also join any cluster once started on this machine.
-    """
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    try:
-        ray.init(
-            address=address,
-            include_dashboard=False,
-            logging_level="warning",
-            log_to_driver=False,  # jobs print what their users need
-        )
-    except ConnectionError as error:
-        raise DataError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}; unset it to run on this machine."
-        ) from error
-
-
 def _run_tasks(
     plan: Plan,
     pending: list[ShardTask],
@@ -242,7 +223,6 @@ def _run_tasks(
     progress: Progress,
     show: Callable[[Progress], None],
 ) -> None:
-    connect_ray()
     workers = config.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     remote = ray.remote(max_retries=ATTEMPTS - 1)(make_shard)
     classes, started = plan.listed.classes, time.monotonic()

@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two cores are shared with R
 import pytest
 import ray
 
+from jobs import cli
 from pipeline.plan import PreprocessConfig
 from pipeline.preprocess import preprocess
 from pipeline.synthetic import SyntheticConfig, write_synthetic
@@ -38,5 +39,5 @@ def small_set(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Path
         superpixels=25,
         samples_per_shard=20,
     )
-    preprocess(config, show=lambda progress: None)
+    preprocess(config, lambda progress: None, cli.connect_ray)
     return folder / "shards"

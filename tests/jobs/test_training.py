@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.cli import UserError
+from jobs.cli import UserError, duration
 from jobs.train import check_data, claim_output
 from jobs.training import LAG, Trainer, model_config
-from jobs.training_log import METRICS_NAME, TrainingLog, duration, line
+from jobs.training_log import METRICS_NAME, TrainingLog, line
 from jobs.training_state import (
     TrainConfig,
     TrainingError,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs import cli
 from jobs.preprocess import progress_line, summary
 from pipeline.ledger import read_ledger
 from pipeline.preprocess import (
@@ -83,7 +84,7 @@ def quiet(progress: Progress) -> None:
 
 
 def run(source: Path, output: Path, **changes: Any) -> Outcome:
-    return preprocess(configured(source, output, **changes), quiet)
+    return preprocess(configured(source, output, **changes), quiet, cli.connect_ray)
 
 
 def contents(output: Path) -> dict[str, str]:
@@ -372,7 +373,11 @@ def test_a_job_killed_midway_goes_on_and_writes_the_same_bytes(tmp_path: Path) -
     resumed = job(source, output)
     assert resumed.returncode == 0, resumed.stderr
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
-    preprocess(PreprocessConfig(source=str(source), output=str(whole), samples_per_shard=25), quiet)
+    preprocess(
+        PreprocessConfig(source=str(source), output=str(whole), samples_per_shard=25),
+        quiet,
+        cli.connect_ray,
+    )
     assert contents(output) == contents(whole)
     again = job(source, output)
     assert again.returncode == 0
