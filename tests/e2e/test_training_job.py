@@ -1,6 +1,7 @@
 """`python -m jobs.train` with two Ray Train workers: killed, resumed, and failing clearly."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,11 @@ def train(data: Path, output: Path, *more: str) -> tuple[str, ...]:
 def metrics(output: Path) -> list[dict]:
     path = output / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def past_step_10(output: Path) -> bool:
+    """In the middle of the third of five epochs."""
+    return any(values["step"] >= 10 for values in metrics(output))
 
 
 def weights(run_folder: Path) -> torch.Tensor:
@@ -62,18 +68,27 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bits(
     finished: Path, small_set: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-
-    def mid_epoch() -> bool:
-        steps = [values["step"] for values in metrics(output)]
-        return any(step >= 10 for step in steps)
-
-    kill_when(mid_epoch, *train(small_set, output))
+    kill_when(lambda: past_step_10(output), *train(small_set, output))
     assert not (output / "model.pt").exists()
     result = run(*train(small_set, output))
     assert result.returncode == 0, result.stderr
     assert "step 1/" not in result.stdout, "started anew"
     assert [values["step"] for values in metrics(output)] == list(range(1, 21))
     assert torch.equal(weights(output), weights(finished))
+
+
+def test_a_run_goes_on_with_another_number_of_workers(
+    finished: Path, small_set: Path, tmp_path: Path
+) -> None:
+    """Batches, crops and mask samples are the same, so only the rounding of sums may differ."""
+    output = tmp_path / "run"
+    kill_when(lambda: past_step_10(output), *train(small_set, output))
+    result = run(*train(small_set, output, "--workers", "1"))
+    assert result.returncode == 0, result.stderr
+    for alone, together in zip(metrics(output)[8:12], metrics(finished)[8:12], strict=True):
+        assert alone["classifier_loss"] == pytest.approx(together["classifier_loss"], rel=1e-3)
+        assert alone["accuracy"] == pytest.approx(together["accuracy"], abs=0.07)
+    torch.testing.assert_close(weights(output), weights(finished), rtol=0.2, atol=0.02)
 
 
 def test_a_second_start_on_a_finished_run_does_nothing_and_says_so(
@@ -101,6 +116,26 @@ def test_not_a_number_is_one_line_and_a_failure(small_set: Path, tmp_path: Path)
     assert "became NaN or infinite" in errors[0]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run" / "model.pt").exists()
+    steps = [values["step"] for values in metrics(tmp_path / "run")]
+    assert len(steps) == len(set(steps)) < 10  # one attempt: another would end the same way
+
+
+def test_a_missing_shard_is_one_line_before_anything_starts(
+    small_set: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "shards"
+    shutil.copytree(small_set, copy)
+    (copy / "train" / "train-000002.tar").unlink()
+    result = run(*train(copy, tmp_path / "run"))
+    assert result.returncode == 1
+    assert "train-000002.tar is missing" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_more_workers_than_cores_is_one_line_not_a_wait(small_set: Path, tmp_path: Path) -> None:
+    result = run(*train(small_set, tmp_path / "run", "--workers", "12", "--batch-size", "48"))
+    assert result.returncode == 1
+    assert "--workers 12 asks for as many CPUs" in result.stderr
 
 
 def test_missing_shards_are_one_line(tmp_path: Path) -> None:
