@@ -12,6 +12,7 @@ from pipeline.shards import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
+FULL, EMPTY = 0.95, 0.005  # masked areas past which the masks say nothing of the object
 
 
 class TrainingLog:
@@ -63,6 +64,10 @@ def line(values: dict[str, Any]) -> str:
         parts += [f"classifier loss {values['classifier_loss']:.3f}"]
         parts += [f"masked accuracy {values['accuracy']:.3f} (target {values['target']:.3f})"]
         parts += [f"lambda {values['area_weight']:.3g}", f"area {values['area']:.3f}"]
+        if values["area"] > FULL:
+            parts += ["MASKS COVER EVERYTHING: the target is too low, raise --target-share"]
+        if values["area"] < EMPTY:
+            parts += ["MASKS ARE EMPTY: the area weighs too much, lower --area-start"]
     parts += [f"{values['images_per_second']:.0f} images/s", f"waiting {values['waiting']:.1%}"]
     parts += [f"ETA {duration(values['eta_seconds'])}"]
     return " | ".join(parts)

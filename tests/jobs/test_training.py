@@ -208,6 +208,21 @@ def test_a_line_names_all_that_is_watched() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("area", "words"), [(0.99, "COVER EVERYTHING"), (0.001, "ARE EMPTY"), (0.3, None)]
+)
+def test_collapsed_masks_are_named_with_a_remedy(area: float, words: str | None) -> None:
+    values = dict.fromkeys(
+        ("step", "steps", "epoch", "accuracy", "target", "area_weight", "joint_share"), 1
+    )
+    values |= dict.fromkeys(
+        ("corruption_loss", "classifier_loss", "images_per_second", "waiting", "eta_seconds"), 1
+    )
+    text = line(values | {"phase": "adversarial", "area": area})
+    assert ("MASKS" in text) == (words is not None)
+    assert words is None or words in text
+
+
 def test_durations_under_an_hour_show_minutes() -> None:
     assert [duration(seconds) for seconds in (0, 61, 3600)] == ["0:00", "1:01", "1:00:00"]
 
