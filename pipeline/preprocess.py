@@ -241,6 +241,12 @@ def _run_tasks(
             except ray.exceptions.RayError as error:
                 failures[task.name] = _reason(error)
                 continue
+            if not task.part(plan.output).is_file():
+                failures[task.name] = (
+                    "it was made on another node, and its files are not visible here; --output "
+                    "must lie on storage that all nodes share"
+                )
+                continue
             progress.done += report.accepted + report.rejected
             progress.rejected += report.rejected
             progress.task_seconds[task.split] += report.seconds

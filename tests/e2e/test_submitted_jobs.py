@@ -105,6 +105,10 @@ def test_a_failing_submitted_job_fails_with_its_line(
 def test_the_head_refuses_a_caller_without_the_token(
     cluster: dict[str, str], tmp_path: Path
 ) -> None:
-    stranger = cluster | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
-    result = subprocess.run([RAY, "job", "list"], env=stranger, capture_output=True, check=False)
+    (tmp_path / "token").write_text(secrets.token_hex(32))
+    stranger = cluster | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    result = subprocess.run(
+        [RAY, "job", "list"], env=stranger, capture_output=True, text=True, check=False
+    )
     assert result.returncode != 0
+    assert "token" in (result.stdout + result.stderr).lower()
