@@ -76,7 +76,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if config.output.exists() and not config.output.is_dir():
         raise cli.UserError(f"--output {config.output} is a file; give a folder.")
-    cli.connect_ray()
     evaluation = evaluate(config, progress_printer())
     metrics = {**evaluation.metrics, **cli.record(config)}
     pictures = report_pictures(config, evaluation.predictions)

@@ -19,7 +19,7 @@ import torch
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
-from jobs.cli import UserError, option
+from jobs.cli import UserError, connect_ray, option
 from jobs.models import MODEL_NAME, ModelConfig, Nets, colour_statistics, load_nets
 from jobs.scoring import (
     TOP,
@@ -222,7 +222,7 @@ def predict_all(
 
 
 def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Evaluation:
-    """Predict and score a split. Needs an initialized Ray; writes nothing.
+    """Predict and score a split over Ray, see `connect_ray`; writes nothing.
 
     Raises UserError or DataError, each of one line, for folders that do not fit each other.
     """
@@ -236,6 +236,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Ev
     check_compatible(config.run, load_nets(config.run).config, config.data, card)
     columns = ["row", "key", "id", "label", "shard", "width", "height", "boxes"]
     ledger = read_ledger(config.data, config.split, columns)
+    connect_ray()
     predicted = predict_all(config, -(-split.images // config.batch_size), progress)
     check_coverage(predicted["row"].to_numpy(), ledger)
     shares, source = centred_shares(config.data, card)

@@ -57,6 +57,8 @@ def claim_output(config: TrainConfig, record: dict[str, Any]) -> None:
                 "Use a new --output, or the same flags to go on with that run."
             )
         return
+    if config.output.exists() and not config.output.is_dir():
+        raise cli.UserError(f"--output {config.output} is a file; give a folder")
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
