@@ -151,6 +151,8 @@ def train(config: TrainConfig) -> None:
     printer.start()
     try:
         trainer.fit()
+    except SystemExit:  # how Ray Train answers Ctrl-C, once its workers have ended
+        raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
         reason = str(next(iter(failures.values()), error)).strip().splitlines()[-1]
