@@ -31,7 +31,7 @@ from jobs.scoring import (
 )
 from model.adversarial import normalize
 from model.baselines import blur, class_activation_map, gradient_saliency
-from model.localization import BOX_RULE, localize, mask_map
+from model.localization import RULE_TEXTS, localize, mask_map
 from model.metrics import PROTOCOL
 from pipeline.ledger import read_ledger
 from pipeline.shards import Card, DataError, read_card, sha256_file, split_of
@@ -252,7 +252,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Ev
         "images": split.images,
         "rejected": split.rejected,
         "protocol": PROTOCOL,
-        "box_rule": BOX_RULE,
+        "box_rule": RULE_TEXTS["paper"],
         **scored,
         "class_names": dict(zip(card.classes, card.class_names, strict=True)),
         "data_configuration": card.configuration,

@@ -3,6 +3,8 @@
 Boxes are [x0, y0, x1, y1] in inclusive integer pixels: a box of one pixel has x0 = x1.
 """
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 from torch import Tensor, nn
@@ -11,9 +13,7 @@ from model.adversarial import mask_probability
 from model.masking import paint
 
 MEAN_WEIGHT, MAX_WEIGHT = 0.7, 0.3
-BOX_RULE = (
-    f"threshold {MEAN_WEIGHT} mean + {MAX_WEIGHT} max; box of the largest 8-connected component"
-)
+KEPT_SHARE = 0.35  # of the pixels lies above the "quantile" rule's threshold
 # Sums of float32 values over superpixels leave about this much noise on a map without content.
 FLAT = 1e-5
 
@@ -33,29 +33,56 @@ def adaptive_threshold(values: np.ndarray) -> float:
     return mean + MAX_WEIGHT * (float(values.max()) - mean)
 
 
-def map_box(values: np.ndarray) -> np.ndarray | None:
-    """The box of the largest 8-connected component strictly above the adaptive threshold.
+def mean_threshold(values: np.ndarray) -> float:
+    """The mean of a map, in float64."""
+    return float(values.mean(dtype=np.float64))
 
-    values: float [H, W]; scaling or shifting a map does not move its box, so a map need not lie
-    in [0, 1]. Returns int64 [4]. Of components with equally many pixels the topmost wins, then
-    the leftmost. None for a flat map (the same value everywhere, up to rounding), of which
-    nothing is above the threshold. Raises ValueError for NaN or infinite values.
+
+def quantile_threshold(values: np.ndarray) -> float:
+    """The value that 0.35 of a map's pixels exceed, fewer where values are equal; where more of
+    them are at the maximum, the largest value below it, so that those exceed it."""
+    kept = int(KEPT_SHARE * values.size)
+    threshold = np.partition(values, values.size - kept - 1, axis=None)[values.size - kept - 1]
+    if threshold == values.max():
+        threshold = values[values < threshold].max()
+    return float(threshold)
+
+
+# Scaling or shifting a map moves no rule's box, so a map need not lie in [0, 1].
+RULES: dict[str, Callable[[np.ndarray], float]] = {
+    "paper": adaptive_threshold,
+    "mean": mean_threshold,
+    "quantile": quantile_threshold,
+}
+RULE_TEXTS = {
+    "paper": f"threshold {MEAN_WEIGHT} mean + {MAX_WEIGHT} max",
+    "mean": "threshold at the mean",
+    "quantile": f"threshold that {KEPT_SHARE} of the pixels exceed",
+}
+
+
+def map_box(values: np.ndarray, rule: str = "paper") -> np.ndarray | None:
+    """The box of the largest 8-connected component strictly above the threshold of a rule.
+
+    values: float [H, W]; rule: a name of RULES. Returns int64 [4]. Of components with equally
+    many pixels the topmost wins, then the leftmost. None for a flat map (the same value
+    everywhere, up to rounding), of which nothing is above the threshold. Raises ValueError for
+    NaN or infinite values.
     """
     if not np.isfinite(values).all():
         raise ValueError(
             f"the map of {values.shape[0]} x {values.shape[1]} pixels holds NaN or infinite "
             "values, from which no box follows; the net that made it has diverged: train it again."
         )
-    threshold = adaptive_threshold(values)
-    if float(values.max()) - threshold <= FLAT * float(np.abs(values).max()):
+    if float(values.max()) - adaptive_threshold(values) <= FLAT * float(np.abs(values).max()):
         return None
-    above = (values > threshold).astype(np.uint8)
+    above = (values > RULES[rule](values)).astype(np.uint8)
     stats = cv2.connectedComponentsWithStats(above, connectivity=8)[2][1:].tolist()
     x, y, width, height, _ = min(stats, key=lambda s: (-s[4], s[1], s[0], s[3], s[2]))
     return np.array([x, y, x + width - 1, y + height - 1], np.int64)
 
 
-def localize(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def localize(maps: np.ndarray, rule: str = "paper") -> tuple[np.ndarray, np.ndarray]:
     """`map_box` of each map: float [B, H, W] -> boxes int64 [B, 4], found bool [B].
 
     A flat map says nothing about the place: its box is the whole map and its `found` False.
@@ -64,22 +91,22 @@ def localize(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     boxes = np.tile(np.array([0, 0, width - 1, height - 1], np.int64), (len(maps), 1))
     found = np.zeros(len(maps), bool)
     for i, values in enumerate(maps):
-        box = map_box(values)
+        box = map_box(values, rule)
         if box is not None:
             boxes[i], found[i] = box, True
     return boxes, found
 
 
-def scale_boxes(boxes: np.ndarray, stored: tuple[int, int], sizes: np.ndarray) -> np.ndarray:
-    """Boxes in pixels of the stored size -> boxes in pixels of the original images.
+def scale_boxes(boxes: np.ndarray, stored: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Boxes in pixels of one size -> boxes in pixels of another, of the same images.
 
-    boxes: integer [N, 4]; stored: (H, W); sizes: integer [N, 2], original (height, width). The
-    edges of the pixels are scaled, x and y alone, and rounded to the nearest original edge, in
-    integers: the whole map gives the whole image. Returns int64 [N, 4], within the image and of
-    at least one pixel.
+    boxes: integer [N, 4]; stored, sizes: integer (height, width) or [N, 2], from and to. The
+    edges of the pixels are scaled, x and y alone, and rounded to the nearest edge, in integers:
+    the whole of one is the whole of the other. Returns int64 [N, 4], within the image and of at
+    least one pixel.
     """
-    from_size = np.array([stored[1], stored[0]])
-    to_size = sizes[:, ::-1].astype(np.int64)
+    from_size = np.asarray(stored, np.int64)[..., ::-1]
+    to_size = np.asarray(sizes, np.int64)[..., ::-1]
 
     def edge(position: np.ndarray) -> np.ndarray:
         return (2 * position * to_size + from_size) // (2 * from_size)

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from model.localization import adaptive_threshold, localize, map_box, mask_map, scale_boxes
+from model.localization import (
+    adaptive_threshold,
+    localize,
+    map_box,
+    mask_map,
+    quantile_threshold,
+    scale_boxes,
+)
 
 
 def reference_box(values: np.ndarray) -> list[int]:
@@ -138,3 +145,27 @@ def test_the_mask_map_is_constant_on_each_superpixel_and_keeps_its_mean() -> Non
     for label in range(3):
         inside = segments.numpy() == label
         np.testing.assert_allclose(values.numpy()[inside], p[inside].mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("rule", "box"), [("paper", [1, 1, 1, 1]), ("mean", [1, 1, 2, 2])])
+def test_each_rule_cuts_at_its_own_threshold(rule: str, box: list[int]) -> None:
+    values = np.zeros((4, 4))
+    values[1:3, 1:3] = 0.5
+    values[1, 1] = 4.0  # mean 5.5 / 16 = .34; the paper's threshold .7 * .34 + .3 * 4 = 1.44
+    found = map_box(values, rule)
+    assert found is not None
+    assert found.tolist() == box
+
+
+def test_quantile_rule_keeps_its_share_of_a_ramp() -> None:
+    ramp = np.arange(100.0).reshape(10, 10)
+    assert (ramp > quantile_threshold(ramp)).sum() == 35
+
+
+def test_quantile_rule_keeps_all_of_a_large_plateau_at_the_maximum() -> None:
+    values = np.zeros((10, 10))
+    values[2:9, 1:9] = 1.0
+    values[0, 0] = 0.5
+    found = map_box(values, "quantile")
+    assert found is not None
+    assert found.tolist() == [1, 2, 8, 8]
