@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jobs.cli import UserError
 from pipeline.sources import IMAGE_SUFFIXES
@@ -205,3 +207,26 @@ def class_indices(
             "or mend the line."
         )
     return found
+
+
+def slots(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... within each group of so many."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def parquet_columns(path: Path, types: dict[str, pa.DataType]) -> dict[str, pa.Array]:
+    """The named columns of a Parquet file, cast; `labels` may be missing."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; check the name.")
+    try:
+        table = pq.read_table(path, partitioning=None)
+        wanted = [name for name in types if name != "labels" or name in table.column_names]
+        columns = {name: table[name].combine_chunks().cast(types[name]) for name in wanted}
+    except (pa.ArrowException, KeyError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read ({str(error)[:SHOWN]}); expected a Parquet file with columns "
+            + ", ".join(f"{name} ({kind})" for name, kind in types.items())
+        ) from error
+    if not len(columns["id"]):
+        raise UserError(f"{path} has no rows; expected one per image. Make it again.")
+    return columns
