@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.shards import DataError, Shard, read_index, write_atomically
+from pipeline import storage
+from pipeline.shards import Shard, read_index, write_atomically
+from pipeline.storage import DataError
 
 LEDGER_NAME = "ledger.parquet"
 OK, REJECTED = "ok", "rejected"
@@ -141,24 +143,31 @@ def _add(totals: Totals, table: pa.Table) -> None:
 
 
 def read_ledger(
-    data: Path,
+    data: str | Path,
     split: str,
     columns: Sequence[str] | None = None,
     status: str | None = OK,
 ) -> pa.Table:
-    """The ledger's rows of one split of the set in folder `data`, in row order.
+    """The ledger's rows of one split of the set at place `data`, in row order.
 
     columns: those wanted (see SCHEMA), all by default. status: only rows of this status, those
     with a sample by default; None gives every row. Raises DataError where there is no ledger.
     """
-    path = data / LEDGER_NAME
-    if not path.is_file():
-        raise DataError(f"{path} is missing; run jobs.preprocess again to finish the set.")
+    place = storage.join(data, LEDGER_NAME)
     chosen = pc.field("split") == split
     if status is not None:
         chosen &= pc.field("status") == status
     names = list(columns) if columns is not None else None
+
+    def read() -> pa.Table:
+        with storage.open_input(place) as file:
+            return pq.read_table(file, columns=names, filters=chosen, partitioning=None)
+
     try:
-        return pq.read_table(path, columns=names, filters=chosen, partitioning=None)
+        return storage.attempt(place, read)
+    except storage.MissingError as error:
+        raise DataError(
+            f"{place} is missing; run jobs.preprocess again to finish the set."
+        ) from error
     except pa.ArrowException as error:
-        raise DataError(f"{path} cannot be read ({error}); run jobs.preprocess again.") from error
+        raise DataError(f"{place} cannot be read ({error}); run jobs.preprocess again.") from error

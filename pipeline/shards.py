@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
+from pipeline import storage
+from pipeline.storage import DataError
+
 FORMAT_VERSION = 1
 CARD_NAME = "dataset.json"
 JPEG_QUALITY = 95
 INDEX_VERSION = "v1.2"  # of DALI's webdataset index files
-
-
-class DataError(ValueError):
-    """Data that cannot be used: the message names what was given, and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +196,35 @@ def read_index(path: Path) -> list[dict[str, tuple[int, int]]]:
     return samples
 
 
+def index_shard(path: Path) -> bytes:
+    """The index of shard `path`, made anew from its tar headers, as `write_shard` writes it.
+
+    Raises DataError for a file that is not a whole USTAR tar of samples.
+    """
+    lines: list[list[str]] = []
+    content = np.memmap(path, np.uint8, mode="r")
+    position, last = 0, None
+    try:
+        while (header := content[position : position + tarfile.BLOCKSIZE].tobytes())[0]:
+            if header[257:262] != b"ustar" or header[156:157] != tarfile.REGTYPE:
+                raise ValueError(f"no plain USTAR header at byte {position}")
+            name = header[:100].rstrip(b"\0").decode()
+            size = int(header[124:135], 8)
+            position += tarfile.BLOCKSIZE
+            key, extension = name.split(".", 1)
+            if key != last:
+                lines.append([])
+            last = key
+            lines[-1].append(f"{extension} {position} {size} {name}")
+            position += -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    except (ValueError, IndexError) as error:
+        raise DataError(
+            f"{path} is no shard of samples ({error}); run jobs.preprocess again."
+        ) from error
+    text = "".join(" ".join(line) + "\n" for line in lines)
+    return f"{INDEX_VERSION} {len(lines)}\n{text}".encode()
+
+
 def decode_sample(key: str, members: dict[str, bytes], card: Card) -> Sample:
     """A sample from its members' bytes (the inverse of `write_shard`)."""
     shape = (card.height, card.width)
@@ -242,26 +270,38 @@ def card_to_json(card: Card) -> str:
     return json.dumps(asdict(card), indent=1, sort_keys=True) + "\n"
 
 
-def read_card(data: Path) -> Card:
-    """Read and check `dataset.json` of the set in folder `data`.
+def card_hash(data: str | Path) -> str:
+    """Hexadecimal SHA-256 of the set's `dataset.json`: changes with anything in the set, since the
+    card holds the hash of every shard."""
+    return hashlib.sha256(_card_bytes(data)).hexdigest()
 
-    Raises DataError where the folder holds no finished set, or one of another format version.
-    """
-    path = data / CARD_NAME
-    if not path.is_file():
+
+def _card_bytes(data: str | Path) -> bytes:
+    try:
+        return storage.read_bytes(storage.join(data, CARD_NAME))
+    except storage.MissingError as error:
         raise DataError(
             f"{data} holds no {CARD_NAME}: no finished set of shards lies there. "
             f"Make one with: python -m jobs.preprocess --source IMAGES --output {data}"
-        )
+        ) from error
+
+
+def read_card(data: str | Path) -> Card:
+    """Read and check `dataset.json` of the set at place `data`, see pipeline/storage.py.
+
+    Raises DataError where no finished set lies there, or one of another format version, and where
+    the place cannot be read.
+    """
+    place, content_bytes = storage.join(data, CARD_NAME), _card_bytes(data)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(content_bytes)
         version = content["format"]
         if version == FORMAT_VERSION:
             return _card(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); run jobs.preprocess again.") from error
+        raise DataError(f"{place} is damaged ({error!r}); run jobs.preprocess again.") from error
     raise DataError(
-        f"{path} has format version {version}; this program reads {FORMAT_VERSION}. "
+        f"{place} has format version {version}; this program reads {FORMAT_VERSION}. "
         "Preprocess the images again with this program, or use the one that wrote them."
     )
 
@@ -288,16 +328,28 @@ def split_of(card: Card, split: str) -> Split:
     return card.splits[split]
 
 
-def shard_paths(data: Path, card: Card, split: str) -> list[Path]:
-    """Paths of a split's shards, in order, each checked to be there with its recorded size."""
-    paths = []
+def check_sizes(data: str | Path, card: Card, split: str) -> None:
+    """Raise DataError, naming it, for a shard that is missing or whose size is not the card's.
+
+    Lists the split's folder instead of asking for each file.
+    """
+    sizes = storage.file_sizes(storage.join(data, split))
     for shard in split_of(card, split).shards:
-        path = data / split / shard.name
-        size = path.stat().st_size if path.is_file() else None
+        size = sizes.get(shard.name)
         if size != shard.bytes:
+            remedy = "Upload it" if storage.is_remote(data) else "Delete it and run jobs.preprocess"
             raise DataError(
-                f"{path} {'is missing' if size is None else f'has {size} bytes'}; "
-                f"{CARD_NAME} says {shard.bytes} bytes. Delete it and run jobs.preprocess again."
+                f"{storage.join(data, split, shard.name)} "
+                f"{'is missing' if size is None else f'has {size} bytes'}; "
+                f"{CARD_NAME} says {shard.bytes} bytes. {remedy} again."
             )
-        paths.append(path)
-    return paths
+
+
+def shard_paths(data: str | Path, card: Card, split: str) -> list[Path]:
+    """Paths of a local split's shards, in order, each checked to be there with its recorded size.
+
+    Those of a remote set must be brought here first, see pipeline/cache.py.
+    """
+    check_sizes(data, card, split)
+    folder = storage.local_path(data) / split
+    return [folder / shard.name for shard in split_of(card, split).shards]

@@ -1,0 +1,201 @@
+"""Where a set lies: a local folder, or any URI that pyarrow's file systems open.
+
+A place is written as the user wrote it: a path, `file://...`, `s3://bucket/folder`,
+`gs://bucket/folder`. Credentials and endpoints come from the environment of their clients
+(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_REGION, GOOGLE_APPLICATION_CREDENTIALS, ...).
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import parse_qs, quote, unquote, urlsplit, urlunsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+Result = TypeVar("Result")
+
+SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
+WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts, so one more attempt than waits
+CONNECT_SECONDS = 5
+SILENT_SECONDS = 10  # without a byte, after which a connection counts as lost
+CHUNK = 1 << 24  # bytes of one request, and held in memory at once
+REFUSED = (  # what clients say where another attempt would end the same way
+    "ACCESS_DENIED",
+    "INVALID_ACCESS_KEY_ID",
+    "INVALID_CLIENT_TOKEN_ID",
+    "SIGNATURE_DOES_NOT_MATCH",
+    "MISSING_AUTHENTICATION_TOKEN",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "OAuth2 access token",
+    "HTTP status 400",  # what S3 answers a HEAD with an expired token
+)
+
+
+class DataError(ValueError):
+    """Data that cannot be used: the message names what was given, and the remedy."""
+
+
+class MissingError(DataError):
+    """Nothing lies at a place."""
+
+
+def _is_uri(place: str | Path) -> bool:
+    return isinstance(place, str) and SCHEME.match(place) is not None
+
+
+def is_remote(place: str | Path) -> bool:
+    """Whether a place is a URI other than file://, so that its files must be brought here."""
+    return _is_uri(place) and urlsplit(str(place)).scheme != "file"
+
+
+def local_path(place: str | Path) -> Path:
+    """The path of a place that is not remote."""
+    return Path(unquote(urlsplit(str(place)).path)) if _is_uri(place) else Path(place)
+
+
+def absolute(place: str | Path) -> str:
+    """The same place for processes in other working folders: paths made absolute, URIs as given."""
+    return str(place) if is_remote(place) else str(local_path(place).resolve())
+
+
+def join(place: str | Path, *names: str) -> str:
+    """The place of a file or folder within `place`, one name per level."""
+    if not _is_uri(place):
+        return str(Path(place, *names))
+    parts = urlsplit(str(place))
+    path = "/".join([parts.path.rstrip("/"), *map(quote, names)])
+    return urlunsplit(parts._replace(path=path))
+
+
+@lru_cache
+def _s3(bucket: str, query: str) -> fs.S3FileSystem:
+    options = {name: values[-1] for name, values in parse_qs(query).items()}
+    endpoint = (
+        options.pop("endpoint_override", None)
+        or os.environ.get("AWS_ENDPOINT_URL_S3")
+        or os.environ.get("AWS_ENDPOINT_URL")
+    )
+    region = (
+        options.pop("region", None)
+        or os.environ.get("AWS_REGION")
+        or os.environ.get("AWS_DEFAULT_REGION")
+    )
+    if region is None and endpoint is None:
+        region = fs.resolve_s3_region(bucket)
+    scheme = options.pop("scheme", None)
+    if options:
+        raise pa.ArrowInvalid(f"options {', '.join(options)} are unknown")
+    return fs.S3FileSystem(
+        region=region,
+        endpoint_override=endpoint,
+        scheme=scheme,
+        connect_timeout=CONNECT_SECONDS,
+        request_timeout=SILENT_SECONDS,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # `attempt` has its own
+    )
+
+
+def _open(place: str | Path) -> tuple[fs.FileSystem, str]:
+    """The file system of a place and the path in it."""
+    if not is_remote(place):
+        return fs.LocalFileSystem(), str(local_path(place))
+    parts = urlsplit(str(place))
+    if parts.password is not None:
+        hidden = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        raise DataError(
+            f"the address of {hidden} holds a password, which would be kept in run records; set "
+            "credentials in the environment instead (AWS_ACCESS_KEY_ID, ...)."
+        )
+    try:
+        if parts.scheme == "s3":
+            return _s3(parts.netloc, parts.query), parts.netloc + unquote(parts.path)
+        if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
+            query = f"{parts.query}&retry_limit_seconds={SILENT_SECONDS}".lstrip("&")
+            parts = parts._replace(query=query)  # its client would go on for 15 minutes
+        return fs.FileSystem.from_uri(urlunsplit(parts))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"{place} cannot be opened ({_line(error)}); give a folder, or a URI of s3://, gs://, "
+            "abfs:// or file://."
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def attempt(place: str | Path, action: Callable[[], Result]) -> Result:
+    """`action()`, which reads `place`, tried again with growing waits where a connection is lost.
+
+    Raises MissingError where nothing is there and DataError where access is denied, both at once,
+    and DataError where the place cannot be reached. Other errors of the local disk stay OSErrors.
+    """
+    started = time.monotonic()
+    for wait in (*WAITS, None):
+        try:
+            return action()
+        except FileNotFoundError as error:
+            raise MissingError(f"{place} is missing; check the address.") from error
+        except OSError as error:
+            detail = _line(error)
+            if isinstance(error, PermissionError) or any(word in detail for word in REFUSED):
+                raise DataError(
+                    f"access to {place} is denied ({detail}); give this user or these credentials "
+                    "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...) leave to read it."
+                ) from error
+            if "NO_SUCH_BUCKET" in detail:
+                raise MissingError(f"the bucket of {place} does not exist.") from error
+            if error.errno is not None or not is_remote(place):  # not said by a network client
+                raise
+            if wait is None:
+                raise DataError(
+                    f"{place} cannot be reached ({detail}), tried {len(WAITS) + 1} times in "
+                    f"{time.monotonic() - started:.0f} s; check the network and the endpoint "
+                    "(AWS_ENDPOINT_URL, ...), then run the same command again."
+                ) from error
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def open_input(place: str | Path) -> pa.NativeFile:
+    """A file for reading at random, as parquet needs it. Raises as `attempt`."""
+
+    def open_file() -> pa.NativeFile:
+        system, path = _open(place)
+        return system.open_input_file(path)
+
+    return attempt(place, open_file)
+
+
+def chunks(place: str | Path) -> Iterator[bytes]:
+    """A file's bytes in pieces of up to CHUNK. Raises the client's own errors, so that the caller
+    decides what to begin again: iterate within `attempt`."""
+    system, path = _open(place)
+    with system.open_input_file(path) as file:
+        while piece := file.read(CHUNK):
+            yield piece
+
+
+def read_bytes(place: str | Path) -> bytes:
+    """A whole small file. Raises as `attempt`."""
+    return attempt(place, lambda: b"".join(chunks(place)))
+
+
+def file_sizes(place: str | Path) -> dict[str, int]:
+    """Size in bytes of each file in a folder, by name; empty where there is no such folder.
+
+    One request for a thousand files. Raises as `attempt`.
+    """
+
+    def listing() -> dict[str, int]:
+        system, path = _open(place)
+        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return {info.base_name: info.size for info in found if info.is_file}
+
+    return attempt(place, listing)
