@@ -17,6 +17,11 @@ PROBE_WNID, PROBE_ID = "n01751748", 490
 
 
 def read_devkit_rows(path: Path, images: int) -> tuple[list[int], list[list[str]]]:
+    """1-based line numbers and words of a devkit file, whose lines may be blank.
+
+    images: how many rows there have to be. Raises UserError for another number of rows, and for a
+    row that is not groups of five words.
+    """
     words = [line.split() for line in read_text(path).removesuffix("\n").split("\n")]
     if len(words) != images:
         raise UserError(
@@ -33,7 +38,11 @@ def read_devkit_rows(path: Path, images: int) -> tuple[list[int], list[list[str]
 
 
 def read_devkit_ids(path: Path, devkit_ids: Path | None) -> list[str]:
-    """The wnids in the order of ILSVRC2012_ID, counted from 1. path: the rows' file."""
+    """The wnids in the order of ILSVRC2012_ID, which counts from 1.
+
+    path: the file of rows that needs them. Raises UserError where `devkit_ids` is missing, damaged
+    or the ILSVRC classes in another order.
+    """
     if devkit_ids is None:
         raise UserError(
             f"{path} has devkit rows, whose labels are ILSVRC2012_IDs; give --devkit-ids FILE, "
@@ -85,6 +94,7 @@ def devkit_labels(
     classes: Sequence[str] | None,
     devkit_ids: Path | None,
 ) -> np.ndarray:
+    """Class indices int64 [K] of labels that are ILSVRC2012_IDs; lines: the line of each."""
     wnids = read_devkit_ids(path, devkit_ids)
     for line, token in zip(lines, tokens, strict=True):
         if not DEVKIT_ID.fullmatch(token) or not 1 <= int(token) <= len(wnids):

@@ -42,7 +42,8 @@ MAP_SIZE = 224  # side of a written score map, in pixels
 GUESS_SUFFIXES = (".csv", ".txt", ".parquet")
 NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 INDEX = re.compile(r"[0-9]{1,9}")
-LARGEST = 2**31  # no corner is beyond it
+LARGEST = 2**31  # no corner and no class index is beyond it
+UNTOLD = -(2**31)  # a label that is null; out of range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,24 +182,24 @@ def read_score_map(path: Path, size: tuple[int, int] | None) -> np.ndarray:
             f"{path} is missing; expected a score map for every image, named by its id and .npy."
         )
     try:
-        # Mapping compares the header with the file's length before any memory is taken for it.
-        mapped = np.lib.format.open_memmap(path, mode="r")
+        with path.open("rb") as file:
+            stored = np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # damaged headers fail in whatever way numpy's parser does
         raise UserError(
             f"{path} cannot be read ({str(error)[:SHOWN]}); expected an array of floats as "
             "np.save writes it, without pickled objects."
         ) from error
-    if mapped.ndim != 2 or mapped.dtype.kind != "f" or mapped.size == 0:
+    if stored.ndim != 2 or stored.dtype.kind != "f" or stored.size == 0:
         raise UserError(
-            f"{path} holds {mapped.dtype} of shape {mapped.shape}; expected floats in [0, 1] of "
+            f"{path} holds {stored.dtype} of shape {stored.shape}; expected floats in [0, 1] of "
             "shape (height, width). Write the map again."
         )
-    if size is not None and mapped.shape != size:
+    if size is not None and stored.shape != size:
         raise UserError(
-            f"{path} has shape {mapped.shape} and the others {size}; its boxes would not be the "
+            f"{path} has shape {stored.shape} and the others {size}; its boxes would not be the "
             "image's. Write all maps at one size."
         )
-    values = np.array(mapped, np.float64 if mapped.dtype.itemsize >= 8 else np.float32)
+    values = np.array(stored, np.float64 if stored.dtype.itemsize >= 8 else np.float32)
     _check_values(str(path), values)
     return values
 
@@ -279,14 +280,14 @@ def _read_parquet(
     corners = boxes.flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
     if "labels" not in columns:
         return numbers, rows, counts, np.full(len(corners), -1), corners
-    labels, uneven = columns["labels"].flatten(), _lengths(columns["labels"]) != counts
-    if uneven.any() or labels.null_count:
-        row = int(np.argmax(uneven)) if uneven.any() else 0
+    uneven = _lengths(columns["labels"]) != counts
+    labels = columns["labels"].flatten().fill_null(UNTOLD).to_numpy(zero_copy_only=False)
+    if uneven.any():
         raise UserError(
-            f"{at(path, numbers[row])}: labels are not as many as boxes, or are null; expected a "
+            f"{at(path, numbers[np.argmax(uneven)])} has other than one label a box; expected a "
             "class index for each box, -1 where it names no class."
         )
-    return numbers, rows, counts, labels.to_numpy(zero_copy_only=False), corners
+    return numbers, rows, counts, labels, corners
 
 
 def _lengths(lists: pa.ListArray) -> np.ndarray:

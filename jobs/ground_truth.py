@@ -94,7 +94,8 @@ def read_ground_truth(
     if not annotations:
         raise UserError(
             f"ground truth {path} holds neither class_labels.txt nor XML files; give a folder of "
-            "wsolevaluation metadata, a folder of XML files, or a Kaggle LOC_*_solution.csv."
+            "wsolevaluation metadata, a folder of XML files, or a Kaggle LOC_*_solution.csv; "
+            "shards are given by --data."
         )
     return _read_annotations(annotations, image_sizes, known)
 

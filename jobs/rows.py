@@ -91,7 +91,7 @@ def read_prediction_strings(path: Path) -> tuple[list[int], list[str], list[list
 
 
 def at(path: Path, number: int) -> str:
-    """Where something is wrong: the file and its 1-based line; a Parquet file's row, XML's box."""
+    """The place of a fault: the file and its 1-based line, a Parquet file's row, an XML's box."""
     return f"{path} {UNITS.get(path.suffix, 'line')} {number}"
 
 
@@ -142,7 +142,7 @@ def check_once(path: Path, numbers: Sequence[int], rows: np.ndarray, ids: Sequen
         row = int(np.argmax(counts > 1))
         first, second = np.flatnonzero(rows == row)[:2].tolist()
         raise UserError(
-            f"{at(path, numbers[second])} names image {ids[row]!r} again, after line "
+            f"{at(path, numbers[second])} names image {ids[row]!r} again, after "
             f"{numbers[first]}; it would count twice. Keep one of them."
         )
     missing = np.flatnonzero(counts == 0).tolist()
@@ -180,8 +180,8 @@ def check_boxes(
 def _box_error(path: Path, number: int, box: np.ndarray, fault: str) -> UserError:
     corners = " ".join(f"{value:g}" for value in box)
     return UserError(
-        f"{at(path, number)} has box {corners}: {fault}; expected x0 y0 x1 y1, inclusive pixels "
-        "of the original image. Mend the line."
+        f"{at(path, number)} has corners {corners}: {fault}; expected x0 y0 x1 y1, inclusive "
+        "pixels of the original image. Mend it, or leave it out."
     )
 
 
