@@ -8,7 +8,7 @@ import numpy as np
 import scipy.io
 
 from jobs.cli import UserError
-from jobs.rows import SHOWN, at, class_indices, read_lines, read_text
+from jobs.rows import SHOWN, at, brief, class_indices, read_lines, read_text
 from pipeline.sources import WNID
 
 DEVKIT_ID = re.compile(r"[0-9]{1,9}")
@@ -77,7 +77,7 @@ def _read_meta(path: Path) -> list[str]:
         by_id = {int(x["ILSVRC2012_ID"]): str(x["WNID"]) for x in leaves}
     except Exception as error:  # damaged files fail in whatever way scipy's parser does
         raise UserError(
-            f"{path} cannot be read ({str(error)[:SHOWN]}); expected the devkit's data/meta.mat."
+            f"{path} cannot be read ({brief(error)}); expected the devkit's data/meta.mat."
         ) from error
     if not by_id or sorted(by_id) != list(range(1, len(leaves) + 1)):
         raise UserError(

@@ -23,6 +23,7 @@ from jobs.ground_truth import GroundTruth
 from jobs.rows import (
     SHOWN,
     at,
+    brief,
     check_boxes,
     check_once,
     class_indices,
@@ -186,7 +187,7 @@ def read_score_map(path: Path, size: tuple[int, int] | None) -> np.ndarray:
             stored = np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # damaged headers fail in whatever way numpy's parser does
         raise UserError(
-            f"{path} cannot be read ({str(error)[:SHOWN]}); expected an array of floats as "
+            f"{path} cannot be read ({brief(error)}); expected an array of floats as "
             "np.save writes it, without pickled objects."
         ) from error
     if stored.ndim != 2 or stored.dtype.kind != "f" or stored.size == 0:

@@ -95,6 +95,11 @@ def at(path: Path, number: int) -> str:
     return f"{path} {UNITS.get(path.suffix, 'line')} {number}"
 
 
+def brief(error: Exception) -> str:
+    """A library's error, at most SHOWN characters of one line."""
+    return " ".join(str(error).split())[:SHOWN]
+
+
 def stem(image_id: str) -> str:
     """An id without folders and without an image file's suffix."""
     name = image_id.rpartition("/")[2]
@@ -137,15 +142,15 @@ def find_rows(
 
 def check_once(path: Path, numbers: Sequence[int], rows: np.ndarray, ids: Sequence[str]) -> None:
     """Raise UserError unless the rows that a file's lines speak of are all of `ids`, each once."""
-    counts = np.bincount(rows, minlength=len(ids))
-    if (counts > 1).any():
-        row = int(np.argmax(counts > 1))
-        first, second = np.flatnonzero(rows == row)[:2].tolist()
+    found, firsts = np.unique(rows, return_index=True)
+    if len(found) < len(rows):
+        second = int(np.setdiff1d(np.arange(len(rows)), firsts)[0])
+        first = int(np.argmax(rows == rows[second]))
         raise UserError(
-            f"{at(path, numbers[second])} names image {ids[row]!r} again, after "
+            f"{at(path, numbers[second])} names image {ids[rows[second]]!r} again, after "
             f"{numbers[first]}; it would count twice. Keep one of them."
         )
-    missing = np.flatnonzero(counts == 0).tolist()
+    missing = np.setdiff1d(np.arange(len(ids)), found).tolist()
     if missing:
         named = ", ".join(ids[row] for row in missing[:NAMED])
         more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
@@ -224,7 +229,7 @@ def parquet_columns(path: Path, types: dict[str, pa.DataType]) -> dict[str, pa.A
         columns = {name: table[name].combine_chunks().cast(types[name]) for name in wanted}
     except (pa.ArrowException, KeyError, OSError) as error:
         raise UserError(
-            f"{path} cannot be read ({str(error)[:SHOWN]}); expected a Parquet file with columns "
+            f"{path} cannot be read ({brief(error)}); expected a Parquet file with columns "
             + ", ".join(f"{name} ({kind})" for name, kind in types.items())
         ) from error
     if not len(columns["id"]):
