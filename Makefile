@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: env demo test lint bench clean
+.PHONY: env browser demo test lint bench clean
 
 env: .venv/installed
 
@@ -11,6 +11,18 @@ env: .venv/installed
 	$(BIN)/pip install --disable-pip-version-check -q $$(grep -E '^(setuptools|wheel|Cython|numpy)==' requirements.lock)
 	$(BIN)/pip install --disable-pip-version-check -q --no-build-isolation -r requirements.lock
 	touch $@
+
+# For the tests of the report page, which say that they are skipped where there is none.
+browser:
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  if command -v $$name; then exit 0; fi; \
+	done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; \
+	else \
+	  echo "no browser for the tests of the report page; install chromium or google-chrome" >&2; \
+	  exit 1; \
+	fi
 
 demo: env
 	$(BIN)/python -m jobs.demo --output demo
