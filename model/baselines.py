@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.classifier import Classifier
-from model.metrics import IOU_THRESHOLD, box_area
+from model.protocols import IOU_THRESHOLD, box_area
 
 GRID = np.arange(1, 41) / 40  # shares of a side that the search tries
 MAX_FIT_IMAGES = 20_000
