@@ -67,10 +67,10 @@ def read_csv(path: Path) -> list[tuple[int, list[str]]]:
         raise UserError(
             f"{at(path, reader.line_num)} is no CSV ({error}); mend its quotes and line breaks."
         ) from error
-    if rows[0][1][0].lower().replace("_", "") in CSV_IDS:
+    if rows and rows[0][1][0].lower().replace("_", "") in CSV_IDS:
         del rows[0]
     if not rows:
-        raise UserError(f"{path} holds a header alone; it was cut off. Make it again.")
+        raise UserError(f"{path} holds no rows but a header; it was cut off. Make it again.")
     return rows
 
 
@@ -234,4 +234,7 @@ def parquet_columns(path: Path, types: dict[str, pa.DataType]) -> dict[str, pa.A
         ) from error
     if not len(columns["id"]):
         raise UserError(f"{path} has no rows; expected one per image. Make it again.")
+    if columns["id"].null_count:
+        first = columns["id"].is_null().to_pylist().index(True)
+        raise UserError(f"{at(path, first + 1)} has no id; expected that of an image. Mend it.")
     return columns

@@ -25,7 +25,10 @@ from pipeline.shards import read_card
 
 ILSVRC = Path(__file__).parents[3] / "shared" / "data" / "ilsvrc-val-boxes"
 FUZZ = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 METADATA = {
@@ -293,9 +296,10 @@ def test_a_class_that_is_not_listed_is_refused(tmp_path: Path) -> None:
     assert "solution.csv line 2 names class 'n03995372'" in message
 
 
-def test_a_header_alone_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "solution.csv").write_text("ImageId,PredictionString\n")
-    assert "header alone" in refusal(lambda: read_ground_truth(tmp_path / "solution.csv"))
+@pytest.mark.parametrize("text", ["ImageId,PredictionString\n", ",\n", '""\n'])
+def test_a_csv_file_without_rows_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "solution.csv").write_text(text)
+    assert "no rows" in refusal(lambda: read_ground_truth(tmp_path / "solution.csv"))
 
 
 # XML
