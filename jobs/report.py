@@ -1,7 +1,9 @@
 """report.html: one self-contained page with the figures, and pictures of what they come from."""
 
 import base64
+import io
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,45 +12,62 @@ import cv2
 import jinja2
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
+from PIL import Image
 
+from jobs import report_charts, report_tables
 from jobs.evaluation import EvaluateConfig
 from jobs.models import Nets, colour_statistics, load_nets
-from jobs.scoring import METHODS, matrix
 from model.adversarial import normalize
 from model.localization import mask_map
-from pipeline.shards import DataError, Sample, read_card, read_shard
+from model.protocols import PROTOCOLS
+from pipeline.cache import DEFAULT_LIMIT, GIB, ShardCache, default_folder
+from pipeline.shards import (
+    Card,
+    DataError,
+    Sample,
+    decode_sample,
+    read_card,
+    read_index,
+    split_of,
+)
 
 REPORT_NAME = "report.html"
 TEMPLATE = "report.html.j2"
-PER_GROUP = 9  # pictures of each of best, worst and random
-BINS = 20  # of the IoU histograms
-CHART = (200.0, 80.0)  # width and height of a histogram's plot, in SVG units
-CLASS_ROWS = 60  # of the per-class table; with more classes, half best and half worst
-CLASS_METHODS = ("gradient", "cam", "centred_box")  # shown beside ALN per class
-JPEG_QUALITY = 90
+PER_GROUP = 6  # pictures of each of best, worst, random, each kind of error, and most different
+JPEG_QUALITY = 85
 LIKELY_MASKED = 0.5
+RUN_SUFFIXES = ("", "_2")  # of a run's columns in the predictions
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What one run makes of an image. box: in original pixels; iou: None where no true box is
+    known; error: a key of ERRORS in jobs/report_tables.py, None where no true box is known; found:
+    False for a flat map; map, masked: data URIs at the stored size."""
+
+    box: list[int]
+    iou: float | None
+    error: str | None
+    found: bool
+    predicted: str
+    score: float
+    map: str
+    masked: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One image of the report. image, map, masked: data URIs at the stored size; width, height:
-    original pixels, in which the boxes are. iou: None where no true box is known."""
+    """One image of the report. image: data URI at the stored size; width, height: original pixels,
+    in which the boxes are; views: of each run that is shown."""
 
     id: str
     label: str
-    predicted: str
-    score: float
-    iou: float | None
-    found: bool
     width: int
     height: int
-    box: list[int]
     truths: list[list[int]]
     image: str
-    map: str
-    masked: str
+    views: tuple[View, ...]
 
 
 def heat(values: np.ndarray) -> np.ndarray:
@@ -56,39 +75,91 @@ def heat(values: np.ndarray) -> np.ndarray:
 
     Dark blue is 0, yellow 1, the same in every picture.
     """
-    grey = np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
-    return cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    return cv2.applyColorMap(_grey(values), cv2.COLORMAP_VIRIDIS)[..., ::-1]
 
 
-def choose(ious: np.ndarray, count: int, seed: int) -> dict[str, list[int]]:
-    """Positions of the pictures to show: the `count` best and worst IoUs, and as many random
-    others. ious: float64 [N], NaN where no box is known (never best or worst). Of equal IoUs the
-    first images come. No image is shown twice."""
+def _grey(values: np.ndarray) -> np.ndarray:
+    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
+
+
+def choose(
+    ious: np.ndarray, errors: Sequence[str | None], count: int, seed: int
+) -> dict[str, list[int]]:
+    """Positions of the pictures to show, by group: the `count` best and worst IoUs, as many random
+    others, and as many of each kind of error.
+
+    ious: float64 [N], NaN where no box is known (never best or worst); errors: of each image, see
+    `View`. Of equal IoUs the first images come. Best, worst and random share no image; an error's
+    pictures are drawn at random from all of its kind, so that they stand for it.
+    """
     known = np.flatnonzero(~np.isnan(ious))
     best = known[np.argsort(-ious[known], kind="stable")][:count]
     rest = np.setdiff1d(known, best)
     worst = rest[np.argsort(ious[rest], kind="stable")][:count]
     others = np.setdiff1d(np.arange(len(ious)), np.concatenate([best, worst]))
-    drawn = np.random.default_rng(seed).permutation(others)[:count]
-    groups = {"best": best, "worst": worst, "random": np.sort(drawn)}
+    rng = np.random.default_rng(seed)
+    groups = {"best": best, "worst": worst, "random": np.sort(rng.permutation(others)[:count])}
+    kinds = np.array([error or "" for error in errors])
+    for kind in report_tables.ERRORS:
+        if kind != "right":
+            groups[kind] = np.sort(rng.permutation(np.flatnonzero(kinds == kind))[:count])
     return {name: positions.tolist() for name, positions in groups.items()}
 
 
-def _data_uri(image: np.ndarray, extension: str) -> str:
-    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if extension == "jpeg" else []
-    encoded = cv2.imencode(f".{extension}", image[..., ::-1], options)[1].tobytes()
-    return f"data:image/{extension};base64,{base64.b64encode(encoded).decode()}"
+def most_different(first: np.ndarray, second: np.ndarray, count: int) -> list[int]:
+    """Positions of the `count` images on which two runs' IoUs (float64 [N], NaN where no box is
+    known) differ most, the largest difference first; equal IoUs do not differ."""
+    difference = np.nan_to_num(np.abs(first - second))
+    order = np.argsort(-difference, kind="stable")[:count]
+    return order[difference[order] > 0].tolist()
 
 
-def _samples(config: EvaluateConfig, chosen: pa.Table) -> dict[int, Sample]:
-    """The chosen ledger rows' samples, by row; each shard that holds one is read once."""
-    card = read_card(config.data)
+def _data_uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _jpeg(image: np.ndarray) -> str:
+    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+    return _data_uri(cv2.imencode(".jpg", image[..., ::-1], options)[1].tobytes(), "jpeg")
+
+
+def _map_png(values: np.ndarray) -> str:
+    """The map in `heat`'s colours as a PNG with a palette, a third of the size of a full one."""
+    picture = Image.fromarray(_grey(values), mode="P")
+    picture.putpalette(heat(np.arange(256)[None] / 255).tobytes())
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return _data_uri(buffer.getvalue(), "png")
+
+
+def _read_rows(path: Path, card: Card, rows: set[int]) -> Iterator[Sample]:
+    """The samples of these ledger rows in a shard; of the others no more is read than the row."""
+    with path.open("rb") as file:
+
+        def read(extent: tuple[int, int]) -> bytes:
+            file.seek(extent[0])
+            return file.read(extent[1])
+
+        for extents in read_index(path):
+            if int.from_bytes(read(extents["row"]), "little", signed=True) in rows:
+                members = {name: read(extent) for name, extent in extents.items()}
+                yield decode_sample("", members, card)
+
+
+def _samples(config: EvaluateConfig, card: Card, chosen: pa.Table) -> dict[int, Sample]:
+    """The chosen ledger rows' samples, by row. Raises DataError where shards lack one."""
+    assert config.data is not None
+    limit = int(DEFAULT_LIMIT * GIB)
+    cache = ShardCache(config.data, card, config.split, default_folder(), limit)
     wanted = set(chosen["row"].to_pylist())
+    names = set(chosen["shard"].to_pylist())
     samples = {}
-    for shard in sorted(set(chosen["shard"].to_pylist())):
-        for sample in read_shard(config.data / config.split / shard, card):
-            if sample.row in wanted:
+    for number, shard in enumerate(split_of(card, config.split).shards):
+        if shard.name in names:
+            for sample in _read_rows(cache.path(number), card, wanted):
                 samples[sample.row] = sample
+            cache.release(number)
+    cache.close()
     if wanted - samples.keys():
         raise DataError(
             f"ledger rows {sorted(wanted - samples.keys())} are not in the shards that the ledger "
@@ -97,100 +168,71 @@ def _samples(config: EvaluateConfig, chosen: pa.Table) -> dict[int, Sample]:
     return samples
 
 
-def _images(nets: Nets, sample: Sample, superpixels: int) -> dict[str, str]:
-    """The three pictures of a sample as data URIs."""
+def _error(row: dict[str, Any], suffix: str) -> str | None:
+    """What became of ALN's box and its class, see ERRORS; the column knows the box alone."""
+    error = row[f"aln{suffix}_error"]
+    class_right = row[f"classifier{suffix}_classes"][0] == row["label"]
+    return "class_wrong" if error == "right" and not class_right else error
+
+
+def _view(nets: Nets, card: Card, sample: Sample, row: dict[str, Any], suffix: str) -> View:
+    """One run's view of a sample; row: the image's row of the predictions."""
     x = torch.from_numpy(sample.image.copy()).permute(2, 0, 1).unsqueeze(0).contiguous()
     x = normalize(x, *colour_statistics(nets.config, x.device))
     segments = torch.from_numpy(sample.segments.astype(np.int64)).unsqueeze(0)
     with torch.no_grad():
-        values = mask_map(nets.corruption, x, segments, superpixels)[0].numpy()
+        values = mask_map(nets.corruption, x, segments, card.max_superpixels)[0].numpy()
     grey = np.rint(nets.config.mean).astype(np.uint8)  # a masked pixel is the mean colour
     masked = np.where((values > LIKELY_MASKED)[..., None], grey, sample.image)
-    return {
-        "image": _data_uri(sample.image, "jpeg"),
-        "map": _data_uri(heat(values), "png"),
-        "masked": _data_uri(masked, "jpeg"),
-    }
+    return View(
+        box=list(row[f"aln{suffix}_box"]),
+        iou=row[f"aln{suffix}_iou"],
+        error=_error(row, suffix),
+        found=row[f"aln{suffix}_found"],
+        predicted=card.class_names[row[f"classifier{suffix}_classes"][0]],
+        score=row[f"classifier{suffix}_scores"][0],
+        map=_map_png(values),
+        masked=_jpeg(masked),
+    )
 
 
 def report_pictures(config: EvaluateConfig, predictions: pa.Table) -> dict[str, list[Picture]]:
-    """Best, worst and random images by ALN's IoU, from the shards; their maps are made anew."""
-    card, nets = read_card(config.data), load_nets(config.run)
-    groups = choose(predictions["aln_iou"].to_numpy(), PER_GROUP, config.seed)
-    shown = [position for positions in groups.values() for position in positions]
-    chosen = predictions.take(shown)
-    samples = _samples(config, chosen)
-    classes = matrix(chosen, "classifier_classes")
-    boxes = matrix(chosen, "aln_box")
-    pictures = {}
-    for i, (position, row) in enumerate(zip(shown, chosen.to_pylist(), strict=True)):
-        pictures[position] = Picture(
+    """Pictures from the shards, by `choose`'s groups of the first run's ALN; with two runs also
+    "differ", see `most_different`, with both runs' views. The maps are made anew. Empty without
+    a run or shards.
+    """
+    if not config.run or not config.data:
+        return {}
+    card = read_card(config.data)
+    runs = [load_nets(run) for run in config.run]
+    ious = [predictions[f"aln{suffix}_iou"].to_numpy() for suffix in RUN_SUFFIXES[: len(runs)]]
+    columns = ["label", "aln_error", "classifier_classes"]
+    errors = [_error(row, "") for row in predictions.select(columns).to_pylist()]
+    groups = {"differ": most_different(ious[0], ious[1], PER_GROUP)} if len(runs) > 1 else {}
+    groups |= choose(ious[0], errors, PER_GROUP, config.seed)
+    shown = sorted({position for group in groups.values() for position in group})
+    chosen = predictions.take(pa.array(shown, pa.int64()))
+    samples = _samples(config, card, chosen)
+    rows = dict(zip(shown, chosen.to_pylist(), strict=True))
+
+    def picture(position: int, of_runs: int) -> Picture:
+        row = rows[position]
+        sample = samples[row["row"]]
+        views = zip(runs[:of_runs], RUN_SUFFIXES, strict=False)
+        return Picture(
             id=row["id"],
             label=card.class_names[row["label"]],
-            predicted=card.class_names[classes[i, 0]],
-            score=row["classifier_scores"][0],
-            iou=row["aln_iou"],
-            found=row["aln_found"],
             width=row["width"],
             height=row["height"],
-            box=boxes[i].tolist(),
             truths=row["boxes"] or [],
-            **_images(nets, samples[row["row"]], card.max_superpixels),
+            image=_jpeg(sample.image),
+            views=tuple(_view(nets, card, sample, row, suffix) for nets, suffix in views),
         )
+
     return {
-        name: [pictures[position] for position in positions] for name, positions in groups.items()
+        name: [picture(position, len(runs) if name == "differ" else 1) for position in positions]
+        for name, positions in groups.items()
     }
-
-
-def _histograms(metrics: dict[str, Any], predictions: pa.Table) -> list[dict[str, Any]]:
-    """Bars of each method's IoUs, all on one scale; methods that share boxes are drawn once."""
-    charts: list[dict[str, Any]] = []
-    for name, row in metrics["methods"].items():
-        if name != METHODS[name].box or not row["n"]:
-            continue
-        ious = pc.drop_null(predictions[f"{name}_iou"]).to_numpy()
-        counts = np.histogram(ious, bins=BINS, range=(0, 1))[0]
-        charts.append({"title": row["title"], "gt_known": row["gt_known"], "counts": counts})
-    top = max((int(chart["counts"].max()) for chart in charts), default=1)
-    width, height = CHART[0] / BINS, CHART[1]
-    for chart in charts:
-        chart["bars"] = [
-            {
-                "x": i * width + 0.5,
-                "y": height - height * count / top,
-                "width": width - 1,
-                "height": height * count / top,
-                "right": 2 * i >= BINS,
-                "label": f"IoU {i / BINS:.2f} to {(i + 1) / BINS:.2f}: {count} images",
-            }
-            for i, count in enumerate(chart.pop("counts").tolist())
-        ]
-    return charts
-
-
-def _class_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per class ALN's figures and the others' GT-known, worst first; unknown ones last."""
-    methods = metrics["methods"]
-    rows = [
-        {
-            "name": metrics["class_names"][wnid],
-            "wnid": wnid,
-            **part,
-            "others": [
-                methods[name]["classes"][wnid]["gt_known"]
-                for name in CLASS_METHODS
-                if name in methods
-            ],
-        }
-        for wnid, part in methods["aln"]["classes"].items()
-    ]
-    rows.sort(key=lambda row: (row["gt_known"] is None, row["gt_known"], row["wnid"]))
-    return rows
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as per cent without the sign, or a dash."""
-    return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
 def render(
@@ -208,21 +250,31 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = percent
-    class_rows = _class_rows(metrics)
-    left_out = max(0, len(class_rows) - CLASS_ROWS)
-    if left_out:
-        class_rows = class_rows[: CLASS_ROWS // 2] + class_rows[-CLASS_ROWS // 2 :]
-    others = [metrics["methods"][n]["title"] for n in CLASS_METHODS if n in metrics["methods"]]
+    environment.filters |= {
+        "percent": report_tables.percent,
+        "number": report_tables.number,
+        "points": report_tables.points,
+        "figures": report_tables.thousands,
+    }
+    tables = report_tables
     return environment.get_template(TEMPLATE).render(
         m=metrics,
-        aln=metrics["methods"]["aln"],
-        histograms=_histograms(metrics, predictions),
-        chart=CHART,
-        class_rows=class_rows,
-        classes_left_out=left_out,
-        class_columns=others,
+        own=tables.own_row(metrics),
+        groups=tables.grouped(metrics),
+        sources=tables.class_sources(metrics),
+        classifiers=tables.classifiers(metrics),
+        columns=tables.shown_figures(metrics),
+        comparisons=tables.comparisons(metrics),
+        paired=tables.paired_runs(metrics),
+        agreement=tables.agreement(predictions),
+        iou_charts=report_charts.iou_charts(metrics),
+        threshold_charts=report_charts.threshold_charts(metrics),
+        view=report_charts.VIEW,
+        plot=(report_charts.LEFT, report_charts.RIGHT, report_charts.TOP, report_charts.BOTTOM),
+        class_rows=tables.class_rows(metrics),
+        tables=tables,
+        protocols=PROTOCOLS,
         pictures=pictures,
         configuration=json.dumps(metrics["configuration"], indent=1),
-        data_configuration=json.dumps(metrics["data_configuration"], indent=1),
+        data_configuration=json.dumps(metrics.get("data_configuration"), indent=1),
     )

@@ -1,0 +1,214 @@
+"""The report in a real browser: at desktop and phone width, in light and dark."""
+
+import base64
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from jobs.report import PER_GROUP, Picture, View, heat, render
+from tests.jobs.made_metrics import made_metrics, made_predictions
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+EXECUTABLE = next(filter(None, map(shutil.which, BROWSERS)), None)
+pytestmark = pytest.mark.skipif(
+    EXECUTABLE is None, reason=f"no browser ({', '.join(BROWSERS)}) in PATH; `make browser`"
+)
+LEAST_CONTRAST = 4.5  # WCAG 2, level AA, for text of any size
+LONG = "a_name_without_a_place_to_break_" * 4
+
+# Every text's contrast with what lies behind it: [ratio, text], the lowest first.
+CONTRASTS = """() => {
+  const canvas = document.createElement("canvas"), seen = new Map();
+  canvas.width = canvas.height = 1;
+  const context = canvas.getContext("2d", {willReadFrequently: true});
+  const rgba = colour => {
+    if (!seen.has(colour)) {
+      context.clearRect(0, 0, 1, 1);
+      context.fillStyle = colour;
+      context.fillRect(0, 0, 1, 1);
+      const [r, g, b, a] = context.getImageData(0, 0, 1, 1).data;
+      seen.set(colour, [r, g, b, a / 255]);
+    }
+    return seen.get(colour);
+  };
+  const behind = element => {
+    const layers = [];
+    for (let e = element; e; e = e.parentElement)
+      layers.push(rgba(getComputedStyle(e).backgroundColor));
+    const over = (under, [r, g, b, a]) => [r, g, b].map((c, i) => c * a + under[i] * (1 - a));
+    return layers.reverse().reduce(over, [255, 255, 255]);
+  };
+  const luminance = colour => colour.slice(0, 3)
+    .map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const found = [];
+  for (const element of document.body.querySelectorAll("*")) {
+    const own = [...element.childNodes].filter(n => n.nodeType === Node.TEXT_NODE);
+    const text = own.map(n => n.data.trim()).join("");
+    if (!text || element.tagName === "title" || !element.getClientRects().length) continue;
+    const style = getComputedStyle(element);
+    const ink = luminance(rgba(element.tagName === "text" ? style.fill : style.color));
+    const ground = luminance(behind(element));
+    found.push([(Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05), text]);
+  }
+  return found.sort((a, b) => a[0] - b[0]);
+}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """A page that was opened, and what went wrong meanwhile. requests: all but for data: URIs."""
+
+    page: Page
+    width: int
+    scheme: str
+    errors: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+
+def picture(label: str, height: int, views: int) -> Picture:
+    ramp = np.tile(np.linspace(0, 1, 64), (64, 1))
+    data = cv2.imencode(".png", heat(ramp)[..., ::-1])[1].tobytes()
+    uri = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    view = View(
+        box=[0, 0, 299, height - 1],
+        iou=0.25,
+        error="too_large",
+        found=True,
+        predicted="other",
+        score=0.5,
+        map=uri,
+        masked=uri,
+    )
+    return Picture(
+        id=f"{LONG}{height}",
+        label=label,
+        width=300,
+        height=height,
+        truths=[[10, 10, 100, 60], [150, 20, 200, 90]],
+        image=uri,
+        views=(view,) * views,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of two runs with invented figures, long names and pictures of all groups."""
+    metrics = made_metrics(runs=2, classes=60, images=600)
+    metrics["class_names"]["n00000003"] = LONG
+    metrics["runs"][0] = LONG
+    heights = [100, 200, 300, 400, 600, 900][:PER_GROUP]
+    groups = ("best", "worst", "random", "too_small", "several_instances", "nothing_found")
+    pictures = {group: [picture("a label", h, 1) for h in heights] for group in groups}
+    pictures["differ"] = [picture(LONG, h, 2) for h in heights]
+    ious = {"aln": [0.9, 0.1, 0.7], "aln_2": [0.9, 0.8, 0.2]}
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(render(metrics, made_predictions(ious), pictures))
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    # Chromium's sandbox does not run as root.
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=EXECUTABLE, args=options)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")],
+    ids=lambda value: f"{value[0]}-{value[1]}",
+)
+def visit(request: pytest.FixtureRequest, browser: Browser, report: Path) -> Iterator[Visit]:
+    width, scheme = request.param
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+    )
+    page = context.new_page()
+    made = Visit(page=page, width=width, scheme=scheme)
+    page.on("console", lambda message: made.errors.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: made.errors.append(str(error)))
+    page.on("requestfailed", lambda failed: made.errors.append(f"failed: {failed.url[:200]}"))
+    page.on(
+        "request",
+        lambda sent: None if sent.url.startswith("data:") else made.requests.append(sent.url),
+    )
+    page.goto(report.as_uri())
+    yield made
+    context.close()
+
+
+def test_the_page_opens_offline_without_errors_or_requests(visit: Visit, report: Path) -> None:
+    assert visit.errors == []
+    assert visit.requests == [report.as_uri()]
+
+
+def test_the_page_itself_never_scrolls_sideways(visit: Visit) -> None:
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= visit.width
+    # What is wider than the page can be reached, since its own box scrolls.
+    cut_off = visit.page.evaluate("""() => [...document.querySelectorAll("main *")].filter(
+        e => e.getBoundingClientRect().right > innerWidth + 1
+          && !e.closest(".scroll, .pictures, pre")).map(e => e.outerHTML.slice(0, 200))""")
+    assert cut_off == []
+    wide = visit.page.locator(".scroll").first
+    visible, whole = wide.evaluate("e => [e.clientWidth, e.scrollWidth]")
+    assert whole > visible if visit.width == 390 else whole == visible
+
+
+def test_the_methods_name_stays_in_view_when_a_table_is_scrolled(visit: Visit) -> None:
+    scroll = visit.page.locator(".scroll").first
+    left = "e => e.querySelector('tr.own th').getBoundingClientRect().left"
+    before = scroll.evaluate(left)
+    scroll.evaluate("e => { e.scrollLeft = 10000 }")
+    assert scroll.evaluate(left) == before
+    scroll.evaluate("e => { e.scrollLeft = 0 }")
+
+
+def test_all_text_stands_out_from_its_ground(visit: Visit) -> None:
+    contrasts = visit.page.evaluate(CONTRASTS)
+    assert len(contrasts) > 1000
+    assert [found for found in contrasts if found[0] < LEAST_CONTRAST] == []
+
+
+def test_the_scheme_is_followed(visit: Visit) -> None:
+    ground = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    red = int(ground.removeprefix("rgb(").split(",")[0])
+    assert red > 200 if visit.scheme == "light" else red < 50
+
+
+def test_every_picture_is_there_with_its_boxes_over_it(visit: Visit) -> None:
+    panels = visit.page.evaluate("""() => [...document.querySelectorAll(".panel")].map(panel => {
+        const [image, boxes] = [panel.querySelector("img"), panel.querySelector("svg")];
+        const place = e => { const r = e.getBoundingClientRect();
+                             return [r.left, r.top, r.width, r.height].map(Math.round); };
+        return {loaded: image.complete && image.naturalWidth, alt: image.alt,
+                image: place(image), boxes: boxes && place(boxes)};
+    })""")
+    assert len(panels) == 3 * 7 * PER_GROUP
+    for panel in panels:
+        assert panel["loaded"] == 64
+        assert panel["alt"]
+        assert min(panel["image"][2:]) > 20
+        assert panel["boxes"] in (None, panel["image"])
+    assert sum(panel["boxes"] is None for panel in panels) == 6 * PER_GROUP  # the masked images
+
+
+def test_a_screenshot_of_the_whole_page_can_be_looked_at(visit: Visit, tmp_path: Path) -> None:
+    path = tmp_path / f"report-{visit.width}-{visit.scheme}.png"
+    visit.page.screenshot(path=path, full_page=True)
+    image = cv2.imread(str(path))
+    assert image is not None
+    assert image.shape[1] == visit.width
+    assert image.shape[0] > 5000
+    for part in np.array_split(image, 12):  # nowhere empty
+        assert part.std() > 5
