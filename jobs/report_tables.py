@@ -107,7 +107,7 @@ ERRORS = {  # in the order of the bars; model/metrics.py decides which one an im
     "too_small": ("too small", "over half of the box lies in a true box"),
     "too_large": ("too large", "the box holds over 0.7 of a true box"),
     "several_instances": ("several", "it covers over 0.3 of two true boxes or more"),
-    "elsewhere": ("elsewhere", "none of these"),
+    "elsewhere": ("elsewhere", "none of the other kinds"),
     "nothing_found": ("nothing found", "flat map, so the whole image was taken"),
 }
 SUBSET_TITLES = {"small_boxes": "box under half the image", "off_centre": "off centre"}
