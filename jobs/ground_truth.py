@@ -5,6 +5,7 @@ ILSVRC's XML files or from a Kaggle solution; `docs/formats.md` describes them. 
 together is an error that names file and line: an image silently left out would change every figure.
 """
 
+import glob
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,14 +91,15 @@ def read_ground_truth(
         return _read_solution(path, image_sizes, known)
     if _metadata_file(path, "class_labels.txt") is not None:
         return _read_metadata(path, image_sizes, known)
-    annotations = [x for x in path.rglob("*.xml") if not x.name.startswith(".")]
+    # Unlike Path.rglob, this follows links to folders and passes over hidden files.
+    annotations = glob.glob("**/*.xml", root_dir=path, recursive=True)  # noqa: PTH207
     if not annotations:
         raise UserError(
             f"ground truth {path} holds neither class_labels.txt nor XML files; give a folder of "
             "wsolevaluation metadata, a folder of XML files, or a Kaggle LOC_*_solution.csv; "
             "shards are given by --data."
         )
-    return _read_annotations(annotations, image_sizes, known)
+    return _read_annotations([path / x for x in sorted(annotations)], image_sizes, known)
 
 
 def ground_truth_of(ledger: pa.Table, card: Card) -> GroundTruth:
@@ -334,9 +336,9 @@ def _occurring(wnids: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _read_annotations(paths: Sequence[Path], image_sizes: Path | None, known: Known) -> GroundTruth:
     by_id: dict[str, Path] = {}
-    for path in sorted(paths):
+    for path in paths:
         other = by_id.setdefault(path.stem, path)
-        if other != path:
+        if other != path and other.resolve() != path.resolve():
             raise UserError(f"{other} and {path} are of one image by name; keep one of them.")
     ids = sorted(by_id)
     given = _read_sizes(image_sizes, ids).tolist() if image_sizes else [None] * len(ids)

@@ -373,6 +373,15 @@ def test_a_faulty_xml_file_is_refused_by_name(tmp_path: Path, text: str, parts: 
     assert all(part in message for part in [str(folder / "b.xml"), *parts]), message
 
 
+def test_links_to_folders_are_followed_and_no_image_counts_twice(tmp_path: Path) -> None:
+    text = annotation((1, 1, 2, 2), size=(10, 20))
+    write_files(tmp_path / "elsewhere", {"b.xml": text})
+    folder = write_files(tmp_path / "xml", {"val/a.xml": text})
+    (folder / "train").symlink_to(tmp_path / "elsewhere")
+    (folder / "val" / "back").symlink_to(folder)
+    assert read_ground_truth(folder).ids == ("a", "b")
+
+
 def test_two_xml_files_of_one_name_are_refused(tmp_path: Path) -> None:
     text = annotation((1, 1, 2, 2), size=(10, 20))
     folder = write_files(tmp_path / "xml", {"train/a.xml": text, "val/a.xml": text})
@@ -574,3 +583,6 @@ def test_the_whole_image_on_ilsvrc_scores_as_published(
 def test_the_ilsvrc_val_set_survives_writing(ilsvrc: GroundTruth, tmp_path: Path) -> None:
     write_metadata(tmp_path / "meta", ilsvrc)
     assert_equal(ilsvrc, read_ground_truth(tmp_path / "meta"))
+    for original in ILSVRC.glob("*.txt.gz"):
+        written = (tmp_path / "meta" / original.stem).read_text()
+        assert written.strip() == gzip.decompress(original.read_bytes()).decode().strip()
