@@ -2,8 +2,9 @@
 
     FOLDER/<sha256>.tar    a shard whose hash has been checked; .idx, made from it, beside it
     FOLDER/<sha256>.part   one that is on its way, with its space already taken
-    FOLDER/lock            a byte per shard, at an offset from its hash: shared while a process
-                           uses the shard, exclusive while one brings or evicts it
+    FOLDER/lock            two bytes per shard to lock, at an offset from its hash: one shared by
+                           the processes that use the shard, one held by who brings it; to evict
+                           it takes both
 
 Files are named by their content, so sets and versions never mix. Locks belong to open files and
 end with their process, however it ends. The folder must be on a file system of this machine.
@@ -29,8 +30,7 @@ GIB = 1 << 30
 DEFAULT_LIMIT = 100.0  # GiB
 INDEX_BYTES = 320  # of a sample's line in the index, at most
 HASH_ATTEMPTS = 2
-ROOM_OFFSET = 1 << 61  # of the lock that a process holds while it counts and evicts
-PREFETCH_THREADS = 4  # one connection seldom fills a network card
+ROOM_OFFSET = 1 << 62  # of the lock that a process holds while it counts and evicts
 ROOM_POLL = 0.2  # seconds between looks whether other shards were released
 ROOM_WAIT = 60.0  # seconds after which `path` gives up
 UPLOAD = "upload it again from the folder that jobs.preprocess wrote."
@@ -63,8 +63,12 @@ def _lock(descriptor: int, kind: int, offset: int, wait: bool = True) -> bool:
     return True
 
 
-def _offset(sha256: str) -> int:
-    return int(sha256[:15], 16)
+def _use_offset(sha256: str) -> int:
+    return 2 * int(sha256[:15], 16)
+
+
+def _bring_offset(sha256: str) -> int:
+    return _use_offset(sha256) + 1
 
 
 def _gib(size: int) -> str:
@@ -85,8 +89,8 @@ class ShardCache:
     ) -> None:
         """Raises DataError where the folder cannot be used or the limit holds no shard."""
         self._ahead: list[int] = []  # asked for by `prefetch` and not yet used
-        self._queue: list[int] = []  # of these, those that no thread has taken on
-        self._threads: list[threading.Thread] = []
+        self._queue: list[int] = []  # of these, those that the thread has not begun
+        self._thread: threading.Thread | None = None
         self._mutex = threading.Lock()  # of the three above
         self._use = -1  # descriptor that holds the shared locks
         self.data, self.split, self.folder, self.limit = data, split, folder, limit_bytes
@@ -139,10 +143,10 @@ class ShardCache:
             self._queue = [other for other in self._queue if other != number]
         deadline = time.monotonic() + ROOM_WAIT
         while True:
-            _lock(self._use, fcntl.F_RDLCK, _offset(shard.sha256))
+            _lock(self._use, fcntl.F_RDLCK, _use_offset(shard.sha256))
             if self._has(shard):
                 break
-            _lock(self._use, fcntl.F_UNLCK, _offset(shard.sha256))
+            _lock(self._use, fcntl.F_UNLCK, _use_offset(shard.sha256))
             try:
                 self._bring(shard, kept=())
             except NoRoomError:  # others may be done with theirs soon
@@ -152,14 +156,15 @@ class ShardCache:
         with self._mutex:
             self._ahead = [other for other in self._ahead if other != number]
         path = self._file(shard, "tar")
-        os.utime(path)
+        now = time.time_ns()  # finer than the file system's own clock
+        os.utime(path, ns=(now, now))
         return path
 
     def release(self, number: int) -> None:
         """Say that this process no longer uses a shard, so that it may be evicted. Space is freed
         once nothing maps the file any more."""
         if self.remote:
-            _lock(self._use, fcntl.F_UNLCK, _offset(self.shards[number].sha256))
+            _lock(self._use, fcntl.F_UNLCK, _use_offset(self.shards[number].sha256))
 
     def prefetch(self, numbers: Sequence[int]) -> None:
         """Start bringing these shards in the background, in this order, in place of those asked
@@ -173,17 +178,15 @@ class ShardCache:
         with self._mutex:
             self._ahead = list(dict.fromkeys(numbers))
             self._queue = self._ahead.copy()
-            self._threads = [thread for thread in self._threads if thread.is_alive()]
-            for _ in range(min(PREFETCH_THREADS, len(self._queue)) - len(self._threads)):
-                thread = threading.Thread(target=self._prefetch, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._prefetch, daemon=True)
+                self._thread.start()
 
     def _prefetch(self) -> None:
         while True:
             with self._mutex:
                 if not self._queue:
-                    self._threads.remove(threading.current_thread())
+                    self._thread = None
                     return
                 shard = self.shards[self._queue.pop(0)]
             while True:
@@ -226,7 +229,7 @@ class ShardCache:
         kept: hashes of shards not to be evicted for it.
         """
         part = self._file(shard, "part")
-        with self._locked(_offset(shard.sha256)):
+        with self._locked(_bring_offset(shard.sha256)):
             if self._has(shard):
                 return
             try:
@@ -294,8 +297,9 @@ class ShardCache:
         """Delete a shard that no process uses, or what a killed one left of it; the bytes won."""
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         try:
-            if not _lock(descriptor, fcntl.F_WRLCK, _offset(sha256), wait=False):
-                return 0
+            for offset in (_bring_offset(sha256), _use_offset(sha256)):
+                if not _lock(descriptor, fcntl.F_WRLCK, offset, wait=False):
+                    return 0
             won = 0
             for extension in ("tar", "idx", "part"):
                 path = self.folder / f"{sha256}.{extension}"

@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +24,8 @@ SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts, so one more attempt than waits
 CONNECT_SECONDS = 5
 SILENT_SECONDS = 10  # without a byte, after which a connection counts as lost
-CHUNK = 1 << 24  # bytes of one request, and held in memory at once
+CHUNK = 1 << 22  # bytes of one request
+STREAMS = 4  # requests at once: one connection seldom fills a network card
 REFUSED = (  # what clients say where another attempt would end the same way
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY_ID",
@@ -174,12 +176,14 @@ def open_input(place: str | Path) -> pa.NativeFile:
 
 
 def chunks(place: str | Path) -> Iterator[bytes]:
-    """A file's bytes in pieces of up to CHUNK. Raises the client's own errors, so that the caller
-    decides what to begin again: iterate within `attempt`."""
+    """A file's bytes in order, STREAMS pieces of up to CHUNK in memory. Raises the client's own
+    errors, so that the caller decides what to begin again: iterate within `attempt`."""
     system, path = _open(place)
-    with system.open_input_file(path) as file:
-        while piece := file.read(CHUNK):
-            yield piece
+    with system.open_input_file(path) as file, ThreadPoolExecutor(STREAMS) as pool:
+        size = file.size()
+        for start in range(0, size, STREAMS * CHUNK):
+            offsets = range(start, min(start + STREAMS * CHUNK, size), CHUNK)
+            yield from pool.map(lambda offset: file.read_at(CHUNK, offset), offsets)
 
 
 def read_bytes(place: str | Path) -> bytes:

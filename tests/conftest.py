@@ -11,6 +11,7 @@ from jobs import cli
 from pipeline.plan import PreprocessConfig
 from pipeline.preprocess import preprocess
 from pipeline.synthetic import SyntheticConfig, write_synthetic
+from tests import remote
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +42,25 @@ def small_set(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Path
     )
     preprocess(config, lambda progress: None, cli.connect_ray)
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An S3 server on loopback, with credentials for it in the environment."""
+    os.environ.update(remote.CREDENTIALS)
+    with remote.s3_server(tmp_path_factory.mktemp("s3")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def remote_set(small_set: Path, s3_endpoint: str) -> str:
+    """URI of the small set on the S3 server."""
+    return remote.upload(small_set, s3_endpoint, "small")
+
+
+@pytest.fixture
+def proxy(s3_endpoint: str) -> Iterator[remote.Proxy]:
+    """A proxy before the S3 server that counts requests and can break them."""
+    proxy = remote.Proxy(s3_endpoint)
+    yield proxy
+    proxy.stop()

@@ -1,0 +1,405 @@
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import cache as cache_module
+from pipeline import storage
+from pipeline.cache import INDEX_BYTES, ShardCache
+from pipeline.shards import Card, DataError, index_shard, read_card
+from tests import remote
+from tests.remote import Proxy
+
+ROOT = Path(__file__).parents[2]
+PLENTY = 1 << 30
+USE_ALL = """
+import sys
+from pathlib import Path
+from pipeline.cache import ShardCache
+from pipeline.shards import read_card, sha256_file
+data, folder = sys.argv[1:3]
+card = read_card(data)
+cache = ShardCache(data, card, "train", Path(folder), 1 << 30)
+print("ready", flush=True)
+sys.stdin.readline()
+for number, shard in enumerate(card.splits["train"].shards):
+    assert sha256_file(cache.path(number)) == shard.sha256
+print("used", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "WAITS", (0.01, 0.02))
+    monkeypatch.setattr(cache_module, "ROOM_WAIT", 0.3)
+    monkeypatch.setattr(cache_module, "ROOM_POLL", 0.02)
+
+
+@pytest.fixture
+def data(remote_set: str, proxy: Proxy) -> str:
+    """The small set, four train shards of which the last is small, through the proxy."""
+    return remote.uri(proxy.endpoint, "small")
+
+
+@pytest.fixture
+def card(small_set: Path) -> Card:
+    return read_card(small_set)
+
+
+def new_cache(data: str | Path, card: Card, folder: Path, limit: int = PLENTY) -> ShardCache:
+    return ShardCache(data, card, "train", folder, limit)
+
+
+def space(card: Card, *numbers: int) -> int:
+    shards = [card.splits["train"].shards[number] for number in numbers]
+    return sum(shard.bytes + INDEX_BYTES * shard.images for shard in shards)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"lock"}
+
+
+def cached(folder: Path, card: Card) -> list[int]:
+    """Numbers of the train split's shards that are there."""
+    shards = card.splits["train"].shards
+    return [n for n, shard in enumerate(shards) if f"{shard.sha256}.tar" in names(folder)]
+
+
+def wait_for(condition: object, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_local_set_is_used_in_place(small_set: Path, card: Card, tmp_path: Path) -> None:
+    for place in (small_set, str(small_set), f"file://{small_set}"):
+        local = new_cache(place, card, tmp_path / "cache", limit=1)
+        local.prefetch([0, 1])
+        local.check_limit(range(4))
+        assert local.path(1) == small_set / "train" / "train-000001.tar"
+        local.release(1)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_remote_shards_and_their_indexes_arrive_as_they_were_written(
+    data: str, card: Card, small_set: Path, tmp_path: Path, proxy: Proxy
+) -> None:
+    shards = new_cache(data, card, tmp_path)
+    for _ in range(2):
+        for number, shard in enumerate(card.splits["train"].shards):
+            original, path = small_set / "train" / shard.name, shards.path(number)
+            assert path.read_bytes() == original.read_bytes()
+            index = original.with_suffix(".idx").read_bytes()
+            assert path.with_suffix(".idx").read_bytes() == index == index_shard(original)
+    assert set(proxy.gets(".tar").values()) == {1}
+
+
+def test_an_index_is_not_made_from_what_is_no_shard(small_set: Path, tmp_path: Path) -> None:
+    whole = (small_set / "train" / "train-000000.tar").read_bytes()
+    for content in (whole[:5000], b"x" * 2000, whole[:512] + b"y" * 2000):
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.tar is no shard of samples"):
+            index_shard(tmp_path / "a.tar")
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def start(data: str, folder: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", USE_ALL, data, str(folder)],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+def tell(process: "subprocess.Popen[str]") -> None:
+    assert process.stdin is not None
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+
+
+def hear(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_two_processes_bring_each_shard_once_and_a_killed_one_leaves_nothing_wrong(
+    data: str,
+    card: Card,
+    tmp_path: Path,
+    proxy: Proxy,
+    processes: list["subprocess.Popen[str]"],
+) -> None:
+    processes += [start(data, tmp_path) for _ in range(3)]
+    assert [hear(process) for process in processes] == ["ready"] * 3
+    proxy.delay = 0.5
+    tell(processes[0])
+    wait_for(lambda: proxy.gets(".tar"))
+    wait_for(lambda: any(name.endswith(".part") for name in names(tmp_path)))
+    processes[0].send_signal(signal.SIGKILL)
+    processes[0].wait()
+    assert cached(tmp_path, card) == []
+    proxy.delay = 0.05
+    before = sum(proxy.gets(".tar").values())
+    for process in processes[1:]:
+        tell(process)
+    assert [hear(process) for process in processes[1:]] == ["used"] * 2
+    assert sum(proxy.gets(".tar").values()) == before + 4
+    assert len(names(tmp_path)) == 8  # four shards, four indexes, no half file
+
+    # both still use all four; once one has died the other's use still holds
+    small = new_cache(data, card, tmp_path, limit=space(card, 0, 1, 2, 3))
+    for process in processes[1:]:
+        assert not any(small._evict(shard.sha256) for shard in small.shards)
+        process.kill()
+        process.wait()
+    assert small._evict(small.shards[0].sha256) > 0
+
+
+def test_a_server_lost_in_the_middle_is_an_error_and_a_restart_goes_on(
+    data: str, card: Card, tmp_path: Path, proxy: Proxy
+) -> None:
+    shards = new_cache(data, card, tmp_path)
+    shards.path(0)
+    proxy.fault = lambda method, name, before: (1000,) if method == "GET" else None
+    with pytest.raises(DataError, match=r"train-000001\.tar.* cannot be reached .*3 times"):
+        shards.path(1)
+    assert proxy.gets("000001.tar") == {"train-000001.tar": 3}
+    assert cached(tmp_path, card) == [0]
+    assert not any(name.endswith(".part") for name in names(tmp_path))
+    proxy.stop()
+    with pytest.raises(DataError, match="cannot be reached"):
+        shards.path(1)
+    again = remote.Proxy(proxy.target)
+    shards = new_cache(remote.uri(again.endpoint, "small"), card, tmp_path)
+    assert shards.path(0).exists()
+    assert shards.path(1).stat().st_size == card.splits["train"].shards[1].bytes
+    assert again.gets(".tar") == {"train-000001.tar": 1}
+    again.stop()
+
+
+def test_a_connection_lost_once_costs_a_second_attempt(
+    data: str, card: Card, tmp_path: Path, proxy: Proxy
+) -> None:
+    proxy.fault = lambda method, name, before: (5000,) if method == "GET" and not before else None
+    assert new_cache(data, card, tmp_path).path(2).exists()
+    assert proxy.gets(".tar") == {"train-000002.tar": 2}
+
+
+def damaged(name: str, body: bytes, before: int) -> bytes:
+    return body[:3000] + bytes([body[3000] ^ 1]) + body[3001:]
+
+
+def test_a_damaged_shard_is_refused_naming_both_hashes(
+    data: str, card: Card, tmp_path: Path, proxy: Proxy
+) -> None:
+    proxy.alter = damaged
+    expected = card.splits["train"].shards[1].sha256
+    with pytest.raises(DataError, match=rf"train-000001\.tar.* SHA-256 .*says SHA-256 {expected}"):
+        new_cache(data, card, tmp_path).path(1)
+    assert names(tmp_path) - {f"{expected}.idx"} == set()
+    assert proxy.gets(".tar") == {"train-000001.tar": 2}
+
+
+def test_damage_on_the_way_is_mended_by_reading_again(
+    data: str, card: Card, tmp_path: Path, proxy: Proxy
+) -> None:
+    proxy.alter = lambda name, body, before: body if before else damaged(name, body, before)
+    assert new_cache(data, card, tmp_path).path(1).exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [(None, "is missing, but dataset.json"), (b"ab", "has 2 bytes"), (b"ab" * 10**6, "has over")],
+)
+def test_a_shard_of_another_size_or_none_is_refused(
+    s3_endpoint: str,
+    small_set: Path,
+    card: Card,
+    tmp_path: Path,
+    content: bytes | None,
+    fault: str,
+) -> None:
+    place = remote.upload(small_set / "train", s3_endpoint, "other/train")
+    system, path = remote.client(s3_endpoint), "sets/other/train/train-000000.tar"
+    system.delete_file(path)
+    if content is not None:
+        with system.open_output_stream(path) as file:
+            file.write(content)
+    with pytest.raises(DataError, match=rf"train-000000\.tar.* {fault}.*[Uu]pload it again"):
+        new_cache(place.replace("other/train", "other"), card, tmp_path).path(0)
+    assert cached(tmp_path, card) == []
+
+
+def test_a_cached_file_cut_short_is_brought_again(
+    data: str, card: Card, tmp_path: Path, proxy: Proxy
+) -> None:
+    shards = new_cache(data, card, tmp_path)
+    os.truncate(shards.path(0), 1000)
+    assert shards.path(0).stat().st_size == card.splits["train"].shards[0].bytes
+
+
+def test_the_least_recently_used_go_first_and_the_limit_holds_throughout(
+    data: str, card: Card, tmp_path: Path, proxy: Proxy
+) -> None:
+    limit = space(card, 0, 1)
+    shards = new_cache(data, card, tmp_path, limit)
+    proxy.delay = 0.05
+    largest, stop = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal largest
+        while not stop.is_set():
+            sizes = 0
+            for entry in os.scandir(tmp_path):
+                try:
+                    sizes += entry.stat().st_size
+                except FileNotFoundError:
+                    continue
+            largest = max(largest, sizes)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    there = []
+    for number in (0, 1, 0, 2, 1, 2, 0):
+        assert shards.path(number).exists()
+        shards.release(number)
+        there.append(cached(tmp_path, card))
+    stop.set()
+    watcher.join()
+    assert there == [[0], [0, 1], [0, 1], [0, 2], [1, 2], [1, 2], [0, 2]]
+    assert space(card, 0) < largest <= limit
+
+
+def test_shards_in_use_are_never_evicted(data: str, card: Card, tmp_path: Path) -> None:
+    limit = space(card, 0, 1)
+    first, second = (new_cache(data, card, tmp_path, limit) for _ in range(2))
+    first.path(0)
+    second.path(1)
+    second.path(0)
+    first.release(0)
+    with pytest.raises(DataError, match=r"no room for train-000002\.tar .* in use, --cache-limit"):
+        first.path(2)
+    assert cached(tmp_path, card) == [0, 1]
+    second.close()
+    first.path(2)
+    assert cached(tmp_path, card) == [0, 2]  # of two unused ones, the one used last stays
+
+
+def test_a_limit_below_what_is_needed_at_once_is_an_error_up_front(
+    data: str, card: Card, tmp_path: Path, proxy: Proxy
+) -> None:
+    with pytest.raises(DataError, match=r"--cache-limit .* is too small: 1 shards .* needed"):
+        new_cache(data, card, tmp_path, space(card, 0) - 1)
+    shards = new_cache(data, card, tmp_path, space(card, 0, 1, 2))
+    shards.check_limit([0, 1, 2, 1])
+    with pytest.raises(DataError, match=r"4 shards .*/train.* are needed at once"):
+        shards.check_limit(range(4))
+    assert not proxy.gets(".tar")
+
+
+def test_prefetching_brings_what_fits_in_order_and_goes_on_when_room_is_made(
+    data: str, card: Card, tmp_path: Path, proxy: Proxy
+) -> None:
+    shards = new_cache(data, card, tmp_path, space(card, 0, 1))
+    order = [2, 1, 0, 3]
+    shards.prefetch(order)
+    wait_for(lambda: cached(tmp_path, card) == [1, 2])
+    time.sleep(0.2)
+    assert cached(tmp_path, card) == [1, 2]
+    for position, number in enumerate(order):
+        shards.path(number)
+        shards.release(number)
+        following = order[position + 1 : position + 3]
+        wait_for(lambda following=following: set(following) <= set(cached(tmp_path, card)))
+    assert proxy.gets(".tar") == {f"train-00000{number}.tar": 1 for number in order}
+
+
+def test_a_failed_prefetch_is_met_by_the_one_who_needs_the_shard(
+    data: str, card: Card, tmp_path: Path, proxy: Proxy
+) -> None:
+    proxy.alter = damaged
+    shards = new_cache(data, card, tmp_path)
+    shards.prefetch([0])
+    wait_for(lambda: proxy.gets("00.tar") == {"train-000000.tar": 2})
+    with pytest.raises(DataError, match="damaged or replaced"):
+        shards.path(0)
+
+
+def test_a_full_disk_evicts_what_is_unused_and_is_then_an_error(
+    data: str, card: Card, tmp_path: Path
+) -> None:
+    """A file system that holds two shards, under a limit that allows all."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={space(card, 0, 1) + 20_000}", "aln", tmp_path]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        shards = new_cache(data, card, tmp_path)
+        shards.path(0)
+        shards.release(0)
+        shards.path(1)
+        shards.path(2)
+        assert cached(tmp_path, card) == [1, 2]
+        with pytest.raises(DataError, match=r"the disk of .* is full.*train-000000.* --cache"):
+            shards.path(0)
+        assert cached(tmp_path, card) == [1, 2]
+        assert not any(name.endswith(".part") for name in names(tmp_path))
+        shards.release(1)
+        assert shards.path(0).exists()
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_a_disk_that_fills_up_while_writing_is_the_same_error(
+    data: str, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"the disk of .* is full"):
+        new_cache(data, card, tmp_path).path(0)
+    assert cached(tmp_path, card) == []
+
+
+def test_a_folder_that_cannot_be_made_names_the_flag(data: str, card: Card, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match="give one with --cache"):
+        new_cache(data, card, tmp_path / "file" / "cache")
+
+
+def test_another_version_of_a_set_never_gets_the_old_shards(
+    s3_endpoint: str, small_set: Path, data: str, card: Card, tmp_path: Path
+) -> None:
+    """The same address and shard name, other content and card, one cache folder."""
+    old = new_cache(data, card, tmp_path).path(0)
+    other = small_set / "train" / "train-000001.tar"
+    shards = list(card.splits["train"].shards)
+    shards[0] = dataclasses.replace(shards[1], name=shards[0].name)
+    split = dataclasses.replace(card.splits["train"], shards=tuple(shards))
+    changed = dataclasses.replace(card, splits={"train": split})
+    place = remote.upload(small_set / "train", s3_endpoint, "changed/train")
+    with remote.client(s3_endpoint).open_output_stream("sets/changed/train/train-000000.tar") as f:
+        f.write(other.read_bytes())
+    new = new_cache(place.replace("changed/train", "changed"), changed, tmp_path).path(0)
+    assert new != old
+    assert new.read_bytes() == other.read_bytes() != old.read_bytes()

@@ -1,0 +1,142 @@
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.ledger import read_ledger
+from pipeline.shards import DataError, card_hash, check_sizes, read_card, sha256_file
+from tests import remote
+from tests.remote import Proxy
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "WAITS", (0.01, 0.02, 0.03))
+
+
+@pytest.mark.parametrize(
+    ("place", "names", "joined", "is_remote"),
+    [
+        ("sets/a", ("train", "x.tar"), "sets/a/train/x.tar", False),
+        (Path("/sets/a b"), ("x",), "/sets/a b/x", False),
+        ("file:///sets/a%20b/", ("x",), "file:///sets/a%20b/x", False),
+        ("s3://bucket", ("x",), "s3://bucket/x", True),
+        ("s3://bucket/a/", ("b c", "x"), "s3://bucket/a/b%20c/x", True),
+        ("gs://bucket/a", (), "gs://bucket/a", True),
+        ("s3://b/a?region=eu-west-1", ("x",), "s3://b/a/x?region=eu-west-1", True),
+    ],
+)
+def test_places_are_joined_as_paths_or_as_uris(
+    place: str | Path, names: tuple[str, ...], joined: str, is_remote: bool
+) -> None:
+    assert storage.join(place, *names) == joined
+    assert storage.is_remote(place) == is_remote
+
+
+def test_local_places_become_absolute_and_uris_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute("a") == storage.absolute(Path("a")) == str(tmp_path / "a")
+    assert storage.absolute(f"file://{tmp_path}/a%20b") == str(tmp_path / "a b")
+    assert storage.absolute("s3://bucket/a") == "s3://bucket/a"
+
+
+def test_a_set_reads_the_same_from_a_folder_a_file_uri_and_s3(
+    small_set: Path, remote_set: str
+) -> None:
+    expected = sha256_file(small_set / "dataset.json")
+    for place in (small_set, str(small_set), f"file://{small_set}", remote_set):
+        assert read_card(place) == read_card(small_set)
+        assert card_hash(place) == expected
+        assert read_ledger(place, "val").equals(read_ledger(small_set, "val"))
+        check_sizes(place, read_card(place), "train")
+        with storage.open_input(storage.join(place, "ledger.parquet")) as file:
+            assert file.read() == (small_set / "ledger.parquet").read_bytes()
+
+
+def test_another_card_has_another_hash(small_set: Path, tmp_path: Path) -> None:
+    card = (small_set / "dataset.json").read_bytes()
+    (tmp_path / "dataset.json").write_bytes(card.replace(b'"seed": 0', b'"seed": 1'))
+    assert card_hash(tmp_path) != card_hash(small_set)
+
+
+def test_a_shard_of_another_size_or_none_is_named(s3_endpoint: str, small_set: Path) -> None:
+    place = remote.upload(small_set, s3_endpoint, "sizes")
+    system = remote.client(s3_endpoint)
+    card = read_card(place)
+    with system.open_output_stream("sets/sizes/val/val-000001.tar") as file:
+        file.write(b"short")
+    with pytest.raises(DataError, match=r"val-000001\.tar.* has 5 bytes; .* Upload it again"):
+        check_sizes(place, card, "val")
+    system.delete_file("sets/sizes/val/val-000001.tar")
+    with pytest.raises(DataError, match=r"val-000001\.tar.* is missing"):
+        check_sizes(place, card, "val")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "small/dataset.json"])
+def test_a_place_without_a_set_says_how_to_make_one(remote_set: str, name: str) -> None:
+    place = remote_set.replace("sets/small", f"sets/{name}")
+    with pytest.raises(DataError, match="no finished set of shards lies there"):
+        read_card(place)
+
+
+def test_what_is_missing_or_denied_is_asked_for_once(remote_set: str, proxy: Proxy) -> None:
+    proxy.fault = lambda method, name, before: 403 if name == "secret" else None
+    started = time.monotonic()
+    with pytest.raises(storage.MissingError, match=r"nothing.* is missing"):
+        storage.read_bytes(remote.uri(proxy.endpoint, "small/nothing"))
+    with pytest.raises(DataError, match=r"access to s3://sets/secret.* is denied.*AWS_ACCESS_KEY"):
+        storage.read_bytes(remote.uri(proxy.endpoint, "secret"))
+    assert time.monotonic() - started < 2
+    assert proxy.counts["HEAD", "nothing"] == proxy.counts["HEAD", "secret"] == 1
+
+
+def test_a_server_that_comes_back_is_waited_for(
+    remote_set: str, small_set: Path, proxy: Proxy, quick: None
+) -> None:
+    """Refusing, then cutting the connection within the body."""
+    faults: list[int | tuple[int] | None] = [503, (10,), None]
+    proxy.fault = lambda method, name, before: faults[min(before, 2)]
+    content = storage.read_bytes(remote.uri(proxy.endpoint, "small/plan.json"))
+    assert content == (small_set / "plan.json").read_bytes()
+    assert proxy.counts["GET", "plan.json"] >= 2
+
+
+@pytest.mark.parametrize("read", [read_card, lambda place: read_ledger(place, "val")])
+def test_a_lost_server_is_an_error_after_bounded_attempts(
+    s3_endpoint: str, read: object, quick: None
+) -> None:
+    place = remote.uri(f"http://127.0.0.1:{remote.free_port()}", "small")
+    with pytest.raises(
+        DataError, match=r"cannot be reached .* tried 4 times in .*AWS_ENDPOINT_URL"
+    ):
+        read(place)  # type: ignore[operator]
+
+
+def test_the_endpoint_comes_from_the_environment_too(
+    remote_set: str, small_set: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    storage._s3.cache_clear()
+    assert read_card("s3://sets/small") == read_card(small_set)
+    storage._s3.cache_clear()
+    assert proxy.gets("dataset.json") == {"dataset.json": 1}
+
+
+def test_a_password_in_a_uri_is_refused_and_not_shown() -> None:
+    with pytest.raises(DataError, match="environment instead") as caught:
+        storage.read_bytes("s3://key:hidden@bucket/a")
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["ftp://host/a", "s3://bucket/a?colour=red"])
+def test_a_uri_that_nothing_opens_is_one_line(place: str) -> None:
+    with pytest.raises(DataError, match=r"cannot be opened .*give a folder, or a URI"):
+        storage.read_bytes(place)
+
+
+def test_a_folder_in_place_of_a_file_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="directory"):
+        storage.read_bytes(tmp_path)
