@@ -121,7 +121,7 @@ class ShardCache:
 
     def check_limit(self, numbers: Collection[int]) -> None:
         """Raise DataError where shards that will be in use at once exceed the limit."""
-        needed = sum(_space(self.shards[number]) for number in set(numbers))
+        needed = sum(cached_bytes(self.shards[number]) for number in set(numbers))
         if self.remote and needed > self.limit:
             raise DataError(
                 f"--cache-limit {_gib(self.limit)} is too small: {len(set(numbers))} shards of "
@@ -248,8 +248,8 @@ class ShardCache:
                     raise
                 raise DataError(
                     f"the disk of the cache folder {self.folder} is full, and no unused shard is "
-                    f"left to evict: {shard.name} needs {_gib(_space(shard))}. Free space, or give "
-                    "another folder with --cache."
+                    f"left to evict: {shard.name} needs {_gib(cached_bytes(shard))}. Free space, or "
+                    "give another folder with --cache."
                 ) from error
             finally:
                 part.unlink(missing_ok=True)
@@ -258,12 +258,12 @@ class ShardCache:
         """Take the disk space for a shard, so that nobody else counts on it, evicting others."""
         with self._locked(ROOM_OFFSET):
             used, unused = self._unused(kept)
-            while used + _space(shard) > self.limit:
+            while used + cached_bytes(shard) > self.limit:
                 if not unused:
                     raise NoRoomError(
                         f"no room for {shard.name} in the cache {self.folder}: shards of "
                         f"{_gib(used)} are in use, --cache-limit is {_gib(self.limit)}; give a "
-                        f"limit of at least {_gib(used + _space(shard))}."
+                        f"limit of at least {_gib(used + cached_bytes(shard))}."
                     )
                 used -= self._evict(unused.pop(0))
             while True:
@@ -345,6 +345,6 @@ class ShardCache:
         )
 
 
-def _space(shard: Shard) -> int:
+def cached_bytes(shard: Shard) -> int:
     """Bytes that a shard takes in the cache, with its index."""
     return shard.bytes + INDEX_BYTES * shard.images

@@ -349,7 +349,8 @@ def test_a_full_disk_evicts_what_is_unused_and_is_then_an_error(
     data: str, card: Card, tmp_path: Path
 ) -> None:
     """A file system that holds two shards, under a limit that allows all."""
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={space(card, 0, 1) + 20_000}", "aln", tmp_path]
+    size = f"size={space(card, 0, 1) + 20_000}"
+    mount = ["mount", "-t", "tmpfs", "-o", size, "aln", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system is not permitted here")
     try:
