@@ -325,10 +325,7 @@ def _components(
             elif total == best:
                 equal += 1
                 holder = r
-        if equal > 1:
-            winner = _first_listed(parent[:labels], area, start, best)
-        else:
-            winner = holder
+        winner = _first_listed(parent[:labels], area, start, best) if equal > 1 else holder
         if winner >= 0:
             largest[v - 1] = row[winner]
     for r in range(labels):
@@ -447,8 +444,9 @@ def _level_ious(
         k = 0
         while 2 << k <= last[i] - first[i] + 1:
             k += 1
-        for start in (first[i], last[i] + 1 - (1 << k)):
-            spans[k, start] = max(spans[k, start], value)
+        early, late = int(first[i]), int(last[i]) + 1 - (1 << k)
+        spans[k, early] = max(spans[k, early], value)
+        spans[k, late] = max(spans[k, late], value)
     for k in range(8, 0, -1):
         half = 1 << (k - 1)
         for start in range(LEVELS - 2 * half + 1):
@@ -502,7 +500,7 @@ def add_counts(counts: np.ndarray, ious: np.ndarray, levels: np.ndarray) -> None
 
 def _right(counts: np.ndarray, iou: float) -> np.ndarray:
     """Images whose IoU is at least `iou` (of IOU_GRID), by threshold: int64 [T]."""
-    return counts[:, int(np.flatnonzero(IOU_GRID == iou)[0]) + 1 :].sum(axis=1)
+    return counts[:, int(np.flatnonzero(iou == IOU_GRID)[0]) + 1 :].sum(axis=1)
 
 
 def max_box_acc(counts: np.ndarray, images: int) -> tuple[float, float]:
