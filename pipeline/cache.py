@@ -4,7 +4,8 @@
     FOLDER/<sha256>.part   one that is on its way, with its space already taken
     FOLDER/lock            two bytes per shard to lock, at an offset from its hash: one shared by
                            the processes that use the shard, one held by who brings it; to evict
-                           it takes both
+                           it takes both. In it the bytes that all files take, or more where some
+                           were deleted since they were counted
 
 Files are named by their content, so sets and versions never mix. Locks belong to open files and
 end with their process, however it ends. The folder must be on a file system of this machine.
@@ -18,6 +19,7 @@ import re
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,7 @@ GIB = 1 << 30
 DEFAULT_LIMIT = 100.0  # GiB
 INDEX_BYTES = 320  # of a sample's line in the index, at most
 HASH_ATTEMPTS = 2
+COUNT_BYTES = 8
 ROOM_OFFSET = 1 << 62  # of the lock that a process holds while it counts and evicts
 ROOM_POLL = 0.2  # seconds between looks whether other shards were released
 ROOM_WAIT = 60.0  # seconds after which `path` gives up
@@ -88,8 +91,8 @@ class ShardCache:
         self, data: str | Path, card: Card, split: str, folder: Path, limit_bytes: int
     ) -> None:
         """Raises DataError where the folder cannot be used or the limit holds no shard."""
-        self._ahead: list[int] = []  # asked for by `prefetch` and not yet used
-        self._queue: list[int] = []  # of these, those that the thread has not begun
+        self._ahead: set[str] = set()  # hashes of what `prefetch` was asked for and is not used
+        self._queue: deque[Shard] = deque()  # what its thread has still to bring
         self._thread: threading.Thread | None = None
         self._mutex = threading.Lock()  # of the three above
         self._use = -1  # descriptor that holds the shared locks
@@ -114,7 +117,7 @@ class ShardCache:
     def close(self) -> None:
         """Give up the use of all shards and stop bringing more."""
         with self._mutex:
-            self._ahead, self._queue = [], []
+            self._ahead, self._queue = set(), deque()
         if self._use >= 0:
             os.close(self._use)
             self._use = -1
@@ -140,7 +143,7 @@ class ShardCache:
         if not self.remote:
             return storage.local_path(self.data) / self.split / shard.name
         with self._mutex:
-            self._queue = [other for other in self._queue if other != number]
+            self._ahead.discard(shard.sha256)
         deadline = time.monotonic() + ROOM_WAIT
         while True:
             _lock(self._use, fcntl.F_RDLCK, _use_offset(shard.sha256))
@@ -153,8 +156,6 @@ class ShardCache:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(ROOM_POLL)
-        with self._mutex:
-            self._ahead = [other for other in self._ahead if other != number]
         path = self._file(shard, "tar")
         now = time.time_ns()  # finer than the file system's own clock
         os.utime(path, ns=(now, now))
@@ -176,8 +177,8 @@ class ShardCache:
         if not self.remote:
             return
         with self._mutex:
-            self._ahead = list(dict.fromkeys(numbers))
-            self._queue = self._ahead.copy()
+            self._queue = deque(self.shards[number] for number in numbers)
+            self._ahead = {shard.sha256 for shard in self._queue}
             if self._thread is None:
                 self._thread = threading.Thread(target=self._prefetch, daemon=True)
                 self._thread.start()
@@ -185,23 +186,22 @@ class ShardCache:
     def _prefetch(self) -> None:
         while True:
             with self._mutex:
+                while self._queue and self._queue[0].sha256 not in self._ahead:
+                    self._queue.popleft()
                 if not self._queue:
                     self._thread = None
                     return
-                shard = self.shards[self._queue.pop(0)]
-            while True:
-                with self._mutex:
-                    ahead = [self.shards[number].sha256 for number in self._ahead]
-                if shard.sha256 not in ahead:
-                    break
-                try:
-                    self._bring(shard, kept=ahead)
-                except NoRoomError:
-                    time.sleep(ROOM_POLL)
-                    continue
-                except (DataError, OSError):
-                    pass
-                break
+                shard, kept = self._queue[0], self._ahead.copy()
+            try:
+                self._bring(shard, kept)
+            except NoRoomError:
+                time.sleep(ROOM_POLL)
+                continue
+            except (DataError, OSError):
+                pass
+            with self._mutex:
+                if self._queue and self._queue[0] is shard:
+                    self._queue.popleft()
 
     def _file(self, shard: Shard, extension: str) -> Path:
         return self.folder / f"{shard.sha256}.{extension}"
@@ -215,11 +215,11 @@ class ShardCache:
         return size == shard.bytes and self._file(shard, "idx").exists()
 
     @contextmanager
-    def _locked(self, offset: int) -> Iterator[None]:
+    def _locked(self, offset: int) -> Iterator[int]:
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         try:
             _lock(descriptor, fcntl.F_WRLCK, offset)
-            yield
+            yield descriptor
         finally:
             os.close(descriptor)  # and with it the lock
 
@@ -248,34 +248,42 @@ class ShardCache:
                     raise
                 raise DataError(
                     f"the disk of the cache folder {self.folder} is full, and no unused shard is "
-                    f"left to evict: {shard.name} needs {_gib(cached_bytes(shard))}. Free space, or "
-                    "give another folder with --cache."
+                    f"left to evict: {shard.name} needs {_gib(cached_bytes(shard))}. Free space "
+                    "or give another folder with --cache."
                 ) from error
             finally:
                 part.unlink(missing_ok=True)
 
     def _reserve(self, file: BinaryIO, shard: Shard, kept: Collection[str]) -> None:
         """Take the disk space for a shard, so that nobody else counts on it, evicting others."""
-        with self._locked(ROOM_OFFSET):
-            used, unused = self._unused(kept)
-            while used + cached_bytes(shard) > self.limit:
+        needed, unused = cached_bytes(shard), None
+        with self._locked(ROOM_OFFSET) as lock:
+            count = os.pread(lock, COUNT_BYTES, 0)  # at least what all files take
+            used = int.from_bytes(count, "little") if count else self.limit
+            if used + needed > self.limit:
+                used, unused = self._unused(kept)
+            while used + needed > self.limit:
                 if not unused:
                     raise NoRoomError(
                         f"no room for {shard.name} in the cache {self.folder}: shards of "
                         f"{_gib(used)} are in use, --cache-limit is {_gib(self.limit)}; give a "
-                        f"limit of at least {_gib(used + cached_bytes(shard))}."
+                        f"limit of at least {_gib(used + needed)}."
                     )
                 used -= self._evict(unused.pop(0))
             while True:
                 try:
                     os.posix_fallocate(file.fileno(), 0, shard.bytes)
-                    with self._file(shard, "idx").open("wb") as index:
-                        index.truncate(INDEX_BYTES * shard.images)  # counted, filled later
-                    return
+                    break
                 except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not unused:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    unused = self._unused(kept)[1] if unused is None else unused
+                    if not unused:
                         raise
                 self._evict(unused.pop(0))
+            with self._file(shard, "idx").open("wb") as index:
+                index.truncate(INDEX_BYTES * shard.images)  # counted, filled later
+            os.pwrite(lock, (used + needed).to_bytes(COUNT_BYTES, "little"), 0)
 
     def _unused(self, kept: Collection[str]) -> tuple[int, list[str]]:
         """Bytes of all files in the cache, and the hashes that may be tried for eviction, the
