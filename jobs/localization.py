@@ -19,7 +19,7 @@ from pipeline.superpixels import superpixels
 
 MASKS_NAME = "masks"
 TOP = 5  # classes given per image
-MOST_THREADS = 8  # by default: a thread may hold 0.6 GB for an image of the largest size
+MOST_THREADS = 8  # by default: a thread may hold 0.7 GB for an image of the largest size
 
 
 @dataclass(frozen=True, kw_only=True)

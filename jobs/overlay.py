@@ -45,8 +45,9 @@ def draw_overlay(pixels: np.ndarray, values: np.ndarray, box: list[int], text: s
 def mask_picture(values: np.ndarray, height: int, width: int) -> np.ndarray:
     """A map as grey levels at the image's size: float [h, w] in [0, 1] -> uint8 [height, width],
     255 times the probability, interpolated linearly."""
-    grey = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-    return np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
+    levels = np.clip(values, 0, 1).astype(np.float32) * 255
+    grey = cv2.resize(levels, (width, height), interpolation=cv2.INTER_LINEAR)
+    return cv2.convertScaleAbs(grey)  # rounds, without further floats of the photo's size
 
 
 def encode_png(picture: np.ndarray) -> bytes:
