@@ -60,6 +60,7 @@ def parse(config_type: type[Config], argv: Sequence[str] | None, description: st
     values = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(parser.parse_args(argv)).items()
+        if value is not None
     }
     try:
         return config_type(**values)
@@ -88,7 +89,8 @@ def _add_flag(
         if field.metadata.get("positional"):
             parser.add_argument(field.name, nargs="+", type=annotation, help=text)
             return
-        options["nargs"] = "+"
+        # --run A B and --run A --run B alike; a default would be extended, so `parse` leaves it out
+        options |= {"nargs": "+", "action": "extend", "default": None}
     elif typing.get_origin(annotation) is typing.Literal:
         options["choices"] = typing.get_args(annotation)
         annotation = str

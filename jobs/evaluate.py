@@ -1,60 +1,80 @@
-"""`python -m jobs.evaluate`: boxes and classes of a split, scored, with a report to look at."""
+"""`python -m jobs.evaluate`: every localization figure of a split or of given files, with a page.
+
+With --data and --run: our nets beside the paper's baselines. With --ground-truth alone: the
+constant boxes, and rows for --score-maps and --predictions of any origin.
+"""
 
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs import cli
-from jobs.evaluation import EvaluateConfig, evaluate
+from jobs.evaluation import EvaluateConfig, Evaluation, evaluate
+from jobs.exchange import Guesses, write_guesses
+from jobs.ground_truth import write_metadata
+from jobs.prediction import TOP
 from jobs.report import REPORT_NAME, render, report_pictures
+from jobs.scoring import Scorer
 from pipeline.shards import write_atomically
+from pipeline.storage import is_remote
 
 PREDICTIONS_NAME = "predictions.parquet"
 METRICS_NAME = "metrics.json"
 LINE_SECONDS = 2.0  # between progress lines
+COLUMNS = {
+    "gt_known": "GT-known",
+    "top1_loc": "top-1 loc",
+    "top5_loc": "top-5 loc",
+    "max_box_acc": "MaxBoxAcc",
+    "max_box_acc_v2": "V2",
+    "mean_iou": "mean IoU",
+    "auc_gap": "AUC gap",
+}
 
 
 def progress_printer() -> Callable[[int, int], None]:
     """A printer of progress with the time left, at most a line every two seconds."""
     started = last = time.monotonic()
 
-    def show(done: int, batches: int) -> None:
+    def show(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if done < batches and now - last < LINE_SECONDS:
+        if done < total and now - last < LINE_SECONDS:
             return
         last = now
-        left = (now - started) / done * (batches - done)
-        print(f"{done} of {batches} batches, ETA {cli.duration(left)}", flush=True)
+        left = (now - started) / done * (total - done)
+        print(f"{done} of {total}, ETA {cli.duration(left)}", flush=True)
 
     return show
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if name in ("mean_iou", "auc_gap") else f"{value:.1%}"
 
 
 def figures_table(metrics: dict[str, Any]) -> str:
-    """The methods' figures as plain text; n counts the images with known boxes."""
-    headers = ["method", "GT-known", "top-1 loc", "top-1 cls", "mean IoU", "n"]
-    rows = [
-        [
-            row["title"],
-            _share(row["gt_known"]),
-            _share(row["top1_loc"]),
-            _share(row["top1_cls"]),
-            "-" if row["mean_iou"] is None else f"{row['mean_iou']:.3f}",
-            str(row["n"]),
-        ]
-        for row in metrics["methods"].values()
-    ]
-    return cli.table(headers, rows)
+    """The methods' figures as plain text; n counts the images with known boxes. The last two
+    columns are the paper's Table 1, on ILSVRC val."""
+    rows = []
+    for row in metrics["methods"].values():
+        paper = row["paper"] or {"metric1": None, "metric2": None}
+        rows.append(
+            [row["title"]]
+            + [_figure(name, row[name]) for name in COLUMNS]
+            + [str(row["n"])]
+            + [_figure(name, paper[name]) for name in ("metric1", "metric2")]
+        )
+    return cli.table(["method", *COLUMNS.values(), "n", "paper: 1", "2"], rows)
 
 
 def write_predictions(predictions: pa.Table) -> bytes:
@@ -64,16 +84,44 @@ def write_predictions(predictions: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def export(folder: Path, evaluation: Evaluation, devkit_ids: Path | None) -> None:
+    """Write the ground truth as wsolevaluation metadata, and each source's boxes with the classes
+    of its first row as Kaggle CSV, Parquet and, where ILSVRC2012_IDs are known, devkit rows."""
+    truth, said = evaluation.truth, evaluation.said
+    write_metadata(folder / "metadata", truth)
+    scorer = Scorer(truth=truth, protocol="devkit")
+    written: set[str] = set()
+    for method in said.methods.values():
+        if method.box in written or method.classes is None:
+            continue
+        written.add(method.box)
+        labels = np.full((len(truth.ids), TOP), -1)
+        classes = said.classes[method.classes]
+        labels[:, : classes.shape[1]] = classes
+        boxes = np.repeat(scorer.original(said.boxes[method.box])[:, None], TOP, axis=1)
+        boxes[labels < 0] = -1
+        guesses = Guesses(labels=labels, boxes=boxes)
+        for suffix in (".csv", ".parquet", *([".txt"] if devkit_ids is not None else [])):
+            path = folder / "boxes" / f"{method.box}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_guesses(path, truth, guesses, devkit_ids=devkit_ids)
+
+
+def _resolved(config: EvaluateConfig) -> EvaluateConfig:
+    """The configuration with absolute paths: tasks may run in another folder than the driver."""
+    absolute: dict[str, Any] = {
+        name: getattr(config, name).resolve()
+        for name in ("output", "score_maps", "export", "network_weights", "network_classes")
+        if getattr(config, name) is not None
+    }
+    if config.data is not None and not is_remote(config.data):
+        absolute["data"] = str(Path(config.data).resolve())
+    return replace(config, run=tuple(run.resolve() for run in config.run), **absolute)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job with command-line flags (`--help` lists them)."""
-    config = cli.parse(EvaluateConfig, argv, __doc__ or "")
-    # Tasks may run in another folder than the driver.
-    config = replace(
-        config,
-        data=config.data.resolve(),
-        run=config.run.resolve(),
-        output=config.output.resolve(),
-    )
+    config = _resolved(cli.parse(EvaluateConfig, argv, __doc__ or ""))
     if config.output.exists() and not config.output.is_dir():
         raise cli.UserError(f"--output {config.output} is a file; give a folder.")
     evaluation = evaluate(config, progress_printer())
@@ -83,14 +131,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_atomically(config.output / PREDICTIONS_NAME, write_predictions(evaluation.predictions))
     report = render(metrics, evaluation.predictions, pictures)
     write_atomically(config.output / REPORT_NAME, report.encode())
+    if config.export is not None:
+        export(config.export, evaluation, config.devkit_ids)
+        print(f"score maps and boxes in the formats of others: {config.export}")
     write_atomically(config.output / METRICS_NAME, (json.dumps(metrics, indent=1) + "\n").encode())
     print(figures_table(metrics))
-    unknown = metrics["images"] - metrics["methods"]["aln"]["n"]
+    print(
+        f"protocol {metrics['protocol']} ({metrics['protocol_text']}); box rule: "
+        f"{metrics['box_rule']}; paper: its Table 1 on ILSVRC val, metrics 1 and 2"
+    )
+    unknown = metrics["images"] - metrics["with_boxes"]
     if unknown:
         print(
             f"{unknown} of {metrics['images']} images have no known box: they count as class only"
         )
-    print(f"centred box: {metrics['methods']['centred_box']['source']}")
+    if "centred_box" in metrics:
+        print(f"centred box: {metrics['centred_box']['source']}")
     print(f"report: {config.output / REPORT_NAME}")
     sys.stdout.flush()
 

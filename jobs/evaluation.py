@@ -1,53 +1,120 @@
-"""Evaluating a split: batches over Ray tasks, predictions back, figures from them.
+"""Evaluation as a whole: what is asked for, the ground truth, what is said of it, the figures."""
 
-A split is cut into batches in its own order, and the tasks take whole batches: what a net
-computes for an image does not depend on the number of tasks, so neither do the figures.
-"""
-
-import os
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
-from ray.exceptions import RayTaskError
-from torch import Tensor
 
 from jobs.cli import UserError, connect_ray, option
-from jobs.models import MODEL_NAME, ModelConfig, Nets, colour_statistics, load_nets
-from jobs.scoring import (
+from jobs.exchange import read_guesses, read_score_map, read_top_classes, score_map_path
+from jobs.ground_truth import GroundTruth, ground_truth_of, read_blacklist, read_ground_truth
+from jobs.map_scoring import MapCounts, MapTruth, map_truth
+from jobs.methods import (
+    PAPER,
+    Method,
+    best_known_classes,
+    network_methods,
+    ordered,
+    run_methods,
+)
+from jobs.models import MODEL_NAME, ModelConfig, load_nets
+from jobs.prediction import (
+    GPU_SHARE,
+    TASKS_PER_WORKER,
     TOP,
+    NetworkConfig,
+    PredictConfig,
+    gpus_and_workers,
+    predict_range,
+    ranges,
+    run_parts,
+    score_map_range,
+)
+from jobs.scoring import (
+    Boxes,
+    Predictions,
+    add_constant_boxes,
+    add_guesses,
+    add_mean_map,
     centred_shares,
     check_coverage,
-    fixed_lists,
-    join_predictions,
+    joined,
+    matrix,
     score,
 )
-from model.adversarial import normalize
-from model.baselines import blur, class_activation_map, gradient_saliency
-from model.localization import RULE_TEXTS, localize, mask_map
-from model.metrics import PROTOCOL
+from model.localization import RULE_TEXTS
+from model.metrics import SUBSETS
+from model.protocols import PROTOCOLS, SIDE
 from pipeline.ledger import read_ledger
-from pipeline.shards import Card, DataError, read_card, sha256_file, split_of
+from pipeline.shards import Card, read_card, sha256_file, split_of
 
-TASKS_PER_WORKER = 4  # so that the progress line moves
-GPU_SHARE = 0.25  # tasks share a GPU: while one finds boxes on its core, another's nets run
+NO_SIZES = "give --image-sizes FILE (lines id,width,height)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What to evaluate, on what, and how it is divided."""
 
-    data: Path = option(help="folder of shards that jobs.preprocess wrote")
-    run: Path = option(help="folder of a finished jobs.train")
+    data: str | None = option(None, help="shards that jobs.preprocess wrote: a folder, or a URI")
+    run: tuple[Path, ...] = option(
+        (), help="folder of a finished jobs.train; a second one is compared with the first"
+    )
+    ground_truth: Path | None = option(
+        None,
+        help="instead of --data: a folder of wsolevaluation metadata or of ILSVRC XML files, or a "
+        "Kaggle solution CSV",
+    )
     output: Path = option(help="folder for predictions.parquet, metrics.json and report.html")
-    split: str = option("val", help="split to evaluate")
+    split: str = option("val", help="split of --data to evaluate")
+    protocol: Literal["devkit", "exclusive", "int224"] = option(
+        "devkit", help="; ".join(f"{name}: {p.text}" for name, p in PROTOCOLS.items())
+    )
+    baselines: bool = option(
+        True, help="also CAM, gradient saliency and LRP, from the clean classifier"
+    )
+    score_maps: Path | None = option(
+        None, help="folder of score maps ID.npy in [0, 1], all of one size, scored as a row"
+    )
+    predictions: Path | None = option(
+        None, help="boxes with classes, scored as a row: Kaggle .csv, devkit .txt, or .parquet"
+    )
+    classifier: Path | None = option(
+        None, help="another classifier's best classes (CSV or Parquet), for a row with ALN's boxes"
+    )
+    network: str | None = option(
+        None, help="also rows from a network, e.g. torchvision:resnet50 or timm:resnet50"
+    )
+    network_weights: Path | None = option(None, help="weights file of --network")
+    network_classes: Path | None = option(
+        None, help="a wnid per line, in the order of --network's outputs (default: the data's)"
+    )
+    network_size: int | None = option(
+        None, help="side in pixels that --network is fed (default: its own)"
+    )
+    classes: Path | None = option(
+        None,
+        help="a wnid per line (LOC_synset_mapping.txt), where the ground truth has numbers only",
+    )
+    image_sizes: Path | None = option(
+        None, help="lines id,width,height, where the ground truth has none (a Kaggle CSV)"
+    )
+    devkit_ids: Path | None = option(
+        None, help="meta.mat, or a wnid per line by ILSVRC2012_ID, for devkit rows"
+    )
+    blacklist: Path | None = option(
+        None, help="image numbers, one a line: also gives figures without these images"
+    )
+    centred_box: tuple[float, ...] | None = option(
+        None, help="height and width of the centred box as shares (default: best on train boxes)"
+    )
+    export: Path | None = option(
+        None, help="folder for our own score maps and boxes in the formats of others"
+    )
     batch_size: int = option(100, help="images the nets see at once")
     workers: int | None = option(
         None, help="Ray tasks at once (default: one per CPU, or four per GPU where there are any)"
@@ -55,28 +122,45 @@ class EvaluateConfig:
     shards: int | None = option(
         None, help="parts the split is cut into, at most one per batch (default: 4 per worker)"
     )
-    baselines: bool = option(True, help="also CAM and gradient saliency, from the clean classifier")
-    seed: int = option(0, help="of the bootstrap intervals and the report's random pictures")
+    seed: int = option(0, help="of the bootstrap, of whose box is another's, of random pictures")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "workers", "shards"):
+        for name in ("batch_size", "workers", "shards", "network_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed} must be at least 0")
+        if (self.data is None) == (self.ground_truth is None):
+            raise ValueError("give either --data (shards) or --ground-truth (files), one of them")
+        for name in ("run", "network"):
+            if getattr(self, name) and self.data is None:
+                raise ValueError(f"--{name} needs images: give --data SHARDS")
+        if len(self.run) > 2:
+            raise ValueError(f"--run was given {len(self.run)} times; at most two are compared")
+        if bool(self.network) != bool(self.network_weights):
+            raise ValueError("--network and --network-weights need each other")
+        if self.classifier and not self.run:
+            raise ValueError("--classifier gives classes to ALN's boxes: it needs --run")
+        if self.export and not self.run:
+            raise ValueError("--export writes what our nets predict: it needs --run")
+        shares = self.centred_box or (1.0,)
+        if len(shares) > 2 or not all(0 < share <= 1 for share in shares):
+            raise ValueError(f"--centred-box {shares} must be one or two shares in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """predictions: a row per image in ledger order, see `join_predictions`. metrics: the content
-    of metrics.json but for the run's record."""
+    """predictions: a row per image in the ground truth's order, see `jobs.scoring.joined`.
+    metrics: the content of metrics.json but for the run's record. truth, said: what was scored."""
 
     predictions: pa.Table
     metrics: dict[str, Any]
+    truth: GroundTruth
+    said: Predictions
 
 
-def check_compatible(run: Path, config: ModelConfig, data: Path, card: Card) -> None:
+def check_compatible(run: Path, config: ModelConfig, data: str, card: Card) -> None:
     """Raise UserError, in one line, where nets and shards differ in classes or image size."""
     if config.classes != card.classes:
         both = set(config.classes) & set(card.classes)
@@ -101,162 +185,211 @@ def check_compatible(run: Path, config: ModelConfig, data: Path, card: Card) -> 
         )
 
 
-def _top_classes(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Up to five best classes [B, 5] and their probabilities; equal ones in index order."""
-    scores, classes = torch.softmax(logits, dim=1).sort(dim=1, descending=True, stable=True)
-    return classes[:, :TOP].cpu().numpy(), scores[:, :TOP].cpu().numpy()
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What is scored against. table: a row per image, which the predictions' columns join.
+    maps: None where image sizes are unknown."""
+
+    card: Card | None
+    truth: GroundTruth
+    table: pa.Table
+    maps: MapTruth | None
 
 
-def predict(
-    nets: Nets,
-    images: Tensor,
-    segments: Tensor,
-    labels: Tensor,
-    *,
-    superpixels: int,
-    baselines: bool,
-) -> dict[str, np.ndarray]:
-    """What the nets say of one batch, as columns; boxes in pixels of the stored size.
-
-    images: uint8 [B, 3, H, W]; segments: int64 [B, H, W]; labels: int64 [B], whose class the
-    baselines' maps are of (see model/baselines.py). Raises ValueError for maps with NaN.
-    """
-    x = normalize(images, *colour_statistics(nets.config, images.device))
-    columns: dict[str, np.ndarray] = {}
-    with torch.no_grad():
-        for name in ("classifier", "clean_classifier"):
-            classes, scores = _top_classes(getattr(nets, name)(x))
-            columns |= {f"{name}_classes": classes, f"{name}_scores": scores}
-        maps = {"aln": mask_map(nets.corruption, x, segments, superpixels).cpu().numpy()}
-    if baselines:
-        maps["cam"] = class_activation_map(nets.clean_classifier, x, labels).cpu().numpy()
-        saliency = gradient_saliency(nets.clean_classifier, x, labels)
-        maps["gradient"] = blur(saliency.cpu().numpy())
-    for name, values in maps.items():
-        columns[f"{name}_box"], columns[f"{name}_found"] = localize(values)
-    return columns
-
-
-def predict_range(config: EvaluateConfig, first: int, stop: int, use_gpu: bool) -> pa.Table:
-    """Predictions for batches number first..stop-1 of the split: `predict`'s columns and `row`.
-
-    Runs in a Ray task, on CUDA where the task was given a GPU. Sets the process to one thread and
-    to deterministic kernels.
-    """
-    from pipeline.loader import evaluation_batches  # DALI: only where batches are made
-
-    torch.set_num_threads(1)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not
-    torch.use_deterministic_algorithms(True)
-    device = torch.device("cuda" if use_gpu else "cpu")
-    card = read_card(config.data)
-    nets = load_nets(config.run)
-    for net in (nets.corruption, nets.classifier, nets.clean_classifier):
-        net.to(device)
-    tables = []
-    for batch in evaluation_batches(
-        config.data,
-        card,
-        config.split,
-        batch_size=config.batch_size,
-        first=first,
-        stop=stop,
-        device=device,
-    ):
-        rows = batch.index.cpu().numpy()
-        try:
-            columns = predict(
-                nets,
-                batch.images,
-                batch.segments,
-                batch.labels,
-                superpixels=card.max_superpixels,
-                baselines=config.baselines,
-            )
-        except ValueError as error:
+def _inputs(config: EvaluateConfig) -> _Inputs:
+    card = None
+    if config.data is not None:
+        card = read_card(config.data)
+        if not split_of(card, config.split).images:
             raise UserError(
-                f"ledger rows {rows[0]} to {rows[-1]} of {config.data}: {error}"
-            ) from None
-        tables.append(pa.table({"row": rows, **{n: fixed_lists(v) for n, v in columns.items()}}))
-    return pa.concat_tables(tables)
+                f"split {config.split!r} of {config.data} has no images: nothing to evaluate."
+            )
+        for run in config.run:
+            check_compatible(run, load_nets(run).config, config.data, card)
+        names = ["row", "key", "id", "label", "shard", "width", "height", "boxes"]
+        table = read_ledger(config.data, config.split, names)
+        truth = ground_truth_of(table, card)
+    else:
+        assert config.ground_truth is not None
+        truth = read_ground_truth(
+            config.ground_truth, image_sizes=config.image_sizes, classes=config.classes
+        )
+        rows = np.arange(len(truth.ids))
+        table = pa.table({"row": rows, "id": list(truth.ids), "label": truth.labels})
+    maps = None
+    if truth.sizes is not None:
+        maps = map_truth(truth, table["row"].to_numpy(), config.protocol, config.seed)
+    elif config.score_maps is not None or config.protocol == "int224":
+        raise UserError(
+            f"{config.ground_truth} holds no image sizes, without which maps have no place and "
+            f"images cannot be carried to {SIDE} px; {NO_SIZES}."
+        )
+    return _Inputs(card=card, truth=truth, table=table, maps=maps)
 
 
-def ranges(batches: int, shards: int) -> list[tuple[int, int]]:
-    """Batches 0..batches-1 in `shards` runs [first, stop) that differ by one at most; fewer runs
-    where there are fewer batches."""
-    shards = min(shards, batches)
-    return [(batches * i // shards, batches * (i + 1) // shards) for i in range(shards)]
+def _take(
+    said: Predictions, table: pa.Table, counts: dict[str, MapCounts], grid: np.ndarray
+) -> None:
+    """Take a task's columns over: boxes, AUCs, classes and counts by name."""
+    for column in table.column_names:
+        name, _, what = column.rpartition("_")
+        if what == "box":
+            said.boxes[name] = Boxes(
+                boxes=matrix(table, column).astype(np.int64),
+                grid=grid,
+                found=table[f"{name}_found"].to_numpy(),
+            )
+        elif what == "classes":
+            said.classes[name] = matrix(table, column).astype(np.int64)
+        elif what == "auc":
+            said.aucs[name] = (table[column].to_numpy(), table[f"{column}_other"].to_numpy())
+    said.counts |= counts
 
 
-def predict_all(
-    config: EvaluateConfig, batches: int, progress: Callable[[int, int], None]
+def _add_nets(
+    said: Predictions,
+    config: EvaluateConfig,
+    inputs: _Inputs,
+    progress: Callable[[int, int], None],
 ) -> pa.Table:
-    """`predict_range` over the whole split, in Ray tasks of which at most `workers` are under way.
-
-    progress: called with the batches done and all batches. Needs an initialized Ray. Raises the
-    UserError or DataError of a task as it is; Ray itself repeats tasks whose worker died.
-    """
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    cores = max(1, int(resources.get("CPU", 1)))
-    workers = config.workers or int(gpus / GPU_SHARE) or cores
+    """What runs and network say of every image; returns the table with their classes."""
+    assert config.data is not None
+    assert inputs.card is not None
+    connect_ray()
+    network = None
+    if config.network is not None and config.network_weights is not None:
+        network = NetworkConfig(
+            name=config.network,
+            weights=config.network_weights,
+            classes=config.network_classes,
+            size=config.network_size,
+        )
+    asked = PredictConfig(
+        data=config.data,
+        split=config.split,
+        runs=config.run,
+        network=network,
+        batch_size=config.batch_size,
+        baselines=config.baselines,
+        export=None if config.export is None else config.export / "score_maps",
+    )
+    gpus, workers = gpus_and_workers(config.workers)
     task = ray.remote(num_cpus=1, num_gpus=GPU_SHARE if gpus else 0)(predict_range)
-    waiting = deque(ranges(batches, config.shards or TASKS_PER_WORKER * workers))
-    running: dict[ray.ObjectRef, tuple[int, int]] = {}
-    tables, done = [], 0
-    while waiting or running:
-        while waiting and len(running) < workers:
-            part = waiting.popleft()
-            running[task.remote(config, *part, gpus > 0)] = part
-        (reference,), _ = ray.wait(list(running), num_returns=1)
-        first, stop = running.pop(reference)
-        try:
-            tables.append(ray.get(reference))
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError | DataError):
-                raise error.cause from None
-            raise
-        done += stop - first
-        progress(done, batches)
-    return pa.concat_tables(tables)
+    shared = ray.put(inputs.maps)
+    batches = -(-len(inputs.truth.ids) // config.batch_size)
+    table, counts = run_parts(
+        lambda first, stop: task.remote(asked, shared, first, stop, gpus > 0),
+        ranges(batches, config.shards or TASKS_PER_WORKER * workers),
+        workers,
+        progress,
+    )
+    check_coverage(table["row"].to_numpy(), inputs.table)
+    _take(said, table, counts, np.array([inputs.card.height, inputs.card.width]))
+    others = {"network": config.network, "other": "the given classifier"}
+    known = {name: text for name, text in others.items() if text and name in said.classes}
+    for number, run in enumerate(config.run):
+        label = "" if len(config.run) == 1 else f" ({run.name})"
+        said.methods |= run_methods(number, label, baselines=config.baselines, others=known)
+    if config.network is not None:
+        said.methods |= network_methods(config.network)
+    joined_table = inputs.table
+    for name in table.column_names:
+        if name.endswith(("_classes", "_scores")):
+            joined_table = joined_table.append_column(name, table[name])
+    return joined_table
+
+
+def _add_score_maps(
+    said: Predictions,
+    config: EvaluateConfig,
+    truth: MapTruth,
+    progress: Callable[[int, int], None],
+) -> None:
+    """The row of others' score maps."""
+    root = config.score_maps
+    assert root is not None
+    first = read_score_map(score_map_path(root, truth.ids[0].as_py()), None)
+    size = (SIDE, SIDE) if config.protocol == "int224" else (first.shape[0], first.shape[1])
+    connect_ray()
+    _, workers = gpus_and_workers(config.workers)
+    task = ray.remote(num_cpus=1)(score_map_range)
+    shared = ray.put(truth)
+    table, counts = run_parts(
+        lambda first, stop: task.remote(root, size, shared, first, stop),
+        ranges(len(truth.rows), config.shards or TASKS_PER_WORKER * workers),
+        workers,
+        progress,
+    )
+    _take(said, table, counts, np.array(size))
+    said.methods["score_maps"] = Method(
+        title="Given score maps",
+        box="score_maps",
+        classes=best_known_classes(said.classes),
+        map="score_maps",
+    )
 
 
 def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Evaluation:
-    """Predict and score a split over Ray, see `connect_ray`; writes nothing.
+    """Predict and score, over Ray where nets or maps are scored (see `connect_ray`); writes
+    nothing but the score maps of `config.export`.
 
-    Raises UserError or DataError, each of one line, for folders that do not fit each other.
+    Raises UserError or DataError, each of one line, for inputs that do not fit each other.
     """
     started = time.monotonic()
-    card = read_card(config.data)
-    split = split_of(card, config.split)
-    if not split.images:
+    inputs = _inputs(config)
+    truth, table, said = inputs.truth, inputs.table, Predictions()
+    blacklist = None if config.blacklist is None else read_blacklist(config.blacklist, truth)
+    if config.classifier is not None:
+        said.classes["other"] = read_top_classes(config.classifier, truth)
+    if config.predictions is not None:
+        add_guesses(said, read_guesses(config.predictions, truth, devkit_ids=config.devkit_ids))
+    if config.run or config.network:
+        table = _add_nets(said, config, inputs, progress)
+    extra: dict[str, Any] = {}
+    if inputs.maps is not None:
+        if config.score_maps is not None:
+            _add_score_maps(said, config, inputs.maps, progress)
+        known = best_known_classes(said.classes)
+        shares, source = centred_shares(config.data, inputs.card, config.centred_box)
+        add_constant_boxes(said, truth, shares, known, PAPER["whole_image"])
+        extra["centred_box"] = {"height": shares[0], "width": shares[1], "source": source}
+        maps = next((name for name in ("aln", "score_maps") if name in said.counts), None)
+        if maps is not None:
+            add_mean_map(said, maps, inputs.maps, known)
+    if not said.methods:
         raise UserError(
-            f"split {config.split!r} of {config.data} has no images: nothing to evaluate."
+            f"{config.ground_truth} holds no image sizes, so no constant box can be scored, and "
+            f"there are no --predictions: nothing to evaluate; {NO_SIZES}."
         )
-    check_compatible(config.run, load_nets(config.run).config, config.data, card)
-    columns = ["row", "key", "id", "label", "shard", "width", "height", "boxes"]
-    ledger = read_ledger(config.data, config.split, columns)
-    connect_ray()
-    predicted = predict_all(config, -(-split.images // config.batch_size), progress)
-    check_coverage(predicted["row"].to_numpy(), ledger)
-    shares, source = centred_shares(config.data, card)
-    predictions = join_predictions(ledger, predicted, (card.height, card.width), shares)
-    scored = score(predictions, card, config.seed)
-    scored["methods"]["centred_box"] |= {
-        "shares": {"height": shares[0], "width": shares[1]},
-        "source": source,
-    }
+    said.methods = ordered(said.methods)
+    methods = score(said, truth, protocol=config.protocol, blacklist=blacklist, seed=config.seed)
+    if inputs.card is not None:
+        extra["rejected"] = split_of(inputs.card, config.split).rejected
+        extra["data_configuration"] = inputs.card.configuration
+    if truth.classes is not None:
+        names = truth.class_names if truth.class_names is not None else truth.classes
+        extra["class_names"] = dict(zip(truth.classes, names, strict=True))
     metrics = {
         "format": 1,
-        "split": config.split,
-        "images": split.images,
-        "rejected": split.rejected,
-        "protocol": PROTOCOL,
-        "box_rule": RULE_TEXTS["paper"],
-        **scored,
-        "class_names": dict(zip(card.classes, card.class_names, strict=True)),
-        "data_configuration": card.configuration,
-        "model_sha256": sha256_file(config.run / MODEL_NAME),
+        "split": config.split if config.data is not None else None,
+        "images": len(truth.ids),
+        "with_boxes": int((np.diff(truth.starts) > 0).sum()),
+        "protocol": config.protocol,
+        "protocol_text": PROTOCOLS[config.protocol].text,
+        "box_rule": f"{RULE_TEXTS['paper']}; box of the largest 8-connected component",
+        "subsets": SUBSETS,
+        "seed": config.seed,
+        "runs": [str(run) for run in config.run],
+        "methods": methods,
+        **{name: _classifier_figures(said.classes[name], truth) for name in said.classes},
+        **extra,
+        "model_sha256": [sha256_file(run / MODEL_NAME) for run in config.run],
         "seconds": round(time.monotonic() - started, 2),
     }
-    return Evaluation(predictions=predictions, metrics=metrics)
+    predictions = joined(said, truth, config.protocol, table)
+    return Evaluation(predictions=predictions, metrics=metrics, truth=truth, said=said)
+
+
+def _classifier_figures(classes: np.ndarray, truth: GroundTruth) -> dict[str, float]:
+    hits = classes == truth.labels[:, None]
+    return {f"top{k}": int(hits[:, :k].any(axis=1).sum()) / len(hits) for k in (1, TOP)}

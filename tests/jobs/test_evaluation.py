@@ -2,10 +2,14 @@
 
 import itertools
 import json
+import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,16 +17,10 @@ import torch
 
 from jobs import evaluate as job
 from jobs.cli import UserError
-from jobs.evaluation import (
-    EvaluateConfig,
-    Evaluation,
-    check_compatible,
-    evaluate,
-    predict,
-    ranges,
-)
+from jobs.evaluation import EvaluateConfig, Evaluation, check_compatible, evaluate
 from jobs.models import colour_statistics, load_nets, save_nets
-from jobs.scoring import centred_shares, check_coverage, join_predictions, matrix, score
+from jobs.prediction import net_maps, ranges
+from jobs.scoring import centred_shares, check_coverage, matrix
 from model.adversarial import normalize
 from pipeline.ledger import read_ledger
 from pipeline.shards import Sample, read_card, read_shard, shard_paths
@@ -35,7 +33,8 @@ def quiet(done: int, batches: int) -> None:
 
 
 def config_for(data: Path, run: Path, **changes: object) -> EvaluateConfig:
-    options: dict = {"data": data, "run": run, "output": data.parent / "eval", "batch_size": 3}
+    output = data.parent / "eval"
+    options: dict = {"data": str(data), "run": (run,), "output": output, "batch_size": 3}
     return EvaluateConfig(**(options | changes))
 
 
@@ -97,6 +96,32 @@ def test_any_number_of_shards_gives_the_same_figures_to_the_last_digit(
     assert seen == sorted(seen)
 
 
+def test_a_killed_worker_changes_no_figure(
+    small_set: Path, random_run: Path, evaluation: Evaluation
+) -> None:
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for process in psutil.process_iter(["name", "cmdline"]):
+                if "ray::predict_range" in " ".join(process.info["cmdline"] or []):
+                    process.kill()
+                    killed.append(process.pid)
+                    return
+            time.sleep(0.002)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    again = evaluate(config_for(small_set, random_run, workers=2, shards=8), quiet)
+    killer.join()
+    assert len(killed) == 1
+    assert again.predictions.equals(evaluation.predictions)
+    assert json.dumps(again.metrics | {"seconds": 0}) == json.dumps(
+        evaluation.metrics | {"seconds": 0}
+    )
+
+
 def test_every_image_has_boxes_inside_it_and_best_classes_first(
     small_set: Path, evaluation: Evaluation
 ) -> None:
@@ -104,7 +129,7 @@ def test_every_image_has_boxes_inside_it_and_best_classes_first(
     ledger = read_ledger(small_set, "val")
     assert predictions["row"].to_pylist() == ledger["row"].to_pylist()
     width, height = predictions["width"].to_numpy(), predictions["height"].to_numpy()
-    for name in ("whole_image", "centred_box", "cam", "gradient", "aln"):
+    for name in ("whole_image", "centred_box", "mean_map", "cam", "lrp", "gradient", "aln"):
         boxes = matrix(predictions, f"{name}_box")
         assert (boxes[:, :2] >= 0).all()
         assert (boxes[:, :2] <= boxes[:, 2:]).all()
@@ -148,15 +173,19 @@ def test_metrics_follow_from_the_predictions(small_set: Path, evaluation: Evalua
     assert list(metrics["methods"]) == [
         "whole_image",
         "centred_box",
-        "cam",
+        "mean_map",
         "gradient",
+        "lrp",
+        "cam",
         "aln",
+        "aln_mean",
+        "aln_quantile",
         "aln_clean_class",
     ]
     rows = evaluation.predictions.to_pylist()
     for name, row in metrics["methods"].items():
         box = "aln" if name == "aln_clean_class" else name
-        net = "classifier" if name == "aln" else "clean_classifier"
+        net = "classifier" if name in ("aln", "aln_mean", "aln_quantile") else "clean_classifier"
         ious = []
         for image in rows:
             a, best = image[f"{box}_box"], 0.0
@@ -174,53 +203,56 @@ def test_metrics_follow_from_the_predictions(small_set: Path, evaluation: Evalua
         assert row["mean_iou"] == pytest.approx(sum(ious) / VAL_IMAGES, rel=1e-12)
         assert row["n"] == VAL_IMAGES
         assert sum(part["n"] for part in row["classes"].values()) == VAL_IMAGES
+        assert sum(row["errors"].values()) == VAL_IMAGES
+        assert row["errors"]["right"] == sum(both)
         assert row["interval"]["gt_known"][0] <= row["gt_known"] <= row["interval"]["gt_known"][1]
+        assert row["protocols"]["devkit"]["gt_known"] == row["gt_known"]
+        assert row["max_box_acc"] >= (0 if row["from_map"] else row["gt_known"])
     assert metrics["classifier"]["top1"] == metrics["methods"]["aln"]["top1_cls"]
     assert metrics["clean_classifier"]["top1"] == metrics["methods"]["cam"]["top1_cls"]
     assert metrics["classifier"]["top5"] >= metrics["classifier"]["top1"]
 
 
-def test_images_without_known_boxes_count_for_classification_only(
-    small_set: Path, evaluation: Evaluation
+def test_the_auc_of_a_map_is_that_of_its_pixels_against_the_boxes(
+    random_run: Path, samples: list[Sample], evaluation: Evaluation
 ) -> None:
-    card = read_card(small_set)
-    columns = ["row", "key", "id", "label", "shard", "width", "height", "boxes"]
-    ledger = evaluation.predictions.select(columns)
-    boxes = ledger["boxes"].to_pylist()
-    boxes[:10] = [[] for _ in range(10)]
-    place = ledger.schema.get_field_index("boxes")
-    ledger = ledger.set_column(place, "boxes", pa.array(boxes, ledger.schema.field("boxes").type))
-    kept = [
-        name
-        for name in evaluation.predictions.column_names
-        if name == "row" or name.endswith(("_classes", "_scores", "_found"))
-    ]
-    predicted = evaluation.predictions.select(kept)
-    predicted = predicted.append_column("aln_box", evaluation.predictions["aln_box"])
-    joined = join_predictions(ledger, predicted, (32, 32), (0.5, 0.5))
-    assert joined["aln_iou"].to_pylist()[:10] == [None] * 10
-    scored = score(joined, card, seed=0)
-    aln, before = scored["methods"]["aln"], evaluation.metrics["methods"]["aln"]
-    assert aln["n"] == VAL_IMAGES - 10
-    assert aln["counts"]["images"] == VAL_IMAGES
-    assert aln["top1_cls"] == before["top1_cls"]
-    assert aln["mean_iou"] == pytest.approx(np.mean(joined["aln_iou"].to_pylist()[10:]), rel=1e-12)
+    """By comparing every pixel inside the boxes with every one outside."""
+    nets = load_nets(random_run)
+    for i in (0, 7, 23):
+        sample = samples[i]
+        image = torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None].contiguous()
+        segments = torch.from_numpy(sample.segments.astype(np.int64))[None]
+        labels = torch.tensor([sample.label])
+        cam = net_maps(nets, image, segments, labels, 25, True)[1]["cam"][0].astype(np.float64)
+        levels = np.floor((cam - cam.min()) / (cam.max() - cam.min()) * 255)
+        inside = np.zeros((32, 32), bool)
+        scale = 32 / np.array([sample.meta["width"], sample.meta["height"]] * 2)
+        for box in np.array(sample.meta["boxes"]):
+            x0, y0 = np.floor(box[:2] * scale[:2] + 0.5).astype(int)
+            x1, y1 = np.floor((box[2:] + 1) * scale[2:] + 0.5).astype(int)
+            inside[y0:y1, x0:x1] = True
+        a, b = levels[inside][:, None], levels[~inside][None]
+        expected = ((a > b) + 0.5 * (a == b)).mean()
+        assert evaluation.predictions["cam_auc"][i].as_py() == pytest.approx(expected, abs=0.002)
 
 
 def test_the_centred_box_is_fixed_on_train_boxes_or_said_to_be_half_the_area(
     small_set: Path, evaluation: Evaluation
 ) -> None:
     card = read_card(small_set)
-    shares, source = centred_shares(small_set, card)
+    shares, source = centred_shares(str(small_set), card, None)
     assert "train split" in source
-    assert evaluation.metrics["methods"]["centred_box"]["shares"] == {
+    assert evaluation.metrics["centred_box"] == {
         "height": shares[0],
         "width": shares[1],
+        "source": source,
     }
     without_train = replace(card, splits={"val": card.splits["val"]})
-    (height, width), source = centred_shares(small_set, without_train)
+    (height, width), source = centred_shares(str(small_set), without_train, None)
     assert height * width == pytest.approx(0.5)
     assert "half" in source
+    assert centred_shares(None, None, (0.5, 0.25))[0] == (0.5, 0.25)
+    assert centred_shares(None, None, (0.5,))[0] == (0.5, 0.5)
 
 
 def test_coverage_names_missing_double_and_unknown_rows() -> None:
@@ -244,14 +276,14 @@ def test_nets_and_shards_of_different_classes_or_sizes_are_refused_in_one_line(
 ) -> None:
     card = read_card(small_set)
     config = load_nets(random_run).config
-    check_compatible(random_run, config, small_set, card)
+    check_compatible(random_run, config, str(small_set), card)
     other = replace(config, classes=(*config.classes[1:], "n99999999"))
     with pytest.raises(UserError, match="checkpoint and shards with different classes") as caught:
-        check_compatible(random_run, other, small_set, card)
+        check_compatible(random_run, other, str(small_set), card)
     assert "7 of them in common" in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"trained at 64x32.*holds 32x32"):
-        check_compatible(random_run, replace(config, height=64), small_set, card)
+        check_compatible(random_run, replace(config, height=64), str(small_set), card)
 
 
 def test_diverged_nets_are_one_clear_error_from_the_task(
@@ -273,10 +305,10 @@ def test_baseline_maps_are_of_the_given_class(random_run: Path, samples: list[Sa
     found = {}
     for label in (0, 1):
         labels = torch.full((len(samples),), label)
-        found[label] = predict(nets, images, segments, labels, superpixels=25, baselines=True)
-    np.testing.assert_array_equal(found[0]["aln_box"], found[1]["aln_box"])
-    assert (found[0]["cam_box"] != found[1]["cam_box"]).any()
-    assert (found[0]["gradient_box"] != found[1]["gradient_box"]).any()
+        found[label] = net_maps(nets, images, segments, labels, 25, True)[1]
+    np.testing.assert_array_equal(found[0]["aln"], found[1]["aln"])
+    for name in ("cam", "gradient", "lrp"):
+        assert (found[0][name] != found[1][name]).any()
 
 
 @pytest.mark.parametrize("field", ["batch_size", "workers", "shards"])
@@ -304,17 +336,22 @@ def test_the_job_writes_table_metrics_predictions_and_report(
     assert (metrics["format"], metrics["split"], metrics["images"]) == (1, "val", VAL_IMAGES)
     assert metrics["protocol"] == "devkit"
     assert metrics["configuration"]["baselines"] is False
-    assert list(metrics["methods"]) == ["whole_image", "centred_box", "aln", "aln_clean_class"]
+    assert list(metrics["methods"]) == [
+        *("whole_image", "centred_box", "mean_map"),
+        *("aln", "aln_mean", "aln_quantile", "aln_clean_class"),
+    ]
     assert pq.read_table(output / "predictions.parquet").num_rows == VAL_IMAGES
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("method") and line.endswith(" n") for line in lines)
+    assert any(line.startswith("method") and "GT-known" in line for line in lines)
     assert lines[-1] == f"report: {output / 'report.html'}"
     aln = metrics["methods"]["aln"]
     (shown,) = [line.split() for line in lines if line.startswith("ALN  ")]
     assert shown[1:] == [
-        *(f"{100 * aln[name]:.1f}%" for name in ("gt_known", "top1_loc", "top1_cls")),
-        f"{aln['mean_iou']:.3f}",
+        *(f"{100 * aln[name]:.1f}%" for name in ("gt_known", "top1_loc", "top5_loc")),
+        *(f"{100 * aln[name]:.1f}%" for name in ("max_box_acc", "max_box_acc_v2")),
+        *(f"{aln[name]:.3f}" for name in ("mean_iou", "auc_gap")),
         str(VAL_IMAGES),
+        *("56.5%", "45.5%"),  # the paper's
     ]
 
 
@@ -336,3 +373,62 @@ def test_bad_input_is_one_line_and_writes_nothing(
         job.main(list(itertools.chain(*flags.items())))
     assert "\n" not in str(caught.value)
     assert not output.exists()
+
+
+def test_two_runs_stand_side_by_side_and_the_same_run_twice_is_the_same(
+    small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path
+) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(random_run, copied)
+    config = replace(config_for(small_set, random_run, workers=2), run=(random_run, copied))
+    both = evaluate(config, quiet)
+    methods = both.metrics["methods"]
+    assert both.metrics["runs"] == [str(random_run), str(copied)]
+    for name in ("aln", "aln_mean", "aln_clean_class", "cam", "gradient", "lrp"):
+        first, second = methods[name], methods[f"{name}_2"]
+        assert (first["run"], second["run"]) == (0, 1)
+        assert first["gt_known"] == evaluation.metrics["methods"][name]["gt_known"]
+        for figure in ("gt_known", "top1_loc", "mean_iou", "max_box_acc_v2", "auc_gap", "errors"):
+            assert first[figure] == second[figure]
+    assert both.predictions["aln_box"].equals(both.predictions["aln_2_box"])
+    assert "whole_image_2" not in methods
+
+
+def test_exported_boxes_read_back_give_the_same_figures(
+    small_set: Path, random_run: Path, tmp_path: Path, ray_local: None
+) -> None:
+    folder = tmp_path / "exported"
+    flags = ["--data", small_set, "--run", random_run, "--output", tmp_path / "a"]
+    job.main([str(flag) for flag in [*flags, "--export", folder]])
+    ours = json.loads((tmp_path / "a" / "metrics.json").read_text())["methods"]["aln"]
+    (tmp_path / "classes.txt").write_text("\n".join(read_card(small_set).classes) + "\n")
+    for suffix in (".csv", ".parquet"):
+        output = tmp_path / f"b{suffix}"
+        job.main(
+            [
+                *("--ground-truth", str(folder / "metadata")),
+                *("--predictions", str(folder / "boxes" / f"aln{suffix}")),
+                *("--classes", str(tmp_path / "classes.txt")),
+                *("--output", str(output)),
+            ]
+        )
+        theirs = json.loads((output / "metrics.json").read_text())["methods"]["predictions"]
+        for figure in ("gt_known", "top1_loc", "top5_loc", "top1_cls", "mean_iou"):
+            assert theirs[figure] == ours[figure]
+        assert theirs["protocols"]["devkit, first box"] == ours["protocols"]["devkit, first box"]
+    maps = sorted((folder / "score_maps" / "aln").rglob("*.npy"))
+    assert len(maps) == VAL_IMAGES
+    assert np.load(maps[0]).shape == (224, 224)
+
+
+def test_another_classifiers_labels_give_their_own_row(
+    small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path
+) -> None:
+    rows = evaluation.predictions
+    pairs = zip(rows["id"].to_pylist(), rows["label"].to_pylist(), strict=True)
+    lines = [f"{image},{label}" for image, label in pairs]
+    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
+    config = config_for(small_set, random_run, workers=2, classifier=tmp_path / "labels.csv")
+    row = evaluate(config, quiet).metrics["methods"]["aln_other_class"]
+    assert row["top1_loc"] == row["gt_known"] == evaluation.metrics["methods"]["aln"]["gt_known"]
+    assert row["top1_cls"] == 1.0

@@ -1,0 +1,113 @@
+"""The rows of the table: which boxes, classes and maps each one's figures come from."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from model.localization import RULE_TEXTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A row. box, classes, map: names in `jobs.scoring.Predictions`; map: of the maps that the
+    figures over thresholds and pixels come from. run: which run it belongs to, None for rows that
+    need none. paper: its figures in the paper's Table 1 on ILSVRC val, metric 1 (GT-known, see
+    docs/method.md) and metric 2 (top-1 localization)."""
+
+    title: str
+    box: str
+    classes: str | None
+    map: str | None = None
+    paper: tuple[float | None, float | None] | None = None
+    run: int | None = None
+
+
+# The paper's Table 1 calls the first "Max box" and CAM "Global Average Pooling".
+PAPER: dict[str, tuple[float | None, float | None]] = {
+    "whole_image": (0.410, 0.343),
+    "gradient": (None, 0.387),
+    "lrp": (0.422, None),
+    "cam": (0.519, 0.436),
+    "aln": (0.565, 0.455),
+}
+MAP_TITLES = {"gradient": "Gradient saliency", "lrp": "LRP", "cam": "CAM"}
+ORDER = (
+    "whole_image",
+    "centred_box",
+    "mean_map",
+    "gradient",
+    "lrp",
+    "cam",
+    "network_gradient",
+    "network_lrp",
+    "network_cam",
+    "aln",
+    "aln_mean",
+    "aln_quantile",
+    "aln_clean_class",
+    "aln_network_class",
+    "aln_other_class",
+    "score_maps",
+    "predictions",
+)
+
+
+def suffix(run: int) -> str:
+    """What the names of a run's rows and columns end in: nothing for the first, _2 for the
+    second."""
+    return "" if run == 0 else f"_{run + 1}"
+
+
+def run_methods(
+    run: int, label: str, *, baselines: bool, others: dict[str, str]
+) -> dict[str, Method]:
+    """The rows of one run: ALN with its own classes, the clean classifier's and those of `others`
+    (name in `Predictions.classes` -> what it is called); by each other box rule; the baselines.
+
+    label: stands behind the titles where two runs are compared.
+    """
+    end = suffix(run)
+    clean, own, aln = f"clean_classifier{end}", f"classifier{end}", f"aln{end}"
+    rows = {aln: Method(title="ALN", box=aln, classes=own, map=aln, paper=PAPER["aln"])}
+    for rule in ("mean", "quantile"):
+        rows[f"aln_{rule}{end}"] = Method(
+            title=f"ALN, {RULE_TEXTS[rule]}", box=f"{aln}_{rule}", classes=own, map=aln
+        )
+    classes = {"clean": (clean, "clean classifier")} | {n: (n, t) for n, t in others.items()}
+    for name, (source, text) in classes.items():
+        rows[f"aln_{name}_class{end}"] = Method(
+            title=f"ALN, {text}'s class", box=aln, classes=source, map=aln
+        )
+    if baselines:
+        for name, title in MAP_TITLES.items():
+            rows[name + end] = Method(
+                title=title, box=name + end, classes=clean, map=name + end, paper=PAPER[name]
+            )
+    return {n: replace(m, title=m.title + label, run=run) for n, m in rows.items()}
+
+
+def network_methods(network: str) -> dict[str, Method]:
+    """The rows of a network from elsewhere."""
+    return {
+        f"network_{name}": Method(
+            title=f"{title}, {network}",
+            box=f"network_{name}",
+            classes="network",
+            map=f"network_{name}",
+        )
+        for name, title in MAP_TITLES.items()
+    }
+
+
+def ordered(methods: dict[str, Method]) -> dict[str, Method]:
+    """The rows in the table's order, a second run's behind the first's."""
+
+    def place(name: str) -> tuple[bool, int]:
+        base = name.removesuffix(suffix(1))
+        return base != name, ORDER.index(base)
+
+    return {name: methods[name] for name in sorted(methods, key=place)}
+
+
+def best_known_classes(names: Collection[str]) -> str | None:
+    """The classes that rows without a classifier of their own are scored with, if any."""
+    return next((n for n in ("clean_classifier", "network", "other") if n in names), None)
