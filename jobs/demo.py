@@ -75,7 +75,8 @@ def demo(config: DemoConfig) -> None:
         *("--seed", str(config.seed)),
     )
     pictures = sorted((images / "val").glob("*.JPEG"))[:3]
-    job("localize", "--run", str(run), "--output", str(folder / "localized"), *map(str, pictures))
+    localized = folder / f"localized-{config.seed}"
+    job("localize", "--run", str(run), "--output", str(localized), *map(str, pictures))
     job("evaluate", "--data", str(shards), "--run", str(run), "--output", str(evaluation))
 
 
