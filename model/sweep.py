@@ -157,7 +157,7 @@ def _fill_holes(values: np.ndarray) -> np.ndarray:
                 right > level and right > values[y, x + 1]
             ):
                 queue[tail] = y * stride + x
-                queued[tail] = True
+                queued[y * stride + x] = True
                 tail += 1
     waiting = tail
     tail %= size
