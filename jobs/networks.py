@@ -19,7 +19,7 @@ from model.adversarial import normalize
 from model.baselines import blur, gradient_saliency, gradient_weighted_cam, layerwise_relevance
 
 SMALLEST_SIZE = 64  # most networks divide the side by 32: below, one feature is the whole image
-MAP_BATCH = 16  # images whose gradients are held at once: 2 GB for a ResNet-50 at 224 px
+MAP_BATCH = 16  # images whose gradients are held at once: 3 GB for a ResNet-50 at 224 px
 LISTED = 5  # names in an error
 NESTED = ("state_dict", "model")  # where training scripts keep the weights in their checkpoints
 # Densenet's official files name layers norm.1 that are now called norm1.

@@ -246,12 +246,11 @@ class _RelevanceRules(TorchFunctionMode):
 
         def positive(weight: Tensor) -> Tensor:
             """The sum of the positive terms x * weight alone."""
-            part = functional.conv2d(x.clamp(min=0), weight.clamp(min=0), None, *place, groups)
-            if bool((x.detach() < 0).any()):
-                part = part + functional.conv2d(
-                    x.clamp(max=0), weight.clamp(max=0), None, *place, groups
-                )
-            return part
+            above, below = weight.clamp(min=0), weight.clamp(max=0)
+            if not bool((x.detach() < 0).any()):  # as after a ReLU: half the cost
+                return functional.conv2d(x, above, None, *place, groups)
+            high = functional.conv2d(x.clamp(min=0), above, None, *place, groups)
+            return high + functional.conv2d(x.clamp(max=0), below, None, *place, groups)
 
         output = _Explained.apply(value, positive(weight))
         self._convolved = output, lambda signs: positive(weight * signs.view(-1, 1, 1, 1))
