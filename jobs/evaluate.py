@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"{unknown} of {metrics['images']} images have no known box: they count as class only"
         )
-    if "centred_box" in metrics:
-        print(f"centred box: {metrics['centred_box']['source']}")
+    if "centred_box" in metrics["methods"]:
+        print(f"centred box: {metrics['methods']['centred_box']['source']}")
     print(f"report: {config.output / REPORT_NAME}")
     sys.stdout.flush()
 

@@ -345,14 +345,14 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Ev
         add_guesses(said, read_guesses(config.predictions, truth, devkit_ids=config.devkit_ids))
     if config.run or config.network:
         table = _add_nets(said, config, inputs, progress)
-    extra: dict[str, Any] = {}
+    centred: dict[str, Any] = {}
     if inputs.maps is not None:
         if config.score_maps is not None:
             _add_score_maps(said, config, inputs.maps, progress)
         known = best_known_classes(said.classes)
         shares, source = centred_shares(config.data, inputs.card, config.centred_box)
         add_constant_boxes(said, truth, shares, known, PAPER["whole_image"])
-        extra["centred_box"] = {"height": shares[0], "width": shares[1], "source": source}
+        centred = {"shares": {"height": shares[0], "width": shares[1]}, "source": source}
         maps = next((name for name in ("aln", "score_maps") if name in said.counts), None)
         if maps is not None:
             add_mean_map(said, maps, inputs.maps, known)
@@ -363,6 +363,9 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Ev
         )
     said.methods = ordered(said.methods)
     methods = score(said, truth, protocol=config.protocol, blacklist=blacklist, seed=config.seed)
+    if centred:
+        methods["centred_box"] |= centred
+    extra: dict[str, Any] = {}
     if inputs.card is not None:
         extra["rejected"] = split_of(inputs.card, config.split).rejected
         extra["data_configuration"] = inputs.card.configuration

@@ -242,11 +242,9 @@ def test_the_centred_box_is_fixed_on_train_boxes_or_said_to_be_half_the_area(
     card = read_card(small_set)
     shares, source = centred_shares(str(small_set), card, None)
     assert "train split" in source
-    assert evaluation.metrics["centred_box"] == {
-        "height": shares[0],
-        "width": shares[1],
-        "source": source,
-    }
+    row = evaluation.metrics["methods"]["centred_box"]
+    assert row["shares"] == {"height": shares[0], "width": shares[1]}
+    assert row["source"] == source
     without_train = replace(card, splits={"val": card.splits["val"]})
     (height, width), source = centred_shares(str(small_set), without_train, None)
     assert height * width == pytest.approx(0.5)
