@@ -52,7 +52,7 @@ FIGURES = (
         group="Box",
         meaning="GT-known with the box of the map's largest component at the one threshold, the "
         "same for all images, that gives the most (beside it). It is chosen on these very images: "
-        "an upper bound.",
+        "an upper bound. Of a row without maps it is the one box.",
     ),
     Figure(
         key="max_box_acc_v2",
@@ -125,7 +125,10 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def number(value: float | None) -> str:
     """A value from -1 to 1 with three digits, or a dash."""
-    return "–" if value is None else f"{value:.3f}".replace("-", "−")
+    if value is None:
+        return "–"
+    text = f"{value:.3f}"
+    return "0.000" if float(text) == 0 else text.replace("-", "−")
 
 
 def points(difference: float | None) -> str:

@@ -435,7 +435,7 @@ def test_ground_truth_alone_gives_a_page_without_classes_and_pictures() -> None:
 
 def test_numbers_are_printed_with_a_dash_for_none_and_a_true_minus() -> None:
     assert [percent(v) for v in (None, 0.0, 0.12345, 1.0)] == ["–", "0.0", "12.3", "100.0"]
-    assert [number(v) for v in (None, 0.5, -0.0421)] == ["–", "0.500", "−0.042"]
+    assert [number(v) for v in (None, -1e-5, -0.0421)] == ["–", "0.000", "−0.042"]
     assert [points(v) for v in (None, 0.0004, -0.0004, 0.01, -0.5)] == [
         "–",
         "0.0",
