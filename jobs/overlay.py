@@ -6,8 +6,6 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from jobs.report import heat
-
 BLEND = 0.45  # weight of the map's colours in an overlay
 BOX_COLOUR = (255, 79, 154)
 EDGE_COLOUR = (30, 10, 20)  # around the box: pink alone is lost on bright red and on white
@@ -15,6 +13,19 @@ LINES_PER_SIDE = 150  # widths of the box's line that the shorter side holds
 TEXTS_PER_SIDE = 22  # heights of the label's text that the shorter side holds
 SMALLEST_TEXT = 9  # pixels; below it letters cannot be told apart
 LABEL_SHARE = 0.25  # of the picture's height that a label may cover
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    """A map in [0, 1] as grey levels 0 to 255: float [H, W] -> uint8 [H, W]."""
+    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Colours for a map of probabilities: float [H, W] in [0, 1] -> RGB uint8 [H, W, 3].
+
+    Dark blue is 0, yellow 1, the same in every picture.
+    """
+    return cv2.applyColorMap(grey(values), cv2.COLORMAP_VIRIDIS)[..., ::-1]
 
 
 def draw_overlay(pixels: np.ndarray, values: np.ndarray, box: list[int], text: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from PIL import Image
 from jobs import report_charts, report_tables
 from jobs.evaluation import EvaluateConfig
 from jobs.models import Nets, colour_statistics, load_nets
+from jobs.overlay import grey, heat
 from model.adversarial import normalize
 from model.localization import mask_map
 from model.protocols import PROTOCOLS
@@ -70,18 +71,6 @@ class Picture:
     views: tuple[View, ...]
 
 
-def heat(values: np.ndarray) -> np.ndarray:
-    """Colours for a map of probabilities: float [H, W] in [0, 1] -> RGB uint8 [H, W, 3].
-
-    Dark blue is 0, yellow 1, the same in every picture.
-    """
-    return cv2.applyColorMap(_grey(values), cv2.COLORMAP_VIRIDIS)[..., ::-1]
-
-
-def _grey(values: np.ndarray) -> np.ndarray:
-    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
-
-
 def choose(
     ious: np.ndarray, errors: Sequence[str | None], count: int, seed: int
 ) -> dict[str, list[int]]:
@@ -125,7 +114,7 @@ def _jpeg(image: np.ndarray) -> str:
 
 def _map_png(values: np.ndarray) -> str:
     """The map in `heat`'s colours as a PNG with a palette, a third of the size of a full one."""
-    picture = Image.fromarray(_grey(values), mode="P")
+    picture = Image.fromarray(grey(values), mode="P")
     picture.putpalette(heat(np.arange(256)[None] / 255).tobytes())
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)

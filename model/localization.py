@@ -97,7 +97,9 @@ def localize(maps: np.ndarray, rule: str = "paper") -> tuple[np.ndarray, np.ndar
     return boxes, found
 
 
-def scale_boxes(boxes: np.ndarray, stored: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def scale_boxes(
+    boxes: np.ndarray, stored: np.ndarray | tuple[int, int], sizes: np.ndarray
+) -> np.ndarray:
     """Boxes in pixels of one size -> boxes in pixels of another, of the same images.
 
     boxes: integer [N, 4]; stored, sizes: integer (height, width) or [N, 2], from and to. The

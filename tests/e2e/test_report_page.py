@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from jobs.report import PER_GROUP, Picture, View, heat, render
+from jobs.overlay import heat
+from jobs.report import PER_GROUP, Picture, View, render
 from tests.jobs.made_metrics import made_metrics, made_predictions
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

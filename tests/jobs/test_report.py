@@ -15,7 +15,8 @@ import pyarrow as pa
 import pytest
 
 from jobs.evaluation import EvaluateConfig
-from jobs.report import PER_GROUP, Picture, choose, heat, most_different, render, report_pictures
+from jobs.overlay import heat
+from jobs.report import PER_GROUP, Picture, choose, most_different, render, report_pictures
 from jobs.report_charts import BOTTOM, LEFT, RIGHT, TOP, Series, line_chart, place_labels, short
 from jobs.report_tables import agreement, comparisons, grouped, number, percent, points
 from pipeline.ledger import read_ledger
