@@ -262,7 +262,12 @@ def _components(
     shift = 0
     while 1 << shift < stride:
         shift += 1
-    steps = np.array([-stride - 1, -stride, 1 - stride, 1, stride + 1, stride, stride - 1, -1])
+    ring = np.array([-stride - 1, -stride, 1 - stride, 1, stride + 1, stride, stride - 1, -1])
+    steps = np.zeros((256, 4), np.int32)  # as joins, but flat; 0 for none
+    for mask in range(256):
+        for k in range(4):
+            if joins[mask, k] >= 0:
+                steps[mask, k] = ring[joins[mask, k]]
     size = len(order)
     label = np.empty(rows * stride, np.int32)
     parent, area = np.empty(size, np.int32), np.empty(size, np.int32)
@@ -279,7 +284,7 @@ def _components(
             x0 = x1 = (p & (stride - 1)) - 1
             y0 = y1 = (p >> shift) - 1
             mask = masks[p]
-            if mask == 0 or joins[mask, 0] < 0:
+            if steps[mask, 0] == 0:
                 r = labels
                 labels += 1
                 parent[r], area[r], row[r], start[r] = r, 0, used, p
@@ -288,13 +293,13 @@ def _components(
                 used += 1
                 total = 0
             else:
-                r = _root(parent, label[p + steps[joins[mask, 0]]])
+                r = _root(parent, label[p + steps[mask, 0]])
                 equal -= area[r] == best
                 total = area[r] + gains[mask]
                 for k in range(1, 4):
-                    if joins[mask, k] < 0:
+                    if steps[mask, k] == 0:
                         break
-                    other = _root(parent, label[p + steps[joins[mask, k]]])
+                    other = _root(parent, label[p + steps[mask, k]])
                     if other == r:
                         continue
                     equal -= area[other] == best
@@ -359,12 +364,43 @@ def _framed(levels: np.ndarray) -> np.ndarray:
     return framed
 
 
-def _within(boxes: np.ndarray) -> np.ndarray:
-    """The part of the map that holes enclose: [x0, y0, x1, y1] around all holes with room."""
-    roomy = boxes[(boxes[:, 2:] - boxes[:, :2] >= 2).all(axis=1)]
-    if not len(roomy):
-        return np.empty(0, np.int32)
-    return np.concatenate([roomy[:, :2].min(axis=0), roomy[:, 2:].max(axis=0)])
+@njit(cache=True)
+def _enclosed(
+    levels: np.ndarray, basins: np.ndarray, joins: np.ndarray, gains: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Rows of the contours that lie within `basins`, boxes int32 [N, 4] of holes.
+
+    Components that reach the edge of such a box are not enclosed, so they are listed already.
+    """
+    found = []
+    for i in range(len(basins)):
+        x0, y0, x1, y1 = basins[i]
+        stride = 1
+        while stride < x1 - x0 + 3:
+            stride *= 2
+        framed = np.zeros((y1 - y0 + 3, stride), np.uint8)
+        framed[1:-1, 1 : x1 - x0 + 2] = levels[y0 : y1 + 1, x0 : x1 + 1]
+        boxes, first, last, _, _ = _components(framed, joins, gains)
+        kept = 0
+        for k in range(len(boxes)):
+            low, high = boxes[k, :2], boxes[k, 2:]
+            if min(low[0], low[1]) > 0 and high[0] < x1 - x0 and high[1] < y1 - y0:
+                boxes[kept, :2] = low + basins[i, :2]
+                boxes[kept, 2:] = high + basins[i, :2]
+                first[kept], last[kept] = first[k], last[k]
+                kept += 1
+        if kept:
+            found.append((boxes[:kept], first[:kept], last[:kept]))
+    return found
+
+
+def _basins(holes: np.ndarray, map_size: int) -> np.ndarray:
+    """Where contours in holes can be: boxes of the holes with room, or one around them all if
+    that is less to look at."""
+    roomy = holes[(holes[:, 2:] - holes[:, :2] >= 2).all(axis=1)]
+    if (roomy[:, 2:] - roomy[:, :2] + 1).prod(axis=1).sum() <= map_size:
+        return roomy
+    return np.concatenate([roomy[:, :2].min(axis=0), roomy[:, 2:].max(axis=0)])[None]
 
 
 def level_boxes(levels: np.ndarray) -> LevelBoxes:
@@ -389,17 +425,9 @@ def level_boxes(levels: np.ndarray) -> LevelBoxes:
         gone = filled.ravel()[pixels].astype(np.int16) - 1  # from there the hole is outside
         grown = boxes + np.array([-1, -1, 1, 1], np.int32)
         found.append((grown, 254 - high, np.minimum(254 - low, gone)))
-        part = _within(boxes)
-        if len(part):
-            # Components that reach this part's edge are not enclosed, so they are listed already.
-            x0, y0, x1, y1 = part.tolist()
-            inner = _framed(levels[y0 : y1 + 1, x0 : x1 + 1])
-            boxes, first, last, _, _ = _components(inner, JOINS_8, GAINS)
-            inside = (boxes[:, :2] > 0).all(axis=1) & (boxes[:, 2:] < [x1 - x0, y1 - y0]).all(
-                axis=1
-            )
-            shifted = boxes[inside] + np.array([x0, y0, x0, y0], np.int32)
-            found.append((shifted, first[inside], last[inside]))
+        basins = _basins(boxes[low == 0], levels.size)
+        if len(basins):
+            found += _enclosed(levels, basins, JOINS_8, GAINS)
     return LevelBoxes(
         boxes=np.concatenate([rows[0] for rows in found]),
         first=np.concatenate([rows[1] for rows in found]),
