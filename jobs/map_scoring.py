@@ -7,6 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
+
+from jobs.ground_truth import GroundTruth
+from model.localization import localize, scale_boxes
+from model.metrics import SUBSET_GROUPS, Sweep, subset_masks
+from model.protocols import PROTOCOLS, own_boxes, truth_boxes
 from model.sweep import (
     IOU_GRID,
     LevelBoxes,
@@ -19,11 +24,6 @@ from model.sweep import (
     threshold_levels,
     thresholds,
 )
-
-from jobs.ground_truth import GroundTruth
-from model.localization import localize, scale_boxes
-from model.metrics import SUBSET_GROUPS, Sweep, subset_masks
-from model.protocols import PROTOCOLS, own_boxes, truth_boxes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,23 +142,29 @@ def _fill_holes(values: np.ndarray) -> np.ndarray:
     rows, stride = values.shape
     filled = np.zeros_like(values)
     for y in range(1, rows - 1):
+        own, above, here = values[y], filled[y - 1], filled[y]
+        level = np.uint8(0)
         for x in range(1, stride - 1):
-            filled[y, x] = max(values[y, x], min(filled[y - 1, x], filled[y, x - 1]))
+            level = max(own[x], min(above[x], level))
+            here[x] = level
     size = rows * stride
     queue = np.empty(size, np.int32)
     queued = np.zeros(size, np.bool_)
     head = tail = 0
     for y in range(rows - 2, 0, -1):
+        own, below, here = values[y], filled[y + 1], filled[y]
+        own_below = values[y + 1]
+        right = np.uint8(0)
         for x in range(stride - 2, 0, -1):
-            below, right = filled[y + 1, x], filled[y, x + 1]
-            level = max(values[y, x], min(filled[y, x], min(below, right)))
-            filled[y, x] = level
-            if (below > level and below > values[y + 1, x]) or (
-                right > level and right > values[y, x + 1]
+            level = max(own[x], min(here[x], min(below[x], right)))
+            here[x] = level
+            if (below[x] > level and below[x] > own_below[x]) or (
+                right > level and right > own[x + 1]
             ):
                 queue[tail] = y * stride + x
                 queued[y * stride + x] = True
                 tail += 1
+            right = level
     waiting = tail
     tail %= size
     flat, source = filled.ravel(), values.ravel()
@@ -264,7 +270,12 @@ def _components(
         shift += 1
     ring = np.array([-stride - 1, -stride, 1 - stride, 1, stride + 1, stride, stride - 1, -1])
     steps = np.zeros((256, 4), np.int32)  # as joins, but flat; 0 for none
+    # Most pixels join one component beside and above or below a pixel of it: they move neither its
+    # box nor, with one before them in reading order, its first pixel, and add to its area.
+    quiet = np.zeros(256, np.bool_)
     for mask in range(256):
+        vertical, sideways, before = mask & 0x22, mask & 0x88, mask & 0x87
+        quiet[mask] = joins[mask, 1] < 0 and vertical and sideways and before
         for k in range(4):
             if joins[mask, k] >= 0:
                 steps[mask, k] = ring[joins[mask, k]]
@@ -281,9 +292,21 @@ def _components(
     for v in range(LEVELS - 1, 0, -1):
         for i in range(ends[v + 1], ends[v]):
             p = order[i]
+            mask = masks[p]
+            if quiet[mask]:
+                r = label[p + steps[mask, 0]]
+                if parent[r] != r:
+                    r = _root(parent, r)
+                label[p] = r
+                area[r] += gains[mask]
+                if area[r] > best:
+                    best, equal, holder = area[r], 1, r
+                elif area[r] == best:
+                    equal += 1
+                    holder = r
+                continue
             x0 = x1 = (p & (stride - 1)) - 1
             y0 = y1 = (p >> shift) - 1
-            mask = masks[p]
             if steps[mask, 0] == 0:
                 r = labels
                 labels += 1
