@@ -22,7 +22,9 @@ from model.adversarial import adversarial_step, clean_step
 from model.classifier import Classifier
 from model.corruption import CorruptionNet
 from model.masking import gumbel_difference
-from pipeline.loader import Augmentation, Position, evaluation_batches, train_batches
+from pipeline.augmentation import Augmentation
+from pipeline.loader import evaluation_batches, train_batches
+from pipeline.order import Position
 from pipeline.plan import PreprocessConfig, make_plan
 from pipeline.preprocess import Progress, make_shard, preprocess
 from pipeline.shards import read_card

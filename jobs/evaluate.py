@@ -24,10 +24,11 @@ from jobs.prediction import TOP
 from jobs.report import REPORT_NAME, render, report_pictures
 from jobs.scoring import Scorer
 from pipeline.shards import write_atomically
-from pipeline.storage import is_remote
+from pipeline.storage import absolute
 
 PREDICTIONS_NAME = "predictions.parquet"
 METRICS_NAME = "metrics.json"
+_FOLDERS = ("output", "score_maps", "export", "network_weights", "network_classes", "cache")
 LINE_SECONDS = 2.0  # between progress lines
 COLUMNS = {
     "gt_known": "GT-known",
@@ -109,14 +110,14 @@ def export(folder: Path, evaluation: Evaluation, devkit_ids: Path | None) -> Non
 
 def _resolved(config: EvaluateConfig) -> EvaluateConfig:
     """The configuration with absolute paths: tasks may run in another folder than the driver."""
-    absolute: dict[str, Any] = {
+    places: dict[str, Any] = {
         name: getattr(config, name).resolve()
-        for name in ("output", "score_maps", "export", "network_weights", "network_classes")
+        for name in _FOLDERS
         if getattr(config, name) is not None
     }
-    if config.data is not None and not is_remote(config.data):
-        absolute["data"] = str(Path(config.data).resolve())
-    return replace(config, run=tuple(run.resolve() for run in config.run), **absolute)
+    if config.data is not None:
+        places["data"] = absolute(config.data)
+    return replace(config, run=tuple(run.resolve() for run in config.run), **places)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -50,6 +50,7 @@ from jobs.scoring import (
 from model.localization import RULE_TEXTS
 from model.metrics import SUBSETS
 from model.protocols import PROTOCOLS, SIDE
+from pipeline.cache import DEFAULT_LIMIT, GIB
 from pipeline.ledger import read_ledger
 from pipeline.shards import Card, read_card, sha256_file, split_of
 
@@ -61,6 +62,10 @@ class EvaluateConfig:
     """What to evaluate, on what, and how it is divided."""
 
     data: str | None = option(None, help="shards that jobs.preprocess wrote: a folder, or a URI")
+    cache: Path | None = option(
+        None, help="folder for shards of remote --data (default: in the user's cache folder)"
+    )
+    cache_limit: float = option(DEFAULT_LIMIT, help="GiB that the files in it may take together")
     run: tuple[Path, ...] = option(
         (), help="folder of a finished jobs.train; a second one is compared with the first"
     )
@@ -129,6 +134,8 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if not 0 < self.cache_limit < float("inf"):
+            raise ValueError(f"--cache-limit {self.cache_limit} must be above 0 (GiB)")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed} must be at least 0")
         if (self.data is None) == (self.ground_truth is None):
@@ -269,6 +276,8 @@ def _add_nets(
         split=config.split,
         runs=config.run,
         network=network,
+        cache=config.cache,
+        cache_bytes=round(config.cache_limit * GIB),
         batch_size=config.batch_size,
         baselines=config.baselines,
         export=None if config.export is None else config.export / "score_maps",

@@ -49,10 +49,13 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """What a task needs to know. runs: none to two; export: folder for score maps, or None."""
+    """What a task needs to know. cache: folder for shards of a remote set, None for the node's
+    default one. runs: none to two; export: folder for score maps, or None."""
 
     data: str
     split: str
+    cache: Path | None
+    cache_bytes: int
     runs: tuple[Path, ...]
     network: NetworkConfig | None
     batch_size: int
@@ -143,6 +146,8 @@ def predict_range(
         first=first,
         stop=stop,
         device=device,
+        cache_folder=config.cache,
+        cache_bytes=config.cache_bytes,
     ):
         rows = batch.index.cpu().numpy()
         images = np.searchsorted(truth.rows, rows)

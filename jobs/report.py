@@ -22,7 +22,7 @@ from jobs.overlay import grey, heat
 from model.adversarial import normalize
 from model.localization import mask_map
 from model.protocols import PROTOCOLS
-from pipeline.cache import DEFAULT_LIMIT, GIB, ShardCache, default_folder
+from pipeline.cache import GIB, ShardCache, default_folder
 from pipeline.shards import (
     Card,
     DataError,
@@ -138,8 +138,8 @@ def _read_rows(path: Path, card: Card, rows: set[int]) -> Iterator[Sample]:
 def _samples(config: EvaluateConfig, card: Card, chosen: pa.Table) -> dict[int, Sample]:
     """The chosen ledger rows' samples, by row. Raises DataError where shards lack one."""
     assert config.data is not None
-    limit = int(DEFAULT_LIMIT * GIB)
-    cache = ShardCache(config.data, card, config.split, default_folder(), limit)
+    folder, limit = config.cache or default_folder(), round(config.cache_limit * GIB)
+    cache = ShardCache(config.data, card, config.split, folder, limit)
     wanted = set(chosen["row"].to_pylist())
     names = set(chosen["shard"].to_pylist())
     samples = {}

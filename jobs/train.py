@@ -1,6 +1,5 @@
 """`python -m jobs.train`: adversarial training on Ray Train, resumable by the same command."""
 
-import hashlib
 import json
 import os
 import threading
@@ -20,27 +19,35 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs import cli
 from jobs.models import MODEL_NAME
-from jobs.training_log import METRICS_NAME, line
+from jobs.training_log import METRICS_NAME, line, waiting_summary
 from jobs.training_state import FAILURE_NAME, TrainConfig
 from model.corruption import STRIDE
-from pipeline.shards import CARD_NAME, read_card, read_index, shard_paths, write_atomically
+from pipeline.cache import ShardCache
+from pipeline.samples import Samples, verify_shard
+from pipeline.shards import Card, card_hash, check_sizes, read_card, write_atomically
+from pipeline.storage import absolute, is_remote
 
 RUN_NAME = "run.json"
 CHECKPOINTS_NAME = "checkpoints"
 KEPT_CHECKPOINTS = 2
 COLLECTIVE_TIMEOUT = 300  # seconds that ranks wait for one that died
-FREE_TO_CHANGE = ("output", "data", "workers", "device", "log_interval", "max_failures")
+FREE_TO_CHANGE = (
+    *("output", "data", "cache", "cache_limit", "verify_shards"),
+    *("workers", "device", "log_interval", "max_failures"),
+)
 
 
-def claim_output(config: TrainConfig, record: dict[str, Any]) -> None:
+def claim_output(config: TrainConfig, card: Card, record: dict[str, Any]) -> None:
     """Write RUN/run.json, or check that the one there is of the same training.
 
-    The number of workers may change: batches, crops and mask samples do not depend on it.
+    The number of workers may change: batches, crops and mask samples do not depend on it. Nor do
+    they on where the set lies, but for a remote one that the cache does not hold at once, of
+    which as many shards are shuffled together as its limit allows: that number is kept here.
     Raises UserError for an output folder of another configuration or data set.
     """
     path = config.output / RUN_NAME
-    card = hashlib.sha256((config.data / CARD_NAME).read_bytes()).hexdigest()
-    content = {**record, "data_sha256": card}
+    hashed, window = card_hash(config.data), config.window(card)
+    content = {**record, "data_sha256": hashed, "shuffle_window": window}
     if path.exists():
         before = json.loads(path.read_text())
         old, new = before["configuration"], content["configuration"]
@@ -49,8 +56,13 @@ def claim_output(config: TrainConfig, record: dict[str, Any]) -> None:
             for name in new
             if name not in FREE_TO_CHANGE and old.get(name) != new[name]
         ]
-        if before["data_sha256"] != card:
-            changed.append("the data set")
+        if before["data_sha256"] != hashed:
+            changed.append("the data set (its dataset.json is another)")
+        if before.get("shuffle_window") != window:
+            changed.append(
+                f"the shards shuffled together (there {before.get('shuffle_window') or 'all'}, "
+                f"now {window or 'all'}, which follows from --cache-limit)"
+            )
         if changed:
             raise cli.UserError(
                 f"{config.output} holds a run of another configuration: {', '.join(changed)}. "
@@ -63,12 +75,9 @@ def claim_output(config: TrainConfig, record: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def check_data(config: TrainConfig) -> None:
+def check_data(config: TrainConfig, card: Card) -> None:
     """Raise DataError or UserError, before anything starts, for shards that are damaged or that
-    the nets cannot be trained on."""
-    card = read_card(config.data)
-    for path in shard_paths(config.data, card, "train"):
-        read_index(path)
+    the nets cannot be trained on. Those of a remote set are checked by their hash as they come."""
     if card.height % STRIDE or card.width % STRIDE:
         raise cli.UserError(
             f"the shards' images have {card.height} x {card.width} pixels; the corruption net "
@@ -79,6 +88,15 @@ def check_data(config: TrainConfig) -> None:
             f"the set has {len(card.classes)} class; with fewer than two a classifier has "
             "nothing to tell apart, and no mask could confuse it"
         )
+    check_sizes(config.data, card, "train")
+    if not is_remote(config.data):
+        cache = ShardCache(config.data, card, "train", config.cache_folder(), config.cache_bytes())
+        samples = Samples(card, "train", cache)
+        for number, shard in enumerate(samples.shards):
+            if config.verify_shards:
+                verify_shard(cache.path(number), shard)
+            samples.open(number)
+            samples.hold([], [])  # one at a time: a set may have more shards than files may be open
 
 
 def check_resources(config: TrainConfig) -> None:
@@ -120,10 +138,11 @@ def follow(path: Path, stop: threading.Event) -> None:
 def train(config: TrainConfig) -> None:
     """Train to the end, from the last checkpoint where there is one. Raises UserError with the
     cause where training cannot go on."""
-    config = replace(config, data=config.data.resolve(), output=config.output.resolve())
-    check_data(config)
+    config = replace(config, data=absolute(config.data), output=config.output.resolve())
+    card = read_card(config.data)
+    check_data(config, card)
     record = cli.record(config)
-    claim_output(config, record)
+    claim_output(config, card, record)
     failure = config.output / FAILURE_NAME
     failure.unlink(missing_ok=True)
     if (config.output / MODEL_NAME).exists():
@@ -165,6 +184,7 @@ def train(config: TrainConfig) -> None:
         printer.join()
     if failure.exists():
         raise cli.UserError(failure.read_text())
+    print(waiting_summary(config.output))
     print(f"trained nets: {config.output / MODEL_NAME}")
 
 

@@ -37,7 +37,8 @@ from jobs.training_state import (
 from model.adversarial import Step, adversarial_step, clean_step, normalize
 from model.controller import ControllerConfig, ControllerState, relative_target, update
 from model.masking import gumbel_difference
-from pipeline.loader import Augmentation, Batch, Position, steps_per_epoch, train_batches
+from pipeline.loader import Batch, train_batches
+from pipeline.order import Position, steps_per_epoch
 from pipeline.shards import Card, read_card, split_of, write_atomically
 
 LAG = 2
@@ -111,7 +112,7 @@ class Interval:
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
         self.images = self.steps = self.joint_steps = 0
-        self.waiting = 0.0
+        self.waiting = self.first_batch = 0.0
         self.started = time.perf_counter()
 
     def add(self, sums: dict[str, float], total: int, joint: bool) -> None:
@@ -142,6 +143,7 @@ class Trainer:
         self.pending: deque[_Pending] = deque()
         self.interval = Interval()
         self.epoch = Interval()
+        self.loading = False  # whether the loader has given its first batch
         self.log: TrainingLog | None = None
         self.noise = torch.Generator(device)
         self.colours = colour_statistics(model, device)
@@ -163,7 +165,10 @@ class Trainer:
         for _ in range(self.epoch_steps):
             start = time.perf_counter()
             batch = next(batches)
-            self.interval.waiting += time.perf_counter() - start
+            waited = time.perf_counter() - start
+            self.interval.waiting += waited
+            if not self.loading:
+                self.loading, self.interval.first_batch = True, waited
             if self.warming_up:
                 self._warmup_step(batch)
             else:
@@ -321,7 +326,9 @@ class Trainer:
             "phase": "warmup" if step <= self.warmup_steps else "adversarial",
             **interval.means(),
             "images_per_second": interval.images / seconds,
+            "seconds": seconds,
             "waiting": interval.waiting / seconds,
+            "first_batch_seconds": interval.first_batch,
             "eta_seconds": self._eta(seconds / interval.steps),
         }
         if state.controller is not None:
@@ -396,8 +403,11 @@ def _train(config: TrainConfig, record: dict[str, Any], rank: int, ranks: int) -
         ranks=ranks,
         seed=config.seed,
         start=trainer.position,
-        augmentation=Augmentation(min_area=config.min_crop_area),
+        augmentation=config.augmentation(),
         device=device,
+        window=config.window(card),
+        cache_folder=config.cache_folder(),
+        cache_bytes=config.cache_bytes(),
     )
     while trainer.state.step < trainer.steps:
         trainer.train_epoch(batches)

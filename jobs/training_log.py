@@ -52,6 +52,22 @@ def _step(line: str) -> float:
         return math.inf  # the last line of a killed run may be cut off
 
 
+def waiting_summary(run: Path) -> str:
+    """How much of a run's training time went into waiting for batches, by phase, in one line; the
+    wait for the first batch of each start, while the loader starts, is named apart."""
+    seconds: dict[str, float] = {}
+    waited: dict[str, float] = {}
+    starting = 0.0
+    for text in (run / METRICS_NAME).read_text().splitlines():
+        values = json.loads(text)
+        phase, first = values["phase"], values["first_batch_seconds"]
+        seconds[phase] = seconds.get(phase, 0.0) + values["seconds"] - first
+        waited[phase] = waited.get(phase, 0.0) + values["waiting"] * values["seconds"] - first
+        starting += first
+    shares = [f"{phase} {max(0.0, waited[phase]) / seconds[phase]:.1%}" for phase in seconds]
+    return f"waiting for data: {', '.join(shares)}; for the first batches {starting:.1f} s"
+
+
 def line(values: dict[str, Any]) -> str:
     """One interval's values as the line that the terminal shows."""
     parts = [f"step {values['step']}/{values['steps']}", f"epoch {values['epoch'] + 1}"]

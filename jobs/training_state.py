@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from jobs.cli import option
+from jobs.loading import LoadingConfig
 from jobs.models import ModelConfig, Nets, new_classifier, new_corruption
 from model.classifier import Classifier
 from model.controller import ControllerState
@@ -30,10 +31,9 @@ class TrainingError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(LoadingConfig):
     """How to train; `docs/method.md` explains each choice."""
 
-    data: Path = option(help="folder of shards that jobs.preprocess wrote")
     output: Path = option(help="folder for checkpoints, metrics and the trained nets")
     workers: int = option(2, help="training processes, each with one GPU or one CPU core")
     device: str = option("auto", help="cpu, cuda, or auto: cuda where the cluster has GPUs")
@@ -61,13 +61,16 @@ class TrainConfig:
     )
     controller_rate: float = option(0.006, help="relative change of the area weight per step")
     averaging: float = option(0.99, help="decay of the corruption net's running average, per step")
-    min_crop_area: float = option(0.7, help="smallest share of an image that a crop keeps")
+    verify_shards: bool = option(
+        False, help="first check every byte of a local set's train shards by SHA-256"
+    )
     log_interval: int = option(20, help="steps between lines of the log")
     max_failures: int = option(
         2, help="deaths of workers to recover from, each from the last epoch"
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive = "a number above 0"
         checks = {
             "workers": (self.workers >= 1, "from 1"),
@@ -92,7 +95,6 @@ class TrainConfig:
             "target_share": (0 < self.target_share < 1, "between 0 and 1"),
             "controller_rate": (0 < self.controller_rate < 1, "between 0 and 1"),
             "averaging": (0 <= self.averaging < 1, "from 0, below 1"),
-            "min_crop_area": (0 < self.min_crop_area <= 1, "above 0, up to 1"),
             "area_power": (self.area_power in (1, 2), "1 or 2"),
             "device": (self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
         }

@@ -71,7 +71,7 @@ def test_packages_are_empty_so_that_names_have_one_home() -> None:
             assert path.read_text() == "", path
 
 
-@pytest.mark.parametrize("job", ["preprocess", "train", "evaluate"])
+@pytest.mark.parametrize("job", ["preprocess", "train", "evaluate", "inspect"])
 def test_drivers_import_neither_dali_nor_fast_slic(job: str) -> None:
     code = (
         f"import jobs.{job}, sys; "

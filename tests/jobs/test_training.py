@@ -9,7 +9,7 @@ import torch
 from jobs.cli import UserError, duration
 from jobs.train import check_data, claim_output
 from jobs.training import LAG, Trainer, model_config
-from jobs.training_log import METRICS_NAME, TrainingLog, line
+from jobs.training_log import METRICS_NAME, TrainingLog, line, waiting_summary
 from jobs.training_state import (
     TrainConfig,
     TrainingError,
@@ -18,16 +18,18 @@ from jobs.training_state import (
     save_state,
     warmup_factor,
 )
-from pipeline.loader import Augmentation, train_batches
+from pipeline.augmentation import Augmentation
+from pipeline.cache import GIB, cached_bytes
+from pipeline.loader import train_batches
 from pipeline.shards import DataError, read_card
 
 CPU = torch.device("cpu")
 
 
-def config_for(data: Path, **changes: object) -> TrainConfig:
+def config_for(data: Path | str, **changes: object) -> TrainConfig:
     options: dict = {
-        "data": data,
-        "output": data.parent / "run",
+        "data": str(data),
+        "output": Path(data).parent / "run",
         "warmup_epochs": 2,
         "epochs": 2,
         "batch_size": 16,
@@ -233,13 +235,42 @@ def test_another_configuration_on_the_same_output_is_refused(
     def record(config: TrainConfig) -> dict:
         return {"configuration": json.loads(json.dumps(vars(config), default=str))}
 
+    card = read_card(small_set)
     config = config_for(small_set, output=tmp_path / "run")
-    claim_output(config, record(config))
+    claim_output(config, card, record(config))
     more_workers = config_for(small_set, output=tmp_path / "run", workers=5)
-    claim_output(more_workers, record(more_workers))
-    other = config_for(small_set, output=tmp_path / "run", seed=9)
-    with pytest.raises(UserError, match=r"another configuration: seed \(there 0, now 9\)"):
-        claim_output(other, record(other))
+    claim_output(more_workers, card, record(more_workers))
+    for name, value, message in (
+        ("seed", 9, r"seed \(there 0, now 9\)"),
+        ("batch_size", 32, r"batch_size \(there 16, now 32\)"),
+        ("translation", 0.1, r"translation \(there 0.0, now 0.1\)"),
+    ):
+        other = config_for(small_set, output=tmp_path / "run", **{name: value})
+        with pytest.raises(UserError, match=f"another configuration: {message}"):
+            claim_output(other, card, record(other))
+    copied = tmp_path / "shards"
+    shutil.copytree(small_set, copied)
+    (copied / "dataset.json").write_text((copied / "dataset.json").read_text() + " ")
+    changed = config_for(copied, output=tmp_path / "run")
+    with pytest.raises(UserError, match=r"the data set \(its dataset\.json is another\)"):
+        claim_output(changed, card, record(changed))
+
+
+def test_a_remote_set_beyond_the_cache_is_shuffled_in_windows_that_a_run_keeps(
+    small_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = read_card(small_set)
+    whole = config_for("s3://bucket/shards", output=tmp_path / "run")
+    assert config_for(small_set).window(card) is None
+    assert whole.window(card) is None  # all shards fit into the cache
+    taken = sum(cached_bytes(shard) for shard in card.splits["train"].shards)
+    tight = config_for("s3://bucket/shards", output=tmp_path / "run", cache_limit=taken * 0.9 / GIB)
+    assert tight.window(card) == 1
+    monkeypatch.setattr("jobs.train.card_hash", lambda data: "the same")
+    claim_output(whole, card, {"configuration": {}})
+    claim_output(whole, card, {"configuration": {}})
+    with pytest.raises(UserError, match=r"there all, now 1, which follows from --cache-limit"):
+        claim_output(tight, card, {"configuration": {}})
 
 
 @pytest.mark.parametrize(
@@ -322,12 +353,38 @@ def test_a_checkpoint_never_holds_a_weight_that_is_not_a_number(small_set: Path)
 def test_damaged_shards_are_named_before_training_starts(small_set: Path, tmp_path: Path) -> None:
     copy = tmp_path / "shards"
     shutil.copytree(small_set, copy)
-    check_data(config_for(copy))
+    check_data(config_for(copy), read_card(copy))
     (copy / "train" / "train-000001.idx").write_text("")
     with pytest.raises(DataError, match=r"train-000001\.idx"):
-        check_data(config_for(copy))
+        check_data(config_for(copy), read_card(copy))
     card = json.loads((copy / "dataset.json").read_text())
     shutil.copy(small_set / "train" / "train-000001.idx", copy / "train")
     (copy / "dataset.json").write_text(json.dumps(card | {"height": 40}))
     with pytest.raises(UserError, match="multiples of 16"):
-        check_data(config_for(copy))
+        check_data(config_for(copy), read_card(copy))
+
+
+def test_a_changed_byte_is_found_where_every_byte_is_asked_for(
+    small_set: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "shards"
+    shutil.copytree(small_set, copy)
+    shard = copy / "train" / "train-000002.tar"
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1  # a pixel of the first image
+    shard.write_bytes(content)
+    check_data(config_for(copy), read_card(copy))
+    with pytest.raises(DataError, match=r"train-000002\.tar has SHA-256 "):
+        check_data(config_for(copy, verify_shards=True), read_card(copy))
+
+
+def test_the_waiting_share_leaves_the_loaders_start_apart(tmp_path: Path) -> None:
+    lines = [
+        {"phase": "warmup", "seconds": 12.0, "waiting": 0.25, "first_batch_seconds": 2.0},
+        {"phase": "warmup", "seconds": 10.0, "waiting": 0.0, "first_batch_seconds": 0.0},
+        {"phase": "adversarial", "seconds": 10.0, "waiting": 0.02, "first_batch_seconds": 0.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert waiting_summary(tmp_path) == (
+        "waiting for data: warmup 5.0%, adversarial 2.0%; for the first batches 2.0 s"
+    )

@@ -1,0 +1,66 @@
+"""Flags of the jobs that load augmented batches: where the set lies, the cache of a remote one,
+and the augmentation."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.cli import option
+from pipeline.augmentation import Augmentation
+from pipeline.cache import DEFAULT_LIMIT, GIB, cached_bytes, default_folder
+from pipeline.order import shuffle_window
+from pipeline.shards import Card, split_of
+from pipeline.storage import is_remote
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingConfig:
+    """What `pipeline.loader.train_batches` is told of by every job alike."""
+
+    data: str = option(help="shards that jobs.preprocess wrote: a folder, or a URI (s3://...)")
+    cache: Path | None = option(
+        None, help="folder for shards of a remote set (default: in the user's cache folder)"
+    )
+    cache_limit: float = option(DEFAULT_LIMIT, help="GiB that the files in it may take together")
+    min_crop_area: float = option(0.7, help="smallest share of an image that a crop keeps")
+    max_crop_aspect: float = option(1.16, help="largest change of a crop's aspect, from 1")
+    flip: bool = option(True, help="mirror half of the images left to right")
+    translation: float = option(
+        0.0, help="largest share of the side by which a crop reaches over the edge, below 1"
+    )
+    brightness: float = option(0.0, help="largest relative change of the brightness, below 1")
+    contrast: float = option(0.0, help="largest relative change of the contrast, below 1")
+    saturation: float = option(0.0, help="largest relative change of the saturation, below 1")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cache_limit < float("inf"):
+            raise ValueError(f"--cache-limit {self.cache_limit} must be above 0 (GiB)")
+        self.augmentation()
+
+    def augmentation(self) -> Augmentation:
+        """Raises ValueError for values out of range."""
+        return Augmentation(
+            min_area=self.min_crop_area,
+            max_aspect=self.max_crop_aspect,
+            flip=self.flip,
+            translation=self.translation,
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.saturation,
+        )
+
+    def cache_folder(self) -> Path:
+        """Asked for on the node that uses it, whose user's folders may differ."""
+        return self.cache or default_folder()
+
+    def cache_bytes(self) -> int:
+        """--cache-limit in bytes."""
+        return round(self.cache_limit * GIB)
+
+    def window(self, card: Card) -> int | None:
+        """How many shards of the train split are shuffled together (see
+        `pipeline.order.epoch_order`): all (None) of a local set, and what the cache's limit allows
+        of a remote one."""
+        if not is_remote(self.data):
+            return None
+        sizes = [cached_bytes(shard) for shard in split_of(card, "train").shards]
+        return shuffle_window(sizes, self.cache_bytes())

@@ -1,0 +1,126 @@
+"""A set on an S3 server gives training and evaluation the bytes that the local set gives."""
+
+import dataclasses
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.augmentation import Augmentation
+from pipeline.cache import cached_bytes
+from pipeline.loader import Batch, evaluation_batches, train_batches
+from pipeline.order import Position, shuffle_window
+from pipeline.shards import read_card
+from tests import remote
+from tests.e2e.commands import run
+from tests.remote import Proxy
+
+pytestmark = pytest.mark.e2e
+CPU = torch.device("cpu")
+
+
+def assert_same(found: list[Batch], expected: list[Batch]) -> None:
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        for field in dataclasses.fields(Batch):
+            values = getattr(one, field.name), getattr(other, field.name)
+            if isinstance(values[0], torch.Tensor):
+                assert torch.equal(*values), field.name
+            else:
+                assert values[0] == values[1], field.name
+
+
+def train(
+    data: str | Path,
+    cache: Path,
+    rank: int,
+    *,
+    window: int | None = None,
+    limit: int = 1 << 30,
+    epoch: int = 0,
+) -> list[Batch]:
+    """One rank's batches of two epochs, of two ranks."""
+    stream = train_batches(
+        data,
+        read_card(data),
+        batch_size=16,
+        rank=rank,
+        ranks=2,
+        seed=3,
+        start=Position(epoch=epoch, step=1),
+        augmentation=Augmentation(translation=0.1, contrast=0.2),
+        device=CPU,
+        window=window,
+        cache_folder=cache,
+        cache_bytes=limit,
+    )
+    return list(islice(stream, 7))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_training_batches_are_the_same_bytes(
+    small_set: Path, remote_set: str, proxy: Proxy, tmp_path: Path, rank: int
+) -> None:
+    data = remote.uri(proxy.endpoint, "small")
+    assert_same(train(data, tmp_path, rank), train(small_set, tmp_path, rank))
+    assert proxy.gets(".tar") == {f"train-00000{number}.tar": 1 for number in range(4)}
+
+
+def test_a_cache_of_half_the_set_gives_windows_with_the_same_bytes(
+    small_set: Path, remote_set: str, tmp_path: Path
+) -> None:
+    sizes = [cached_bytes(shard) for shard in read_card(small_set).splits["train"].shards]
+    limit = sum(sorted(sizes)[-2:])
+    window = shuffle_window(sizes, limit)
+    assert window == 1
+    found = train(remote_set, tmp_path, 0, window=window, limit=limit)
+    assert_same(found, train(small_set, tmp_path, 0, window=window))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
+
+
+def test_evaluation_batches_are_the_same_bytes_and_bring_their_shards_alone(
+    small_set: Path, remote_set: str, proxy: Proxy, tmp_path: Path
+) -> None:
+    def batches(data: str | Path, first: int, stop: int) -> list[Batch]:
+        return list(
+            evaluation_batches(
+                data,
+                read_card(data),
+                "val",
+                batch_size=5,
+                first=first,
+                stop=stop,
+                device=CPU,
+                cache_folder=tmp_path,
+            )
+        )
+
+    data = remote.uri(proxy.endpoint, "small")
+    assert_same(batches(data, 0, 2), batches(small_set, 0, 2))
+    assert proxy.gets(".tar") == {"val-000000.tar": 1}
+    assert_same(batches(data, 2, 5), batches(small_set, 2, 5))
+    assert proxy.gets(".tar") == {"val-000000.tar": 1, "val-000001.tar": 1}
+
+
+def test_inspecting_a_remote_set_draws_the_same_pictures(
+    small_set: Path, remote_set: str, tmp_path: Path
+) -> None:
+    for data, name in ((remote_set, "remote"), (str(small_set), "local")):
+        result = run(
+            *("-m", "jobs.inspect", "--data", data, "--output", str(tmp_path / name)),
+            *("--cache", str(tmp_path / "cache"), "--seconds", "0.1", "--contrast", "0.3"),
+        )
+        assert result.returncode == 0, result.stderr
+        assert "images/s" in result.stdout
+    for picture in ("train-batch-0.png", "train-batch-1.png"):
+        found, expected = ((tmp_path / x / picture).read_bytes() for x in ("remote", "local"))
+        assert found == expected
+
+
+def test_a_set_that_is_not_there_is_one_line(s3_endpoint: str, tmp_path: Path) -> None:
+    data = remote.uri(s3_endpoint, "nothing")
+    result = run("-m", "jobs.inspect", "--data", data, "--output", str(tmp_path / "out"))
+    assert result.returncode == 1
+    assert "no finished set of shards lies there" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
