@@ -93,11 +93,21 @@ def epoch_order(images: Sequence[int], seed: int, epoch: int, window: int | None
     )
 
 
+def shards_at_once(images: Sequence[int], window: int, batch_size: int) -> int:
+    """How many shards a batch needs at once, at most, in any epoch's order.
+
+    images: number of images in each shard. It may lie across two windows, and across more where
+    whole ones fit between those.
+    """
+    within = np.searchsorted(np.cumsum(np.sort(images)), batch_size - 2, side="right")
+    return min(len(images), 2 * window + int(within) // window * window)
+
+
 def shuffle_window(sizes: Sequence[int], limit: int) -> int | None:
     """The largest window of shards of these sizes that a cache of `limit` allows, at least 1.
 
     None, that is the whole split, where all fit. Otherwise any two windows fit, since batches lie
-    across two of them and one is brought while the other is used.
+    across two of them (or more, see `shards_at_once`) and one is brought while the other is used.
     """
     if sum(sizes) <= limit:
         return None
