@@ -17,6 +17,7 @@ from pipeline.order import Position
 WEIGHT_BITS = 11  # of an interpolation weight: two of them and a byte fill 30 bits
 PIXEL_BITS = 6  # kept below a grey level between interpolation and colour
 COLOUR_BITS = 12  # of a colour matrix's entries
+STREAM = 1  # sets these draws apart from the order's: a seed [a, b] is the same as [a, b, 0]
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -25,11 +26,12 @@ class Augmentation:
     """Random crop, translation and flip, the same for an image and its superpixels, and colours.
 
     min_area: the smallest share of the image that a crop keeps, in (0, 1]. max_aspect: the
-    largest factor by which a crop's aspect differs from the image's, at least 1. flip: whether
-    half of the crops are mirrored left to right. translation: the largest share of the image's
-    side, in [0, 1), by which a crop reaches over its edge; there the image is `fill`, and a pixel
-    belongs to the superpixel of the nearest stored one. brightness, contrast, saturation: the
-    largest relative change of each, in [0, 1); contrast turns about the grey of `fill`.
+    largest factor by which a crop's aspect differs from the image's, at least 1; where a crop of
+    its area would not fit into the image, the aspect gives way. flip: whether half of the crops
+    are mirrored left to right. translation: the largest share of the image's side, in [0, 1), by
+    which a crop reaches over its edge; there the image is `fill`, and a pixel belongs to the
+    superpixel of the nearest stored one. brightness, contrast, saturation: the largest relative
+    change of each, in [0, 1); contrast turns about the grey of `fill`.
     """
 
     min_area: float = 0.7
@@ -90,11 +92,11 @@ def draw(
 
     size: height and width in pixels. mean: of the set's pixels, 0..255: the fill colour.
     """
-    random = np.random.default_rng([seed, position.epoch, position.step])
+    random = np.random.default_rng([seed, position.epoch, position.step, STREAM])
     area, aspect, place_y, place_x, mirror = random.random((5, total))
     area = augmentation.min_area + (1 - augmentation.min_area) * area
-    stretch = np.exp(np.log(augmentation.max_aspect) * (2 * aspect - 1))
-    shares = np.minimum(np.sqrt([area / stretch, area * stretch]), 1).T
+    stretch = np.exp(np.log(augmentation.max_aspect) * (2 * aspect - 1)).clip(area, 1 / area)
+    shares = np.minimum(np.sqrt([area / stretch, area * stretch]), 1).T  # 1 but for rounding
     place = np.stack([place_y, place_x], axis=1)
     start = (1 - shares) * place + augmentation.translation * (2 * place - 1)
     start, end = start * np.array(size), (start + shares) * np.array(size)
