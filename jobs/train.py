@@ -96,7 +96,6 @@ def check_data(config: TrainConfig, card: Card) -> None:
             if config.verify_shards:
                 verify_shard(cache.path(number), shard)
             samples.open(number)
-            samples.hold([], [])  # one at a time: a set may have more shards than files may be open
 
 
 def check_resources(config: TrainConfig) -> None:

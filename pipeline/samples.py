@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.cache import ShardCache
 from pipeline.shards import (
@@ -27,6 +28,7 @@ BLOCK = tarfile.BLOCKSIZE
 LABEL_SIZE, ROW_SIZE = 4, 8
 TAIL = 3 * BLOCK + ROW_SIZE  # from the class's header to the row's last byte
 SIZE_FIELD, MAGIC_FIELD = slice(124, 135), slice(257, 262)  # of a tar header
+JPEG_END = b"\xff\xd9"  # the marker that ends every JPEG file
 WORDS = 4  # of an index entry: extension, offset, size, name
 
 
@@ -88,7 +90,7 @@ def load_index(path: Path, shard: Shard, card: Card) -> Index:
         version, count = header.split()
         whole = version == INDEX_VERSION and int(count) * step == len(words)
         found = [words[n * WORDS :: step] for n in range(len(members))]
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, OverflowError):
         whole = False
     if not whole or any(set(column) - {name} for column, name in zip(found, members, strict=True)):
         raise DataError(
@@ -164,7 +166,7 @@ def verify_shard(path: Path, shard: Shard) -> None:
 class Samples:
     """The samples of a split. A sample's place is its position in the split, shards in order.
 
-    Holds 12 bytes per sample and a map per open shard.
+    Holds 12 bytes per sample and a map per open shard, but no open file.
     """
 
     def __init__(self, card: Card, split: str, cache: ShardCache) -> None:
@@ -196,7 +198,9 @@ class Samples:
                 f"says {shard.bytes} bytes. Delete it and run jobs.preprocess again."
             )
         index = load_index(path, shard, self.card)
-        content = np.memmap(path, np.uint8, mode="r").view(np.ndarray)  # slices cost a third
+        # Closes the file, which np.memmap would keep open: sets have more shards than processes
+        # may have files.
+        content = torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()
         for sample in {0, shard.images - 1} if shard.images else ():
             _check_headers(path, content, index, sample)
         part = slice(self.starts[number], self.starts[number + 1])
@@ -223,7 +227,8 @@ class Samples:
         """The samples at some places, copied out of the shards (JPEG files: views of them).
 
         Opens shards as needed. Raises DataError for a sample that is not where the index says,
-        or that the card does not allow: a class or superpixel label out of range.
+        that the card does not allow (a class or superpixel label out of range), or whose JPEG
+        file is cut off.
         """
         card = self.card
         numbers = self.shard_numbers(places)
@@ -236,6 +241,7 @@ class Samples:
         raw = card.image_format == "rgb"
         images = np.empty((len(places), 3 * pixels), np.uint8) if raw else None
         files = []
+        markers = np.empty((len(places), len(JPEG_END)), np.uint8)
         sizes = self.sizes[places]
         starts = self.offsets[places]
         middles = starts + _padded(sizes) + BLOCK
@@ -254,11 +260,18 @@ class Samples:
                 images[n] = content[start : start + size]
             else:
                 files.append(content[start : start + size])
+                markers[n] = content[start + size - len(JPEG_END) : start + size]
             segment_bytes[n] = content[middle : middle + segment_bytes.shape[1]]
             tails[n] = content[end : end + TAIL]
         labels = tails[:, BLOCK : BLOCK + LABEL_SIZE].copy().view("<i4")[:, 0].astype(np.int64)
         rows = tails[:, 3 * BLOCK :].copy().view("<i8")[:, 0].astype(np.int64)
         self._check(places, tails, segments, labels)
+        if files and (cut := (markers != np.frombuffer(JPEG_END, np.uint8)).any(axis=1)).any():
+            path, sample = self.locate_sample(int(places[np.argmax(cut)]))
+            raise DataError(  # a decoder would make up the rest
+                f"the image of sample {sample} of {path} is cut off: a JPEG must end with its end "
+                "marker. Delete the shard and run jobs.preprocess again."
+            )
         return Stored(
             images=files if images is None else images.reshape(*segments.shape, 3),
             segments=segments,

@@ -1,0 +1,66 @@
+"""Small sets of made-up samples, written as shards without any preprocessing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.shards import Card, Sample, Split, write_shard
+
+CLASSES = tuple("abcdefg")
+SUPERPIXELS = 300  # what the card allows
+COUNTS = (20, 20, 13)  # samples in each shard
+MEAN = (120.2, 60.7, 30.0)
+
+
+def make_samples(
+    count: int = sum(COUNTS), size: tuple[int, int] = (24, 32), segments_dtype: str = "uint8"
+) -> list[Sample]:
+    """Patches of 4 px in noisy colours as image, noise as superpixels; ledger rows from 1000."""
+    random = np.random.default_rng(0)
+    height, width = size
+    coarse = random.integers(0, 256, (count, -(-height // 4), -(-width // 4), 3), np.uint8)
+    images = coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :height, :width]
+    labels = min(SUPERPIXELS, np.iinfo(segments_dtype).max + 1)
+    return [
+        Sample(
+            key=f"train-{n:08d}",
+            row=1000 + n,
+            label=n % len(CLASSES),
+            image=images[n],
+            segments=random.integers(0, labels, size).astype(segments_dtype),
+            meta={"id": f"{n:04d}"},
+        )
+        for n in range(count)
+    ]
+
+
+def write_set(
+    folder: Path,
+    samples: Sequence[Sample],
+    image_format: str = "rgb",
+    counts: Sequence[int] = COUNTS,
+) -> Card:
+    """Write the samples as shards of a train split, so many in each; the set's card."""
+    (folder / "train").mkdir(parents=True)
+    ends = np.cumsum(counts).tolist()
+    shards = tuple(
+        write_shard(
+            folder / "train" / f"train-{n:06d}.tar", samples[end - count : end], image_format
+        )
+        for n, (count, end) in enumerate(zip(counts, ends, strict=True))
+    )
+    height, width = samples[0].segments.shape
+    split = Split(images=ends[-1], rejected=0, shards=shards, class_counts=())
+    return Card(
+        classes=CLASSES,
+        class_names=CLASSES,
+        height=height,
+        width=width,
+        image_format=image_format,
+        segments_dtype=str(samples[0].segments.dtype),
+        max_superpixels=SUPERPIXELS,
+        mean=MEAN,
+        std=(1.0, 1.0, 1.0),
+        splits={"train": split},
+    )
