@@ -7,8 +7,9 @@ on the device, and made ahead of use in a thread.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,14 @@ from torch import Tensor
 
 from pipeline.augmentation import Augmentation, Draw, augment, draw
 from pipeline.cache import DEFAULT_LIMIT, GIB, ShardCache, default_folder
-from pipeline.order import Position, epoch_order, rank_range, step_range, steps_per_epoch
+from pipeline.order import (
+    Position,
+    epoch_order,
+    rank_range,
+    shards_at_once,
+    step_range,
+    steps_per_epoch,
+)
 from pipeline.samples import Samples, Stored
 from pipeline.shards import Card, DataError
 
@@ -79,19 +87,23 @@ def _graph(source, card: Card, gpu: bool):  # type: ignore[no-untyped-def]
     return images, segments.gpu() if gpu else segments
 
 
+def _read(
+    samples: Samples, requests: Iterator[_Request], pending: deque[tuple[_Request, Stored]]
+) -> Generator[tuple[object, object], None, None]:
+    """What DALI is fed; each request with its samples is left in `pending` too."""
+    for request in requests:
+        stored = samples.read(request.places)
+        pending.append((request, stored))
+        yield stored.images, stored.segments
+
+
 def _decoded(
     samples: Samples, requests: Iterator[_Request], max_batch: int, device: torch.device
 ) -> Iterator[tuple[_Request, Stored, Tensor, Tensor]]:
     """Each request with its samples and, by DALI, their images uint8 [B, H, W, 3] and segments
     as stored [B, H, W] on the device."""
     pending: deque[tuple[_Request, Stored]] = deque()
-
-    def source() -> tuple[object, object]:
-        request = next(requests)  # StopIteration ends the pipeline
-        stored = samples.read(request.places)
-        pending.append((request, stored))
-        return stored.images, stored.segments
-
+    source = _read(samples, requests, pending)
     gpu = device.type == "cuda"
     graph = _graph(
         source=source,
@@ -104,24 +116,27 @@ def _decoded(
         exec_dynamic=True,  # outputs own their memory, so tensors need no copy
     )
     graph.build()
-    while True:
-        try:
-            images, segments = graph.run()
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            for request, stored in pending:
+    try:
+        while True:
+            try:
+                images, segments = graph.run()
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                for request, stored in pending:
+                    _check_images(samples, request, stored)
+                raise DataError(f"DALI cannot decode a batch: {error}") from error
+            request, stored = pending.popleft()
+            if set(images.shape()) != {(samples.card.height, samples.card.width, 3)}:
                 _check_images(samples, request, stored)
-            raise DataError(f"DALI cannot decode a batch: {error}") from error
-        request, stored = pending.popleft()
-        if set(images.shape()) != {(samples.card.height, samples.card.width, 3)}:
-            _check_images(samples, request, stored)
-        yield (
-            request,
-            stored,
-            torch.from_dlpack(images.as_tensor()),
-            torch.from_dlpack(segments.as_tensor()),
-        )
+            yield (
+                request,
+                stored,
+                torch.from_dlpack(images.as_tensor()),
+                torch.from_dlpack(segments.as_tensor()),
+            )
+    finally:
+        source.close()  # or the shards stay mapped until the pipeline, a cycle, is collected
 
 
 def _check_images(samples: Samples, request: _Request, stored: Stored) -> None:
@@ -215,6 +230,14 @@ def _training_requests(
     card, total = samples.card, len(samples)
     steps = steps_per_epoch(total, batch_size, ranks)
     images = [shard.images for shard in samples.shards]
+    if not 0 <= start.step < steps:
+        raise DataError(
+            f"there is no step {start.step} to start from: an epoch of {total} images in batches "
+            f"of {batch_size} has {steps} steps. The position is of another batch size or set."
+        )
+    if window is not None and window < len(images):
+        largest = sorted(range(len(images)), key=lambda n: samples.shards[n].bytes, reverse=True)
+        samples.cache.check_limit(largest[: shards_at_once(images, window, batch_size)])
     epoch, first_step = start.epoch, start.step
     order = epoch_order(images, seed, epoch, window)
     while True:
@@ -241,6 +264,21 @@ def _training_requests(
         epoch, first_step, order = epoch + 1, 0, following
 
 
+def _evaluation_requests(
+    samples: Samples, batch_size: int, first: int, stop: int
+) -> Iterator[_Request]:
+    """Batches number first..stop-1; a batch's shards are asked for, and then those after them."""
+    held: list[int] = []
+    last = samples.shard_numbers(np.array([min(stop * batch_size, len(samples)) - 1]))[0]
+    for number in range(first, stop):
+        places = np.arange(number * batch_size, min((number + 1) * batch_size, len(samples)))
+        needed = np.unique(samples.shard_numbers(places)).tolist()
+        if needed != held:
+            held = needed
+            samples.hold(needed, list(range(needed[-1] + 1, last + 1)))
+        yield _Request(places=places, drawn=None, total=len(places), offset=0)
+
+
 def train_batches(
     data: str | Path,
     card: Card,
@@ -264,24 +302,27 @@ def train_batches(
     Every rank gets the same number of batches, and every sample comes exactly once an epoch over
     all ranks, in an order and with an augmentation that depend on (seed, window, epoch, step)
     alone. Raises DataError for shards that do not fit their card or index, before the first batch
-    where the set is local, and for fewer samples than ranks.
+    where the set is local, for fewer samples than ranks, for a `start` that is no step of an
+    epoch, and for a cache that cannot hold the shards of every batch.
     """
-    cache = ShardCache(data, card, "train", cache_folder or default_folder(), cache_bytes)
-    samples = Samples(card, "train", cache)
-    if not cache.remote:
-        for number in range(len(samples.shards)):
-            samples.open(number)
-    requests = _training_requests(
-        samples,
-        batch_size=batch_size,
-        rank=rank,
-        ranks=ranks,
-        seed=seed,
-        start=start,
-        window=window,
-        augmentation=augmentation,
-    )
-    yield from _ahead(_batches(samples, requests, -(-batch_size // ranks), device))
+    with closing(
+        ShardCache(data, card, "train", cache_folder or default_folder(), cache_bytes)
+    ) as cache:
+        samples = Samples(card, "train", cache)
+        if not cache.remote:
+            for number in range(len(samples.shards)):
+                samples.open(number)
+        requests = _training_requests(
+            samples,
+            batch_size=batch_size,
+            rank=rank,
+            ranks=ranks,
+            seed=seed,
+            start=start,
+            window=window,
+            augmentation=augmentation,
+        )
+        yield from _ahead(_batches(samples, requests, -(-batch_size // ranks), device))
 
 
 def evaluation_batches(
@@ -301,18 +342,9 @@ def evaluation_batches(
     A batch is the same whatever range it is asked for in, so any sharding computes the same. Only
     the shards of the range are opened. data, cache_folder, cache_bytes: as in `train_batches`.
     """
-    cache = ShardCache(data, card, split, cache_folder or default_folder(), cache_bytes)
-    samples = Samples(card, split, cache)
-
-    def requests() -> Iterator[_Request]:
-        held: list[int] = []
-        last = samples.shard_numbers(np.array([min(stop * batch_size, len(samples)) - 1]))[0]
-        for number in range(first, stop):
-            places = np.arange(number * batch_size, min((number + 1) * batch_size, len(samples)))
-            needed = np.unique(samples.shard_numbers(places)).tolist()
-            if needed != held:
-                held = needed
-                samples.hold(needed, list(range(needed[-1] + 1, last + 1)))
-            yield _Request(places=places, drawn=None, total=len(places), offset=0)
-
-    yield from _ahead(_batches(samples, requests(), batch_size, device))
+    with closing(
+        ShardCache(data, card, split, cache_folder or default_folder(), cache_bytes)
+    ) as cache:
+        samples = Samples(card, split, cache)
+        requests = _evaluation_requests(samples, batch_size, first, stop)
+        yield from _ahead(_batches(samples, requests, batch_size, device))
