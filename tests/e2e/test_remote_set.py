@@ -67,11 +67,11 @@ def test_training_batches_are_the_same_bytes(
     assert proxy.gets(".tar") == {f"train-00000{number}.tar": 1 for number in range(4)}
 
 
-def test_a_cache_of_half_the_set_gives_windows_with_the_same_bytes(
+def test_a_cache_of_part_of_the_set_gives_windows_with_the_same_bytes(
     small_set: Path, remote_set: str, tmp_path: Path
 ) -> None:
     sizes = [cached_bytes(shard) for shard in read_card(small_set).splits["train"].shards]
-    limit = sum(sorted(sizes)[-2:])
+    limit = sum(sorted(sizes)[-3:])  # a batch may lie across the smallest one and both neighbours
     window = shuffle_window(sizes, limit)
     assert window == 1
     found = train(remote_set, tmp_path, 0, window=window, limit=limit)
