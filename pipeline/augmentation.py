@@ -153,18 +153,24 @@ def _axis(start: np.ndarray, end: np.ndarray, size: int) -> _Axis:
     )
 
 
-def augment(images: Tensor, segments: Tensor, drawn: Draw) -> tuple[Tensor, Tensor]:
+def augment(
+    images: Tensor, segments: Tensor, drawn: Draw, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Crop, flip and recolour a batch: uint8 [B, H, W, 3] and int64 [B, H, W].
 
-    images: uint8 [B, H, W, 3]. segments: uint8 or uint16 [B, H, W], on the same device. The
-    image is interpolated linearly between pixel centres, the label is that of the nearest pixel.
+    images: uint8 [B, H, W, 3]. segments: uint8 or uint16 [B, H, W], on the same device. out: on
+    a CPU, tensors to put the result into; fresh ones otherwise. The image is interpolated
+    linearly between pixel centres, the label is that of the nearest pixel.
     """
     height, width = segments.shape[1:]
     rows = _axis(drawn.start[:, 0], drawn.end[:, 0], height)
     columns = _axis(drawn.start[:, 1], drawn.end[:, 1], width)
     if images.is_cuda:
         return _augment_in_torch(images, segments, rows, columns, drawn)
-    return _augment_in_numba(images, segments, rows, columns, drawn)
+    if out is None:
+        out = torch.empty_like(images), torch.empty(segments.shape, dtype=torch.int64)
+    _augment_in_numba(images, segments, rows, columns, drawn, *out)
+    return out
 
 
 def _augment_in_torch(
@@ -207,10 +213,14 @@ def _augment_in_torch(
 
 
 def _augment_in_numba(
-    images: Tensor, segments: Tensor, rows: _Axis, columns: _Axis, drawn: Draw
-) -> tuple[Tensor, Tensor]:
-    pixels = torch.empty(images.shape, dtype=torch.uint8)
-    labels = torch.empty(segments.shape, dtype=torch.int64)
+    images: Tensor,
+    segments: Tensor,
+    rows: _Axis,
+    columns: _Axis,
+    drawn: Draw,
+    pixels: Tensor,
+    labels: Tensor,
+) -> None:
     _augment_batch(
         images.numpy(),
         segments.numpy(),
@@ -222,7 +232,6 @@ def _augment_in_numba(
         pixels.numpy(),
         labels.numpy(),
     )
-    return pixels, labels
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

@@ -2,10 +2,11 @@
 
 What a batch holds and how it is augmented is a pure function of (seed, epoch, step), see
 pipeline/order.py and pipeline/augmentation.py. Here the chosen samples are read out of the
-shards, decoded and moved by NVIDIA DALI where there is something to decode or to move, augmented
-on the device, and made ahead of use in a thread.
+shards, decoded and moved by NVIDIA DALI where they go to a GPU, augmented on the device, and made
+ahead of use in a thread.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -141,21 +142,63 @@ def _check_images(samples: Samples, request: _Request, stored: Stored) -> None:
             )
 
 
-def _raw(
+def _on_host(
     samples: Samples, requests: Iterator[_Request]
 ) -> Iterator[tuple[_Request, Stored, Tensor, Tensor]]:
-    """As `_decoded`, for raw pixels on a CPU, which need neither decoding nor moving."""
+    """As `_decoded` on a CPU, without DALI: raw pixels need no decoding, and libjpeg-turbo alone
+    decodes to the same bits in less time (see benchmarks/loader.py)."""
+    card = samples.card
     for request in requests:
         stored = samples.read(request.places)
-        assert isinstance(stored.images, np.ndarray)
-        yield request, stored, torch.from_numpy(stored.images), torch.from_numpy(stored.segments)
+        images = stored.images
+        if isinstance(images, list):
+            files, images = images, np.empty((len(images), card.height, card.width, 3), np.uint8)
+            try:
+                for file, image in zip(files, images, strict=True):
+                    if simplejpeg.decode_jpeg(file, buffer=image).shape != image.shape:
+                        raise ValueError("smaller than the card says")
+            except ValueError as error:
+                _check_images(samples, request, stored)
+                raise DataError(f"a batch cannot be decoded: {error}") from error
+        yield request, stored, torch.from_numpy(images), torch.from_numpy(stored.segments)
 
 
-def _batch(request: _Request, stored: Stored, images: Tensor, segments: Tensor) -> Batch:
+class _Memory:
+    """Tensors [B, *shape] of up to `most` images on the CPU, in memory that was used before and
+    that no tensor refers to any more: new pages cost more than what is written into them."""
+
+    def __init__(self, most: int, shape: tuple[int, ...], dtype: str) -> None:
+        self.most, self.shape, self.dtype = most, shape, dtype
+        self.arrays: list[np.ndarray] = []
+        self.views: list[weakref.ref[np.ndarray]] = []  # of each, what its tensors keep alive
+
+    def tensor(self, images: int) -> Tensor:
+        """A tensor of `images` images with any content."""
+        place = next((n for n, view in enumerate(self.views) if view() is None), len(self.arrays))
+        if place == len(self.arrays):
+            self.arrays.append(np.empty((self.most, *self.shape), self.dtype))
+        view = self.arrays[place][:images]
+        self.views[place : place + 1] = [weakref.ref(view)]
+        return torch.from_numpy(view)
+
+
+def _batch(
+    request: _Request,
+    stored: Stored,
+    images: Tensor,
+    segments: Tensor,
+    memory: tuple[_Memory, _Memory] | None = None,
+) -> Batch:
+    """memory: for images and segments on a CPU; torch itself keeps that of a GPU."""
     if request.drawn is not None:
-        images, segments = augment(images, segments, request.drawn)
-    else:  # on a GPU a copy too, since DALI takes its memory back
-        images, segments = images.clone() if images.is_cuda else images, segments.to(torch.int64)
+        count, out = len(images), None
+        if memory is not None:
+            out = memory[0].tensor(count), memory[1].tensor(count)
+        images, segments = augment(images, segments, request.drawn, out)
+    elif memory is not None:
+        segments = memory[1].tensor(len(segments)).copy_(segments)
+    else:  # copies, since DALI takes its memory back
+        images, segments = images.clone(), segments.to(torch.int64)
     return Batch(
         images=images.permute(0, 3, 1, 2),
         segments=segments,
@@ -171,10 +214,10 @@ def _batches(
 ) -> Iterator[Batch]:
     """The requested batches, complete in the device's memory."""
     if device.type == "cpu":
-        raw = samples.card.image_format == "rgb"
-        decoded = _raw(samples, requests) if raw else _decoded(samples, requests, max_batch, device)
-        for parts in decoded:
-            yield _batch(*parts)
+        size = (samples.card.height, samples.card.width)
+        memory = _Memory(max_batch, (*size, 3), "uint8"), _Memory(max_batch, size, "int64")
+        for parts in _on_host(samples, requests):
+            yield _batch(*parts, memory)
         return
     stream, consumer = torch.cuda.Stream(device), torch.cuda.default_stream(device)
     for parts in _decoded(samples, requests, max_batch, device):
