@@ -156,7 +156,7 @@ def _dali_graph(stored: Stored, way: str):  # type: ignore[no-untyped-def]
     """DALI's own reader and operators. way: "slice", "region" or "" (no augmentation)."""
     card, gpu = stored.card, stored.device.type == "cuda"
     segments_type = types.UINT8 if card.segments_dtype == "uint8" else types.UINT16
-    images, segments, labels = fn.readers.webdataset(
+    images, segments, labels = fn.readers.webdataset(  # type: ignore[misc]
         paths=[str(path) for path in stored.paths],
         index_paths=[str(path.with_suffix(".idx")) for path in stored.paths],
         ext=[card.image_format, "seg", "cls"],
