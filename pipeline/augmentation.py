@@ -167,10 +167,7 @@ def augment(
     columns = _axis(drawn.start[:, 1], drawn.end[:, 1], width)
     if images.is_cuda:
         return _augment_in_torch(images, segments, rows, columns, drawn)
-    if out is None:
-        out = torch.empty_like(images), torch.empty(segments.shape, dtype=torch.int64)
-    _augment_in_numba(images, segments, rows, columns, drawn, *out)
-    return out
+    return _augment_in_numba(images, segments, rows, columns, drawn, out)
 
 
 def _augment_in_torch(
@@ -218,9 +215,11 @@ def _augment_in_numba(
     rows: _Axis,
     columns: _Axis,
     drawn: Draw,
-    pixels: Tensor,
-    labels: Tensor,
-) -> None:
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    if out is None:
+        out = torch.empty_like(images), torch.empty(segments.shape, dtype=torch.int64)
+    pixels, labels = out
     _augment_batch(
         images.numpy(),
         segments.numpy(),
@@ -232,6 +231,7 @@ def _augment_in_numba(
         pixels.numpy(),
         labels.numpy(),
     )
+    return out
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
