@@ -18,6 +18,7 @@ WEIGHT_BITS = 11  # of an interpolation weight: two of them and a byte fill 30 b
 PIXEL_BITS = 6  # kept below a grey level between interpolation and colour
 COLOUR_BITS = 12  # of a colour matrix's entries
 STREAM = 1  # sets these draws apart from the order's: a seed [a, b] is the same as [a, b, 0]
+WORD_BITS = 21  # of a channel among three in a word of 64: a byte times a weight takes 19
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -154,18 +155,21 @@ def _axis(start: np.ndarray, end: np.ndarray, size: int) -> _Axis:
     )
 
 
-def augment(images: Tensor, segments: Tensor, drawn: Draw) -> tuple[Tensor, Tensor]:
+def augment(
+    images: Tensor, segments: Tensor, drawn: Draw, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Crop, flip and recolour a batch: uint8 [B, H, W, 3] and int64 [B, H, W].
 
-    images: uint8 [B, H, W, 3]. segments: uint8 or uint16 [B, H, W], on the same device. The
-    image is interpolated linearly between pixel centres, the label is that of the nearest pixel.
+    images: uint8 [B, H, W, 3]. segments: uint8 or uint16 [B, H, W], on the same device. out: on
+    a CPU, tensors to put the result into; fresh ones otherwise. The image is interpolated
+    linearly between pixel centres, the label is that of the nearest pixel.
     """
     height, width = segments.shape[1:]
     rows = _axis(drawn.start[:, 0], drawn.end[:, 0], height)
     columns = _axis(drawn.start[:, 1], drawn.end[:, 1], width)
     if images.is_cuda:
         return _augment_in_torch(images, segments, rows, columns, drawn)
-    return _augment_in_numba(images, segments, rows, columns, drawn)
+    return _augment_in_numba(images, segments, rows, columns, drawn, out)
 
 
 def _augment_in_torch(
@@ -208,85 +212,130 @@ def _augment_in_torch(
 
 
 def _augment_in_numba(
-    images: Tensor, segments: Tensor, rows: _Axis, columns: _Axis, drawn: Draw
+    images: Tensor,
+    segments: Tensor,
+    rows: _Axis,
+    columns: _Axis,
+    drawn: Draw,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    width = segments.shape[2]
-    pixels = torch.empty(images.shape, dtype=torch.uint8)
-    labels = torch.empty(segments.shape, dtype=torch.int64)
-    channels = np.arange(3, dtype=np.int32)
-    planar = drawn.colours is not None
-    # Where in a row of RGB triples, with one pixel put before it, an output's left neighbour lies.
-    places = (columns.low[:, :, None] + 1) * 3 + channels
-    weights = np.repeat(columns.weight[:, :, None], 3, axis=2)
-    if planar:  # channel by channel, so that the colours are mixed over whole rows
-        places, weights = places.transpose(0, 2, 1), weights.transpose(0, 2, 1)
+    if out is None:
+        out = torch.empty_like(images), torch.empty(segments.shape, dtype=torch.int64)
+    pixels, labels = out
     _augment_batch(
         images.numpy(),
         segments.numpy(),
         (rows.nearest, rows.low, rows.weight, rows.inside),
-        (columns.nearest, columns.inside),
-        places.reshape(-1, 3 * width),
-        weights.reshape(-1, 3 * width),
+        (columns.nearest, columns.low, columns.weight, columns.inside),
         drawn.colours if drawn.colours is not None else np.zeros((0, 3, 4), np.int32),
         drawn.fill,
         bool(columns.inside.all()),
         pixels.numpy(),
         labels.numpy(),
     )
-    return pixels, labels
+    return out
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _augment_batch(  # type: ignore[no-untyped-def]
-    images, segments, rows, columns, places, weights, colours, fill, whole_rows, pixels, labels
+    images, segments, rows, columns, colours, fill, whole_rows, pixels, labels
 ):
-    """Fill `pixels` and `labels` image by image; int32 throughout, which vectorizes.
+    """Fill `pixels` and `labels` image by image. rows, columns: the arrays of an `_Axis` each.
 
-    places, weights: int32 [B, 3 W], see `_augment_in_numba`; the other arrays as in `_Axis`.
+    A crop is not smaller than what it looks at, so neighbouring outputs share stored rows: each
+    of those is interpolated along the row once, and outputs mix two of them. The sums are exact,
+    so it does not matter which direction comes first.
     """
     nearest_y, low_y, weight_y, inside_y = rows
-    nearest_x, inside_x = columns
+    nearest_x, low_x, weight_x, inside_x = columns
     count, height, width = segments.shape
     values = 3 * width
-    row = np.empty(values + 6, np.int32)
+    words, blended = np.empty(width + 2, np.uint64), np.empty(width, np.uint64)
+    place, weight = np.empty(width, np.int32), np.empty(width, np.uint64)
+    upper, lower = np.empty(values, np.int32), np.empty(values, np.int32)
     fine = np.empty(values, np.int32)
-    one, half = np.int32(1 << WEIGHT_BITS), np.int32(1 << (2 * WEIGHT_BITS - PIXEL_BITS - 1))
+    planar = len(colours) > 0  # channel by channel, so that colours are mixed over whole rows
+    one = np.int32(1 << WEIGHT_BITS)
     shift = np.int32(2 * WEIGHT_BITS - PIXEL_BITS)
+    half = np.int32(1 << (2 * WEIGHT_BITS - PIXEL_BITS - 1))
+    both = np.int32(half + (1 << (2 * WEIGHT_BITS - 1)))  # of the roundings to PIXEL_BITS and to 0
     for b in range(count):
         image = images[b].reshape(height, values)
-        place, weight = places[b], weights[b]
+        for x in range(width):
+            place[x], weight[x] = low_x[b, x] + 1, weight_x[b, x]
+        in_upper = in_lower = -1  # which stored rows they hold
         for y in range(height):
             source, target = segments[b, nearest_y[b, y]], labels[b, y]
             for x in range(width):
-                target[x] = source[nearest_x[b, x]]
+                target[x] = source[np.uint32(nearest_x[b, x])]
             out = pixels[b, y].reshape(values)
             if inside_y[b, y] == 0:
                 for i in range(values):
                     out[i] = fill[i % 3]
                 continue
-            upper = image[max(low_y[b, y], 0)]
-            lower = image[min(low_y[b, y] + 1, height - 1)]
+            above, below = max(low_y[b, y], 0), min(low_y[b, y] + 1, height - 1)
+            if above == in_lower:
+                upper, lower, in_upper, in_lower = lower, upper, in_lower, in_upper
+            if above != in_upper:
+                _blend_row(image[above], place, weight, words, blended, planar, upper)
+                in_upper = above
+            if below != in_lower:
+                _blend_row(image[below], place, weight, words, blended, planar, lower)
+                in_lower = below
             down = np.int32(weight_y[b, y])
             up = np.int32(one - down)
-            for i in range(values):
-                row[i + 3] = np.int32(np.int32(upper[i]) * up) + np.int32(np.int32(lower[i]) * down)
-            for i in range(3):
-                row[i], row[values + 3 + i] = row[i + 3], row[values + i]
-            for i in range(values):
-                left = np.uint32(place[i])
-                near, far = row[left], row[left + np.uint32(3)]
-                value = np.int32(near * one) + np.int32(np.int32(far - near) * weight[i])
-                fine[i] = np.int32(value + half) >> shift
-            if len(colours):
+            if planar:
+                for i in range(values):
+                    value = np.int32(upper[i] * up) + np.int32(lower[i] * down)
+                    fine[i] = np.int32(value + half) >> shift
                 _mix(fine, colours[b], out)
             else:
                 for i in range(values):
-                    out[i] = np.int32(fine[i] + np.int32(1 << (PIXEL_BITS - 1))) >> PIXEL_BITS
+                    value = np.int32(upper[i] * up) + np.int32(lower[i] * down)
+                    out[i] = np.int32(value + both) >> np.int32(2 * WEIGHT_BITS)
             if not whole_rows:
                 for x in range(width):
                     if inside_x[b, x] == 0:
                         for i in range(3):
                             out[3 * x + i] = fill[i]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _blend_row(source, place, weight, words, blended, planar, out):  # type: ignore[no-untyped-def]
+    """Interpolate a stored row of RGB triples along itself, in units of 2**-WEIGHT_BITS.
+
+    place, weight: int32 and uint64 [W], the left neighbour, counted with one pixel put before the
+    row, and its neighbour's weight. words, blended: uint64 [W + 2], [W] to work in. out: int32
+    [3 W], triples, or channel by channel where `planar`.
+    """
+    width = len(place)
+    green, blue = np.uint64(WORD_BITS), np.uint64(2 * WORD_BITS)
+    channel = np.uint64((1 << WORD_BITS) - 1)
+    for x in range(width):  # a pixel's channels side by side in a word, so one product mixes all
+        first = np.uint32(3 * x)
+        words[x + 1] = (
+            np.uint64(source[first])
+            | (np.uint64(source[first + np.uint32(1)]) << green)
+            | (np.uint64(source[first + np.uint32(2)]) << blue)
+        )
+    words[0], words[width + 1] = words[1], words[width]
+    for x in range(width):
+        near = words[np.uint32(place[x])]
+        far = words[np.uint32(place[x]) + np.uint32(1)]
+        blended[x] = (near << np.uint64(WEIGHT_BITS)) + (far - near) * weight[x]
+    if planar:
+        reds, greens, blues = out[:width], out[width : 2 * width], out[2 * width :]
+        for x in range(width):
+            word = blended[x]
+            reds[x] = np.int32(word & channel)
+            greens[x] = np.int32((word >> green) & channel)
+            blues[x] = np.int32(word >> blue)
+    else:
+        for x in range(width):
+            word, first = blended[x], np.uint32(3 * x)
+            out[first] = np.int32(word & channel)
+            out[first + np.uint32(1)] = np.int32((word >> green) & channel)
+            out[first + np.uint32(2)] = np.int32(word >> blue)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

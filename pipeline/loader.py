@@ -6,6 +6,7 @@ shards, decoded and moved by NVIDIA DALI where there is something to decode or t
 on the device, and made ahead of use in a thread.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -166,11 +167,42 @@ def _raw(
         yield request, stored, torch.from_numpy(stored.images), torch.from_numpy(stored.segments)
 
 
-def _batch(request: _Request, stored: Stored, images: Tensor, segments: Tensor) -> Batch:
+class _Memory:
+    """Tensors [B, *shape] of up to `most` images on the CPU, in memory that was used before and
+    that no tensor refers to any more: new pages cost more than what is written into them."""
+
+    def __init__(self, most: int, shape: tuple[int, ...], dtype: str) -> None:
+        self.most, self.shape, self.dtype = most, shape, dtype
+        self.arrays: list[np.ndarray] = []
+        self.views: list[weakref.ref[np.ndarray]] = []  # of each, what its tensors keep alive
+
+    def tensor(self, images: int) -> Tensor:
+        """A tensor of `images` images with any content."""
+        place = next((n for n, view in enumerate(self.views) if view() is None), len(self.arrays))
+        if place == len(self.arrays):
+            self.arrays.append(np.empty((self.most, *self.shape), self.dtype))
+        view = self.arrays[place][:images]
+        self.views[place : place + 1] = [weakref.ref(view)]
+        return torch.from_numpy(view)
+
+
+def _batch(
+    request: _Request,
+    stored: Stored,
+    images: Tensor,
+    segments: Tensor,
+    memory: tuple[_Memory, _Memory] | None = None,
+) -> Batch:
+    """memory: for images and segments on a CPU; torch itself keeps that of a GPU."""
     if request.drawn is not None:
-        images, segments = augment(images, segments, request.drawn)
-    else:  # on a GPU a copy too, since DALI takes its memory back
-        images, segments = images.clone() if images.is_cuda else images, segments.to(torch.int64)
+        count, out = len(images), None
+        if memory is not None:
+            out = memory[0].tensor(count), memory[1].tensor(count)
+        images, segments = augment(images, segments, request.drawn, out)
+    elif memory is not None:
+        segments = memory[1].tensor(len(segments)).copy_(segments)
+    else:  # copies, since DALI takes its memory back
+        images, segments = images.clone(), segments.to(torch.int64)
     return Batch(
         images=images.permute(0, 3, 1, 2),
         segments=segments,
@@ -186,10 +218,12 @@ def _batches(
 ) -> Iterator[Batch]:
     """The requested batches, complete in the device's memory."""
     if device.type == "cpu":
+        size = (samples.card.height, samples.card.width)
+        memory = _Memory(max_batch, (*size, 3), "uint8"), _Memory(max_batch, size, "int64")
         raw = samples.card.image_format == "rgb"
         decoded = _raw(samples, requests) if raw else _decoded(samples, requests, max_batch, device)
         for parts in decoded:
-            yield _batch(*parts)
+            yield _batch(*parts, memory)
         return
     stream, consumer = torch.cuda.Stream(device), torch.cuda.default_stream(device)
     for parts in _decoded(samples, requests, max_batch, device):

@@ -401,6 +401,28 @@ def test_batches_stay_as_they_are_while_later_ones_are_made(
             assert torch.equal(batch.segments, segments)
 
 
+@each_format
+def test_memory_is_not_used_again_while_a_view_or_an_array_refers_to_it(
+    sets: dict[str, tuple[Path, Card]], image_format: str
+) -> None:
+    kept: list[list[torch.Tensor]] = []
+    copies: list[list[torch.Tensor]] = []
+    for batch in islice(stream(*sets[image_format], batch_size=7), 30):
+        array = batch.images.numpy()[2:]
+        kept.append([batch.images[:1], batch.segments[1:3], torch.from_numpy(array)])
+        copies.append([part.clone() for part in kept[-1]])
+        del batch, array
+    for parts, expected in zip(kept, copies, strict=True):
+        assert all(map(torch.equal, parts, expected))
+
+
+def test_batches_that_are_done_with_leave_their_memory_to_later_ones(
+    sets: dict[str, tuple[Path, Card]],
+) -> None:
+    places = {batch.images.data_ptr() for batch in islice(stream(*sets["rgb"], batch_size=7), 60)}
+    assert len(places) <= AHEAD + 2  # one is made, one is used
+
+
 def test_batches_are_made_ahead_of_use_and_no_more_than_stated(
     sets: dict[str, tuple[Path, Card]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
