@@ -24,7 +24,6 @@ from jobs.evaluation import EvaluateConfig, evaluate
 from jobs.ground_truth import ground_truth_of
 from jobs.map_scoring import Scored, map_truth, score_maps
 from jobs.models import (
-    ModelConfig,
     Nets,
     colour_statistics,
     load_nets,
@@ -32,6 +31,8 @@ from jobs.models import (
     new_corruption,
     save_nets,
 )
+from jobs.training import model_config
+from jobs.training_state import TrainConfig
 from model.adversarial import normalize
 from model.baselines import blur, class_activation_map, gradient_saliency, layerwise_relevance
 from model.localization import RULES, mask_map
@@ -57,18 +58,7 @@ class BenchConfig:
 
 def made_run(folder: Path, card: Card) -> Path:
     """A run folder with the default nets, untrained."""
-    config = ModelConfig(
-        classes=card.classes,
-        class_names=card.class_names,
-        height=card.height,
-        width=card.width,
-        net_width=24,
-        bottleneck=256,
-        mean=card.mean,
-        std=card.std,
-        superpixels=max(card.max_superpixels, card.configuration["superpixels"]),
-        compactness=card.configuration["compactness"],
-    )
+    config = model_config(TrainConfig(data="unused", output=folder), card)
     torch.manual_seed(0)
     nets = Nets(
         config=config,

@@ -128,13 +128,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluation = evaluate(config, progress_printer())
     metrics = {**evaluation.metrics, **cli.record(config)}
     pictures = report_pictures(config, evaluation.predictions)
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.output / PREDICTIONS_NAME, write_predictions(evaluation.predictions))
     report = render(metrics, evaluation.predictions, pictures)
-    write_atomically(config.output / REPORT_NAME, report.encode())
-    if config.export is not None:
+    if config.export is not None:  # may refuse --devkit-ids: before anything of ours is replaced
         export(config.export, evaluation, config.devkit_ids)
         print(f"score maps and boxes in the formats of others: {config.export}")
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output / PREDICTIONS_NAME, write_predictions(evaluation.predictions))
+    write_atomically(config.output / REPORT_NAME, report.encode())
     write_atomically(config.output / METRICS_NAME, (json.dumps(metrics, indent=1) + "\n").encode())
     print(figures_table(metrics))
     print(

@@ -89,7 +89,9 @@ class EvaluateConfig:
         None, help="boxes with classes, scored as a row: Kaggle .csv, devkit .txt, or .parquet"
     )
     classifier: Path | None = option(
-        None, help="another classifier's best classes (CSV or Parquet), for a row with ALN's boxes"
+        None,
+        help="another classifier's best classes (CSV or Parquet), for a row with ALN's boxes, and "
+        "without --run for all rows that have none of their own",
     )
     network: str | None = option(
         None, help="also rows from a network, e.g. torchvision:resnet50 or timm:resnet50"
@@ -147,8 +149,11 @@ class EvaluateConfig:
             raise ValueError(f"--run was given {len(self.run)} times; at most two are compared")
         if bool(self.network) != bool(self.network_weights):
             raise ValueError("--network and --network-weights need each other")
-        if self.classifier and not self.run:
-            raise ValueError("--classifier gives classes to ALN's boxes: it needs --run")
+        if self.classifier and self.network and not self.run:
+            raise ValueError(
+                "--classifier beside --network needs --run: without ALN's boxes no row would have "
+                "its classes; leave one of them out"
+            )
         if self.export and not self.run:
             raise ValueError("--export writes what our nets predict: it needs --run")
         shares = self.centred_box or (1.0,)

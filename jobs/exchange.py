@@ -197,8 +197,8 @@ def read_score_map(path: Path, size: tuple[int, int] | None) -> np.ndarray:
         )
     if size is not None and stored.shape != size:
         raise UserError(
-            f"{path} has shape {stored.shape} and the others {size}; its boxes would not be the "
-            "image's. Write all maps at one size."
+            f"{path} has shape {stored.shape}; expected {size}, the first map's size or, under "
+            "int224, 224 x 224; its boxes would not be the image's. Write all maps at that size."
         )
     values = np.array(stored, np.float64 if stored.dtype.itemsize >= 8 else np.float32)
     _check_values(str(path), values)

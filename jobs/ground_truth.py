@@ -263,7 +263,8 @@ def _read_sizes(path: Path, ids: Sequence[str]) -> np.ndarray:
     if not sizes.all():
         first = int(np.argmin(sizes.all(axis=1)))
         raise UserError(
-            f"{at(path, numbers[first])} tells a width or height of 0; expected at least 1."
+            f"{at(path, numbers[first])} tells a width or height of 0; expected at least 1. "
+            "Mend the line."
         )
     check_once(path, numbers, find_rows(path, numbers, listed, listed), listed)
     rows = match_ids(ids, listed)

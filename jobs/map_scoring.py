@@ -137,9 +137,8 @@ def image_aucs(levels: np.ndarray, image: int, truth: MapTruth) -> tuple[float, 
     shape = np.array(levels.shape)
 
     def auc(owner: int) -> float:
-        boxes = truth.of(owner)
-        sizes = np.broadcast_to(truth.sizes[owner], (len(boxes), 2))
-        return pixel_auc_boxes(levels, scale_boxes(boxes, sizes, shape))
+        boxes = scale_boxes(truth.of(owner), truth.sizes[owner], shape)
+        return pixel_auc_boxes(levels, boxes)
 
     if truth.groups[image] < 0 or truth.partners[image] < 0:
         return np.nan, np.nan
@@ -156,11 +155,10 @@ def sweep_image(
     size = truth.sizes[image]
     boxes = truth.of(image)
     sizes = np.broadcast_to(size, (len(boxes), 2))
-    mine = np.broadcast_to(size, (len(found.boxes), 2))
     # Where nothing is above the threshold the reference evaluator's box is [0, 0, 0, 0].
     largest, contours = level_ious(
         found,
-        own_boxes(found.boxes, shape, mine, truth.protocol),
+        own_boxes(found.boxes, shape, size, truth.protocol),
         truth_boxes(boxes, sizes, truth.protocol),
         PROTOCOLS[truth.protocol].plus,
         np.zeros(4, np.int64),

@@ -51,7 +51,7 @@ FIGURES = (
         title="MaxBoxAcc",
         group="Box",
         meaning="GT-known with the box of the map's largest component at the one threshold, the "
-        "same for all images, that gives the most (beside it). It is chosen on these very images: "
+        "same for all images, that gives the most (below it). It is chosen on these very images: "
         "an upper bound. Of a row without maps it is the one box.",
     ),
     Figure(

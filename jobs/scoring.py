@@ -21,7 +21,6 @@ from model.metrics import (
     Outcomes,
     class_figures,
     curves,
-    error_counts,
     error_kinds,
     figures,
     intervals,
@@ -284,7 +283,6 @@ def score(
             else dict(zip(("metric1", "metric2"), method.paper, strict=True)),
             **figures(one),
             **sweep_figures(one.sweep, one.ious, None),
-            "errors": error_counts(one),
             "curves": curves(one),
             "subsets": {
                 subset: {

@@ -164,7 +164,8 @@ def figures(outcomes: Outcomes, rows: np.ndarray | None = None) -> dict[str, Any
     mean_iou: over images with known boxes;
     auc, auc_other: mean pixel AUC against the own boxes and another image's; auc_gap: their
       difference, over images where both are defined;
-    n: images with known boxes; counts: the integers behind the shares.
+    n: images with known boxes; counts: the integers behind the shares; errors: how many of the n
+      fall to each of ERRORS.
     None stands for a share of no images and for what is not known of the method.
     """
     rows = np.arange(len(outcomes.ious)) if rows is None else rows
@@ -191,6 +192,7 @@ def figures(outcomes: Outcomes, rows: np.ndarray | None = None) -> dict[str, Any
         name: _share(counts[name], len(rows) if name.endswith("cls") else n)
         for name in ("gt_known", "top1_loc", "top5_loc", "top1_cls", "top5_cls")
     }
+    kinds = np.bincount(outcomes.errors[rows][known], minlength=len(ERRORS))
     auc = None if outcomes.auc is None else outcomes.auc[rows]
     other = None if outcomes.auc_other is None else outcomes.auc_other[rows]
     return {
@@ -201,6 +203,7 @@ def figures(outcomes: Outcomes, rows: np.ndarray | None = None) -> dict[str, Any
         "auc_gap": None if auc is None or other is None else _mean(auc - other),
         "n": n,
         "counts": {name: value for name, value in counts.items() if value is not None},
+        "errors": dict(zip(ERRORS, kinds.tolist(), strict=True)),
     }
 
 
@@ -270,12 +273,6 @@ def size_figures(outcomes: Outcomes, shares: np.ndarray) -> list[dict[str, Any]]
         rows = np.flatnonzero(inside & ~np.isnan(outcomes.ious))
         bins.append({"low": low, "high": high, **figures(outcomes, rows)})
     return bins
-
-
-def error_counts(outcomes: Outcomes) -> dict[str, int]:
-    """How many images with known boxes fall to each of ERRORS."""
-    kinds = outcomes.errors[~np.isnan(outcomes.ious)]
-    return dict(zip(ERRORS, np.bincount(kinds, minlength=len(ERRORS)).tolist(), strict=True))
 
 
 def bootstrap_intervals(values: np.ndarray, seed: int) -> np.ndarray:

@@ -70,7 +70,7 @@ def own_boxes(boxes: np.ndarray, grid: np.ndarray, sizes: np.ndarray, protocol: 
     """Our boxes, in inclusive pixels of a map or image, in the protocol's coordinates.
 
     boxes: integer [N, 4]; grid: (height, width) or [N, 2] of what they are pixels of; sizes:
-    integer [N, 2], of the original images. Returns int64 [N, 4].
+    the same of the original images. Returns int64 [N, 4].
     """
     if protocol == "int224":
         edges = scale_boxes(boxes, grid, np.array([SIDE, SIDE])) + np.array([0, 0, 1, 1])

@@ -166,6 +166,15 @@ def test_the_page_itself_never_scrolls_sideways(visit: Visit) -> None:
     assert whole > visible if visit.width == 390 else whole == visible
 
 
+def test_no_cell_runs_into_its_neighbour(visit: Visit) -> None:
+    wider = visit.page.evaluate(
+        """() => [...document.querySelectorAll("th, td")]
+          .filter(cell => cell.scrollWidth > cell.clientWidth + 1)
+          .map(cell => cell.textContent.trim())"""
+    )
+    assert wider == []
+
+
 def test_the_methods_name_stays_in_view_when_a_table_is_scrolled(visit: Visit) -> None:
     scroll = visit.page.locator(".scroll").first
     left = "e => e.querySelector('tr.own th').getBoundingClientRect().left"

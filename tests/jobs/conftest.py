@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.models import ModelConfig, Nets, new_classifier, new_corruption, save_nets
+from jobs.models import Nets, new_classifier, new_corruption, save_nets
+from jobs.training import model_config
+from jobs.training_state import TrainConfig
 from pipeline.shards import read_card
 
 
@@ -11,18 +13,8 @@ from pipeline.shards import read_card
 def random_run(small_set: Path) -> Path:
     """A run folder with nets of random weights that fit `small_set`."""
     card = read_card(small_set)
-    config = ModelConfig(
-        classes=card.classes,
-        class_names=card.class_names,
-        height=card.height,
-        width=card.width,
-        net_width=8,
-        bottleneck=16,
-        mean=card.mean,
-        std=card.std,
-        superpixels=25,
-        compactness=10.0,
-    )
+    asked = TrainConfig(data=str(small_set), output=Path("unused"), net_width=8, bottleneck=16)
+    config = model_config(asked, card)
     torch.manual_seed(0)
     nets = Nets(
         config=config,

@@ -3,13 +3,10 @@
 import itertools
 import json
 import shutil
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +21,7 @@ from jobs.scoring import centred_shares, check_coverage, matrix
 from model.adversarial import normalize
 from pipeline.ledger import read_ledger
 from pipeline.shards import Sample, read_card, read_shard, shard_paths
+from tests.jobs.kills import one_worker_killed
 
 VAL_IMAGES = 24
 
@@ -99,22 +97,8 @@ def test_any_number_of_shards_gives_the_same_figures_to_the_last_digit(
 def test_a_killed_worker_changes_no_figure(
     small_set: Path, random_run: Path, evaluation: Evaluation
 ) -> None:
-    killed: list[int] = []
-
-    def kill_one() -> None:
-        deadline = time.monotonic() + 60
-        while not killed and time.monotonic() < deadline:
-            for process in psutil.process_iter(["name", "cmdline"]):
-                if "ray::predict_range" in " ".join(process.info["cmdline"] or []):
-                    process.kill()
-                    killed.append(process.pid)
-                    return
-            time.sleep(0.002)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    again = evaluate(config_for(small_set, random_run, workers=2, shards=8), quiet)
-    killer.join()
+    with one_worker_killed("predict_range") as killed:
+        again = evaluate(config_for(small_set, random_run, workers=2, shards=8), quiet)
     assert len(killed) == 1
     assert again.predictions.equals(evaluation.predictions)
     assert json.dumps(again.metrics | {"seconds": 0}) == json.dumps(

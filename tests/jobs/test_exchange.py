@@ -460,7 +460,7 @@ def test_floats_of_every_width_and_order_are_read(
         (np.full((2, 3), 1.001), "1.001"),
         (np.array([[-1e-3, 0, 0], [0, 1, 1]]), "-0.001"),
         (np.full((2, 3), np.inf), "inf"),
-        (np.zeros((3, 2)), "shape (3, 2) and the others (2, 3)"),
+        (np.zeros((3, 2)), "shape (3, 2); expected (2, 3)"),
         (np.zeros((1, 2, 3)), "shape (1, 2, 3)"),
         (np.zeros((0, 3)), "shape (0, 3)"),
         (np.zeros((2, 3), np.uint8), "uint8"),

@@ -18,7 +18,15 @@ from jobs.evaluation import EvaluateConfig
 from jobs.overlay import heat
 from jobs.report import PER_GROUP, Picture, choose, most_different, render, report_pictures
 from jobs.report_charts import BOTTOM, LEFT, RIGHT, TOP, Series, line_chart, place_labels, short
-from jobs.report_tables import agreement, comparisons, grouped, number, percent, points
+from jobs.report_tables import (
+    agreement,
+    class_rows,
+    comparisons,
+    grouped,
+    number,
+    percent,
+    points,
+)
 from pipeline.ledger import read_ledger
 from tests.jobs.made_metrics import made_metrics, made_predictions
 
@@ -308,14 +316,18 @@ def test_protocol_subsets_sizes_and_errors_show_their_numbers() -> None:
 
 
 def test_stacked_bars_have_the_counts_as_widths() -> None:
+    """A bar of each method, of the own row's size bins, and of its classes."""
     metrics = made_metrics()
     html = render(metrics, NOTHING, {})
     bars = re.findall(r'<span class="stack".*?</span>', html, re.DOTALL)
-    assert len(bars) == len(metrics["methods"])
-    for bar, row in zip(bars, metrics["methods"].values(), strict=True):
+    aln = metrics["methods"]["aln"]
+    classes = {row["name"]: row for row in class_rows(metrics)}
+    parts = [*metrics["methods"].values(), *aln["box_sizes"], *classes.values()]
+    assert len(bars) == len(parts)
+    for bar, part in zip(bars, parts, strict=True):
         widths = [int(width) for width in re.findall(r"flex:(\d+) 0 0", bar)]
-        assert sum(widths) == sum(row["errors"].values()) == 500
-        assert 0 not in widths
+        assert sum(widths) == part["n"]
+        assert sorted(widths) == sorted(filter(None, part["errors"].values()))
 
 
 def test_two_runs_are_compared_in_points_and_disjoint_intervals_are_marked() -> None:

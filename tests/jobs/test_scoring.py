@@ -11,6 +11,7 @@ from jobs.cli import UserError
 from jobs.evaluation import EvaluateConfig, Evaluation, evaluate
 from jobs.exchange import Guesses, write_guesses, write_score_map
 from jobs.ground_truth import GroundTruth, write_metadata
+from tests.jobs.kills import one_worker_killed
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "ilsvrc-val-boxes"
 
@@ -116,12 +117,64 @@ def test_score_maps_by_hand(four: GroundTruth, tmp_path: Path, ray_local: None) 
     assert row["gt_known"] == 3 / 4
     assert row["counts"]["nothing_found"] == 2
     assert evaluation.predictions["score_maps_found"].to_pylist() == [True, True, False, False]
-    # at a threshold of .25 to 1 of the maximum the first three are right
+    # from a threshold of .25 of the maximum, 51 of 204 levels, to 1 the first three are right
     assert row["max_box_acc"] == 3 / 4
+    assert row["max_box_acc_threshold"] == 0.25
     assert row["max_box_acc_v2"] == 3 / 4
     assert evaluation.predictions["score_maps_auc"].to_pylist()[:2] == [1.0, 1.0]
     assert row["subsets"]["small_boxes"]["n"] == 3
     assert row["curves"]["corloc"]["0.5"][50] == 3 / 4
+
+
+def test_the_sweep_at_224_pixels_by_hand(
+    four: GroundTruth, tmp_path: Path, ray_local: None
+) -> None:
+    """A map's box is carried as x0, y0, x0 + width, y0 + height, clipped to 223, + 1 as the
+    reference evaluator does; the truth is multiplied by 224 / side and truncated."""
+    drawn = [
+        [(0, 0, 109, 109, 255)],  # truth 0 0 49 39 of 100 x 80 -> 0 0 109 109; box 0 0 110 110
+        [(22, 28, 63, 80, 255), (100, 100, 223, 223, 128)],  # truth 22 28 64 81: only from 128 on
+        [(0, 0, 223, 223, 255)],  # truth 0 0 221 221; box clipped to 223
+        # truths 0 0 20 25 and 134 112 221 221: the second contour, which is never the largest
+        [(0, 30, 223, 100, 255), (134, 112, 222, 222, 255)],
+    ]
+    for image_id, boxes in zip(four.ids, drawn, strict=True):
+        values = np.zeros((224, 224))
+        for x0, y0, x1, y1, level in boxes:
+            values[y0 : y1 + 1, x0 : x1 + 1] = level / 255
+        path = tmp_path / "maps" / f"{image_id}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, values)
+    evaluation = scored(
+        tmp_path / "meta",
+        tmp_path,
+        protocol="int224",
+        score_maps=tmp_path / "maps",
+        workers=1,
+    )
+    row = evaluation.metrics["methods"]["score_maps"]
+    # below 128 / 255 the larger contour of image 1 hides the right one; int(.502 * 255) = 128
+    assert row["max_box_acc"] == 3 / 4
+    assert row["max_box_acc_threshold"] == 0.502
+    assert row["max_box_acc_v2"] == 1.0  # over all contours every image is right, even at IoU .7
+    assert evaluation.predictions["score_maps_iou"].to_pylist()[::2] == [
+        110 * 110 / 111**2,
+        222 * 222 / 224**2,
+    ]
+
+
+def test_a_classifiers_labels_are_those_of_rows_that_have_none(
+    four: GroundTruth, tmp_path: Path
+) -> None:
+    path = tmp_path / "top.csv"
+    path.write_text(
+        "".join(f"{name},{label}\n" for name, label in zip(four.ids, "0021", strict=True))
+    )
+    metrics = scored(tmp_path / "meta", tmp_path, classifier=path).metrics
+    whole = metrics["methods"]["whole_image"]
+    assert whole["class_from"] == "other"
+    assert (whole["top1_cls"], whole["gt_known"], whole["top1_loc"]) == (3 / 4, 1 / 4, 1 / 4)
+    assert metrics["other"] == {"top1": 3 / 4, "top5": 3 / 4}
 
 
 def test_any_number_of_shards_scores_maps_alike(
@@ -142,6 +195,25 @@ def test_any_number_of_shards_scores_maps_alike(
         )
         found.append(json.dumps(evaluation.metrics | {"seconds": 0}))
     assert found[0] == found[1]
+
+
+def test_a_killed_worker_changes_no_figure_of_score_maps(
+    four: GroundTruth, tmp_path: Path, ray_local: None
+) -> None:
+    rng = np.random.default_rng(1)
+    for image_id in four.ids:
+        path = tmp_path / "maps" / f"{image_id}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, rng.random((500, 500), np.float32))  # noise takes the sweep longest
+    options: dict = {"score_maps": tmp_path / "maps", "workers": 2, "shards": 4}
+    expected = scored(tmp_path / "meta", tmp_path, **options)
+    with one_worker_killed("score_map_range") as killed:
+        again = scored(tmp_path / "meta", tmp_path, **options)
+    assert len(killed) == 1
+    assert again.predictions.equals(expected.predictions)
+    assert json.dumps(again.metrics | {"seconds": 0}) == json.dumps(
+        expected.metrics | {"seconds": 0}
+    )
 
 
 def test_a_missing_score_map_is_one_line_that_names_it(
@@ -192,7 +264,15 @@ def test_the_job_scores_ground_truth_alone(
         ({"ground_truth": Path("b"), "run": (Path("r"),)}, "--run needs images"),
         ({"data": "a", "run": (Path("r"),) * 3}, "at most two"),
         ({"data": "a", "network": "timm:resnet18"}, "--network and --network-weights"),
-        ({"data": "a", "classifier": Path("c")}, "needs --run"),
+        (
+            {
+                "data": "a",
+                "classifier": Path("c"),
+                "network": "timm:resnet18",
+                "network_weights": Path("w"),
+            },
+            "--classifier beside --network needs --run",
+        ),
         ({"data": "a", "centred_box": (0.5, 1.5)}, r"shares in \(0, 1\]"),
     ],
 )

@@ -12,7 +12,6 @@ from model.metrics import (
     bootstrap_intervals,
     class_figures,
     curves,
-    error_counts,
     error_kinds,
     figures,
     intervals,
@@ -63,6 +62,7 @@ def test_figures_by_hand() -> None:
             "top1_cls": 3,
             "top5_cls": 4,
         },
+        "errors": dict.fromkeys(ERRORS, 0) | {"right": 3},
     }
 
 
@@ -161,11 +161,15 @@ def test_error_counts_split_the_images_with_boxes_as_the_figures_do() -> None:
     right = np.nan_to_num(ious) >= 0.5
     kinds = error_kinds(corners, rng.random(400) < 0.9, right, top1, truths[:390], starts)
     one = Outcomes(ious=ious, errors=kinds, top1=top1)
-    counts, all_figures = error_counts(one), figures(one)
+    all_figures = figures(one)
+    counts = all_figures["errors"]
     assert sum(counts.values()) == all_figures["n"] == 390
     assert counts["right"] == all_figures["counts"]["top1_loc"]
     assert counts["right"] + counts["class_wrong"] == all_figures["counts"]["gt_known"]
     assert min(counts.values()) > 0 or counts["several_instances"] == 0  # one box an image
+    labels = rng.integers(0, 3, 400)
+    parts = [part["errors"] for part in class_figures(one, labels, 3)]
+    assert {kind: sum(part[kind] for part in parts) for kind in ERRORS} == counts
 
 
 def test_size_bins_hold_every_image_with_a_box_once() -> None:
