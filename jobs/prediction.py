@@ -7,6 +7,7 @@ computes for an image does not depend on the number of tasks, so neither do the 
 import os
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from torch import Tensor
 
 from jobs.cli import UserError
@@ -235,27 +236,35 @@ def run_parts(
     """The merged results of `submit(first, stop)` over all parts, at most `workers` under way.
 
     progress: called with the units done and all of them. Raises the UserError or DataError of a
-    task as it is; Ray itself repeats tasks whose worker died.
+    task as it is, when the other tasks have been stopped; Ray itself repeats tasks whose worker
+    died.
     """
     waiting, total, done = deque(parts), parts[-1][1], 0
     running: dict[ray.ObjectRef, tuple[int, int]] = {}
     tables: list[pa.Table] = []
     counts: dict[str, MapCounts] = {}
-    while waiting or running:
-        while waiting and len(running) < workers:
-            part = waiting.popleft()
-            running[submit(*part)] = part
-        (reference,), _ = ray.wait(list(running), num_returns=1)
-        first, stop = running.pop(reference)
-        try:
-            table, part_counts = ray.get(reference)
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError | DataError):
-                raise error.cause from None
-            raise
-        tables.append(table)
-        for name, added in part_counts.items():
-            counts[name] = counts[name] + added if name in counts else added
-        done += stop - first
-        progress(done, total)
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                part = waiting.popleft()
+                running[submit(*part)] = part
+            (reference,), _ = ray.wait(list(running), num_returns=1)
+            first, stop = running.pop(reference)
+            try:
+                table, part_counts = ray.get(reference)
+            except RayTaskError as error:
+                if isinstance(error.cause, UserError | DataError):
+                    raise error.cause from None
+                raise
+            tables.append(table)
+            for name, added in part_counts.items():
+                counts[name] = counts[name] + added if name in counts else added
+            done += stop - first
+            progress(done, total)
+    finally:  # where one part failed: the others are stopped, and their results looked at
+        for reference in running:
+            ray.cancel(reference)
+        for reference in running:
+            with suppress(RayError):
+                ray.get(reference)
     return pa.concat_tables(tables).sort_by("row"), counts

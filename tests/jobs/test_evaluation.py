@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
+from ray.exceptions import TaskCancelledError
 
 from jobs import evaluate as job
 from jobs.cli import UserError
 from jobs.evaluation import EvaluateConfig, Evaluation, check_compatible, evaluate
 from jobs.models import colour_statistics, load_nets, save_nets
-from jobs.prediction import net_maps, ranges
+from jobs.prediction import net_maps, ranges, run_parts
 from jobs.scoring import centred_shares, check_coverage, matrix
 from model.adversarial import normalize
 from pipeline.ledger import read_ledger
@@ -104,6 +107,27 @@ def test_a_killed_worker_changes_no_figure(
     assert json.dumps(again.metrics | {"seconds": 0}) == json.dumps(
         evaluation.metrics | {"seconds": 0}
     )
+
+
+def test_a_failed_part_stops_the_others_and_its_error_comes_as_it_is(ray_local: None) -> None:
+    @ray.remote(num_cpus=1)
+    def part(first: int) -> None:
+        if first == 0:
+            raise UserError("the map of image 3 is missing")
+        while True:  # one long sleep could not be interrupted
+            time.sleep(0.05)
+
+    submitted = []
+
+    def submit(first: int, stop: int) -> ray.ObjectRef:
+        submitted.append(part.remote(first))
+        return submitted[-1]
+
+    with pytest.raises(UserError, match=r"^the map of image 3 is missing$"):
+        run_parts(submit, [(0, 1), (1, 2), (2, 3)], 2, quiet)
+    assert len(submitted) == 2
+    with pytest.raises(TaskCancelledError):
+        ray.get(submitted[1])
 
 
 def test_every_image_has_boxes_inside_it_and_best_classes_first(
