@@ -32,7 +32,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     """A head node of its own; yields the environment that reaches it with the token."""
     token = tmp_path_factory.mktemp("token") / "token"
     token.write_text(secrets.token_hex(32))
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     variables = environment(
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN_PATH=str(token),
@@ -40,6 +40,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     )
     command = [RAY, "start", "--head", "--block", f"--port={port}", "--disable-usage-stats"]
     command += [f"--num-cpus={LOGICAL_CPUS}", f"--dashboard-port={dashboard}"]
+    # Without an agent of its own, whose port another Ray here may have, a node takes no jobs.
+    command += [f"--dashboard-agent-listen-port={agent}"]
     process = subprocess.Popen(
         command,
         env=variables,
@@ -50,7 +52,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     )
     try:
         deadline = time.monotonic() + 120
-        while subprocess.run([RAY, "job", "list"], env=variables, capture_output=True).returncode:
+        # Listing jobs works before the node's agent, which submitting needs, is up.
+        trial = [RAY, "job", "submit", "--", "true"]
+        while subprocess.run(trial, env=variables, capture_output=True).returncode:
             assert process.poll() is None, "ray start ended"
             assert time.monotonic() < deadline, "the head node did not come up"
             time.sleep(1)
