@@ -142,14 +142,34 @@ def _check_images(samples: Samples, request: _Request, stored: Stored) -> None:
             )
 
 
+class _Memory:
+    """Tensors [B, *shape] on the CPU, in memory that was used before and that no tensor refers to
+    any more: new pages can cost more than what is written into them."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.arrays: list[np.ndarray] = []
+        self.views: list[weakref.ref[np.ndarray]] = []  # of each, what its tensors keep alive
+
+    def tensor(self, images: int) -> Tensor:
+        """A tensor of `images` images with any content."""
+        place = next((n for n, view in enumerate(self.views) if view() is None), len(self.arrays))
+        if place == len(self.arrays) or len(self.arrays[place]) < images:
+            self.arrays[place : place + 1] = [np.empty((images, *self.shape), self.dtype)]
+        view = self.arrays[place][:images]
+        self.views[place : place + 1] = [weakref.ref(view)]
+        return torch.from_numpy(view)
+
+
 def _raw(
     samples: Samples, requests: Iterator[_Request]
 ) -> Iterator[tuple[_Request, Stored, Tensor, Tensor]]:
     """As `_decoded`, for raw pixels on a CPU, which need neither decoding nor moving."""
+    memory = _Memory((samples.card.height, samples.card.width, 3), "uint8")
     for request in requests:
-        stored = samples.read(request.places)
-        assert isinstance(stored.images, np.ndarray)
-        yield request, stored, torch.from_numpy(stored.images), torch.from_numpy(stored.segments)
+        images = memory.tensor(len(request.places))
+        stored = samples.read(request.places, images.numpy())
+        yield request, stored, images, torch.from_numpy(stored.segments)
 
 
 def _jpeg(
@@ -158,36 +178,18 @@ def _jpeg(
     """As `_decoded`, for JPEG files on a CPU: libjpeg-turbo alone gives the same bits as DALI in
     less time (see benchmarks/loader.py)."""
     size = (samples.card.height, samples.card.width, 3)
+    memory = _Memory(size, "uint8")
     for request in requests:
         stored = samples.read(request.places)
-        images = np.empty((len(stored.images), *size), np.uint8)
+        images = memory.tensor(len(request.places))
         try:
-            for file, image in zip(stored.images, images, strict=True):
+            for file, image in zip(stored.images, images.numpy(), strict=True):
                 if simplejpeg.decode_jpeg(file, buffer=image).shape != size:
                     raise ValueError("an image is smaller than the card says")
         except ValueError as error:
             _check_images(samples, request, stored)
             raise DataError(f"a batch of JPEG files cannot be decoded: {error}") from error
-        yield request, stored, torch.from_numpy(images), torch.from_numpy(stored.segments)
-
-
-class _Memory:
-    """Tensors [B, *shape] of up to `most` images on the CPU, in memory that was used before and
-    that no tensor refers to any more: new pages cost more than what is written into them."""
-
-    def __init__(self, most: int, shape: tuple[int, ...], dtype: str) -> None:
-        self.most, self.shape, self.dtype = most, shape, dtype
-        self.arrays: list[np.ndarray] = []
-        self.views: list[weakref.ref[np.ndarray]] = []  # of each, what its tensors keep alive
-
-    def tensor(self, images: int) -> Tensor:
-        """A tensor of `images` images with any content."""
-        place = next((n for n, view in enumerate(self.views) if view() is None), len(self.arrays))
-        if place == len(self.arrays):
-            self.arrays.append(np.empty((self.most, *self.shape), self.dtype))
-        view = self.arrays[place][:images]
-        self.views[place : place + 1] = [weakref.ref(view)]
-        return torch.from_numpy(view)
+        yield request, stored, images, torch.from_numpy(stored.segments)
 
 
 def _batch(
@@ -223,7 +225,7 @@ def _batches(
     """The requested batches, complete in the device's memory."""
     if device.type == "cpu":
         size = (samples.card.height, samples.card.width)
-        memory = _Memory(max_batch, (*size, 3), "uint8"), _Memory(max_batch, size, "int64")
+        memory = _Memory((*size, 3), "uint8"), _Memory(size, "int64")
         decoded = _raw if samples.card.image_format == "rgb" else _jpeg
         for parts in decoded(samples, requests):
             yield _batch(*parts, memory)

@@ -57,7 +57,7 @@ def stream(data: Path, card: Card) -> Iterator[loader.Batch]:
     return loader.train_batches(
         data,
         card,
-        batch_size=7,
+        batch_size=8,
         rank=0,
         ranks=1,
         seed=0,
