@@ -157,33 +157,34 @@ def _check_images(samples: Samples, request: _Request, stored: Stored) -> None:
             )
 
 
-def _raw(
-    samples: Samples, requests: Iterator[_Request]
-) -> Iterator[tuple[_Request, Stored, Tensor, Tensor]]:
-    """As `_decoded`, for raw pixels on a CPU, which need neither decoding nor moving."""
-    for request in requests:
-        stored = samples.read(request.places)
-        assert isinstance(stored.images, np.ndarray)
-        yield request, stored, torch.from_numpy(stored.images), torch.from_numpy(stored.segments)
-
-
 class _Memory:
-    """Tensors [B, *shape] of up to `most` images on the CPU, in memory that was used before and
-    that no tensor refers to any more: new pages cost more than what is written into them."""
+    """Tensors [B, *shape] on the CPU, in memory that was used before and that no tensor refers to
+    any more: new pages can cost more than what is written into them."""
 
-    def __init__(self, most: int, shape: tuple[int, ...], dtype: str) -> None:
-        self.most, self.shape, self.dtype = most, shape, dtype
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        self.shape, self.dtype = shape, dtype
         self.arrays: list[np.ndarray] = []
         self.views: list[weakref.ref[np.ndarray]] = []  # of each, what its tensors keep alive
 
     def tensor(self, images: int) -> Tensor:
         """A tensor of `images` images with any content."""
         place = next((n for n, view in enumerate(self.views) if view() is None), len(self.arrays))
-        if place == len(self.arrays):
-            self.arrays.append(np.empty((self.most, *self.shape), self.dtype))
+        if place == len(self.arrays) or len(self.arrays[place]) < images:
+            self.arrays[place : place + 1] = [np.empty((images, *self.shape), self.dtype)]
         view = self.arrays[place][:images]
         self.views[place : place + 1] = [weakref.ref(view)]
         return torch.from_numpy(view)
+
+
+def _raw(
+    samples: Samples, requests: Iterator[_Request]
+) -> Iterator[tuple[_Request, Stored, Tensor, Tensor]]:
+    """As `_decoded`, for raw pixels on a CPU, which need neither decoding nor moving."""
+    memory = _Memory((samples.card.height, samples.card.width, 3), "uint8")
+    for request in requests:
+        images = memory.tensor(len(request.places))
+        stored = samples.read(request.places, images.numpy())
+        yield request, stored, images, torch.from_numpy(stored.segments)
 
 
 def _batch(
@@ -219,7 +220,7 @@ def _batches(
     """The requested batches, complete in the device's memory."""
     if device.type == "cpu":
         size = (samples.card.height, samples.card.width)
-        memory = _Memory(max_batch, (*size, 3), "uint8"), _Memory(max_batch, size, "int64")
+        memory = _Memory((*size, 3), "uint8"), _Memory(size, "int64")
         raw = samples.card.image_format == "rgb"
         decoded = _raw(samples, requests) if raw else _decoded(samples, requests, max_batch, device)
         for parts in decoded:
