@@ -1,5 +1,7 @@
 import dataclasses
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,22 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a.idx", "a.tar", "b.idx", "b.tar"]
 
 
+def test_a_shard_is_byte_for_byte_what_tarfile_writes(tmp_path: Path) -> None:
+    samples = [make_sample(row, key=f"train-{row:08d}") for row in range(30)]
+    samples[3].meta["id"] = "x" * 700  # a member of two blocks
+    write_shard(tmp_path / "a.tar", samples, "rgb")
+    buffer = io.BytesIO()
+    with (
+        tarfile.open(tmp_path / "a.tar") as written,
+        tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for member in written:
+            info = tarfile.TarInfo(member.name)
+            info.size, info.mode = member.size, 0o644
+            tar.addfile(info, written.extractfile(member))
+    assert (tmp_path / "a.tar").read_bytes() == buffer.getvalue()
+
+
 def test_the_index_points_at_the_members_bytes(tmp_path: Path) -> None:
     samples = [make_sample(row) for row in range(3)]
     write_shard(tmp_path / "a.tar", samples, "rgb")
@@ -112,7 +130,7 @@ def test_webdataset_reads_a_shard(tmp_path: Path) -> None:
     assert [x["seg"] for x in read] == [x.segments.tobytes() for x in samples]
 
 
-@pytest.mark.parametrize("key", ["a.b", "a/b"])
+@pytest.mark.parametrize("key", ["a.b", "a/b", "a" * 91])
 def test_a_key_that_readers_would_split_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(DataError, match="holds a dot or slash"):
         write_shard(tmp_path / "a.tar", [make_sample(0, key=key)], "rgb")
