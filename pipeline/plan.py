@@ -1,19 +1,24 @@
 """What to make of a collection of images: the parameters, the shards, and whose output it is."""
 
-import hashlib
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from pipeline.listing import digest
 from pipeline.shards import FORMAT_VERSION, DataError, write_atomically
-from pipeline.sources import Source, SourceImage, find_layout, list_images
+from pipeline.sources import Source, find_layout, list_images
 from pipeline.superpixels import check_superpixels
 
 PLAN_NAME = "plan.json"
+SIDES = range(32, 513)  # of a stored image, pixels
+SIZE = re.compile(r"(\d{1,4})(?:x(\d{1,4}))?")
 # The packages that decide the bytes of a shard.
 VERSIONS = ("fast-slic", "numpy", "opencv-python-headless", "pillow", "pyarrow", "simplejpeg")
 # What may differ between two runs that share one output.
@@ -31,7 +36,9 @@ class PreprocessConfig:
     source: str = field(metadata={"help": "folder with the images"})
     output: str = field(metadata={"help": "folder for the shards; an unfinished one is continued"})
     layout: str = _flag("auto", "auto, ilsvrc, tiny-imagenet or folders")
-    image_size: int = _flag(64, "height and width of the stored images, pixels; 32 to 512")
+    image_size: int | str = _flag(
+        64, "pixels of the stored images: one number for squares, else HEIGHTxWIDTH; 32 to 512"
+    )
     superpixels: int = _flag(100, "superpixels asked for per image; an image can have fewer")
     compactness: float = _flag(10.0, "weight of place against colour in superpixels; above 0")
     image_format: str = _flag("rgb", "rgb (raw) or jpg (quality 95, a third of the size)")
@@ -43,8 +50,15 @@ class PreprocessConfig:
     )
 
     def __post_init__(self) -> None:
+        size = SIZE.fullmatch(str(self.image_size))
+        sides = [int(side) for side in size.groups(size[1])] if size else []
+        if size and sides[0] == sides[1]:  # one way to write each size, since plans are compared
+            object.__setattr__(self, "image_size", sides[0])
         checks = {
-            "image_size": (32 <= self.image_size <= 512, "32 to 512"),
+            "image_size": (
+                bool(sides) and all(side in SIDES for side in sides),
+                "32 to 512, or two of them as HEIGHTxWIDTH",
+            ),
             "compactness": (0 < self.compactness <= 1000, "above 0, up to 1000"),
             "image_format": (self.image_format in ("rgb", "jpg"), "rgb or jpg"),
             "samples_per_shard": (self.samples_per_shard >= 1, "from 1"),
@@ -57,17 +71,27 @@ class PreprocessConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)} is out of range; allowed: {allowed}"
                 )
-        check_superpixels(self.image_size, self.image_size, self.superpixels)
+        check_superpixels(self.height, self.width, self.superpixels)
+
+    @property
+    def height(self) -> int:
+        """Of the stored images, in pixels."""
+        return int(str(self.image_size).split("x")[0])
+
+    @property
+    def width(self) -> int:
+        """Of the stored images, in pixels."""
+        return int(str(self.image_size).split("x")[-1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """The images of one shard. Image i has row `first_row` + i of the ledger."""
+    """One shard: `rows` images, of which image i has row `first_row` + i of the ledger."""
 
     split: str
     number: int
     first_row: int
-    images: tuple[SourceImage, ...]
+    rows: int
 
     @property
     def name(self) -> str:
@@ -80,14 +104,21 @@ class ShardTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be made. fingerprint: content of plan.json; two plans that differ in it would
-    write other bytes."""
+    """What is to be made. order: int64 [images], where in its split's table the image of each
+    ledger row is. fingerprint: content of plan.json; two plans that differ in it would write other
+    bytes."""
 
-    source: Path
+    source: str
     output: Path
     listed: Source
     tasks: tuple[ShardTask, ...]
+    order: np.ndarray
     fingerprint: dict[str, Any]
+
+    def images(self, task: ShardTask) -> pa.Table:
+        """The listed rows of one shard, in its order; a copy, so that it is all that is sent."""
+        rows = self.order[task.first_row : task.first_row + task.rows]
+        return self.listed.images[task.split].take(rows)
 
 
 def make_plan(config: PreprocessConfig) -> Plan:
@@ -100,28 +131,36 @@ def make_plan(config: PreprocessConfig) -> Plan:
         raise DataError(f"output {output} lies inside source {source}; choose one outside it.")
     found = find_layout(source) if config.layout == "auto" else config.layout
     listed = list_images(source, found)
-    tasks, digest, row = [], hashlib.sha256(), 0
-    for split, images in listed.images.items():
-        if split == "train":
-            order = np.random.default_rng(config.seed).permutation(len(images))
-            images = tuple(images[i] for i in order)
-        for image in images:
-            digest.update(repr(image).encode())
-        for number, start in enumerate(range(0, len(images), config.samples_per_shard)):
-            chunk = images[start : start + config.samples_per_shard]
-            tasks.append(ShardTask(split=split, number=number, first_row=row, images=chunk))
-            row += len(chunk)
+    counts = {split: table.num_rows for split, table in listed.images.items()}
+    shuffle = np.random.default_rng(config.seed).permutation
+    orders = [
+        shuffle(count) if split == "train" else np.arange(count) for split, count in counts.items()
+    ]
     fingerprint = {
         "format": FORMAT_VERSION,
         "configuration": {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS},
         "layout": found,
-        "images": {split: len(images) for split, images in listed.images.items()},
-        "listing": digest.hexdigest(),
+        "images": counts,
+        "listing": {split: digest(table) for split, table in listed.images.items()},
         "versions": {name: version(name) for name in VERSIONS},
     }
     return Plan(
-        source=source, output=output, listed=listed, tasks=tuple(tasks), fingerprint=fingerprint
+        source=str(source),
+        output=output,
+        listed=listed,
+        tasks=tuple(_tasks(counts, config.samples_per_shard)),
+        order=np.concatenate(orders),
+        fingerprint=fingerprint,
     )
+
+
+def _tasks(counts: dict[str, int], samples_per_shard: int) -> Iterator[ShardTask]:
+    row = 0
+    for split, count in counts.items():
+        for number, start in enumerate(range(0, count, samples_per_shard)):
+            rows = min(samples_per_shard, count - start)
+            yield ShardTask(split=split, number=number, first_row=row, rows=rows)
+            row += rows
 
 
 def _local_path(text: str) -> Path:

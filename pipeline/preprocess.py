@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
+from pipeline.annotations import fit_boxes
+from pipeline.files import SourceFiles
 from pipeline.images import ImageError, read_image
 from pipeline.ledger import (
     LEDGER_NAME,
@@ -40,7 +43,6 @@ from pipeline.shards import (
     write_atomically,
     write_shard,
 )
-from pipeline.sources import SourceImage, fit_boxes
 from pipeline.superpixels import label_dtype, superpixels
 
 POLL_SECONDS = 1.0
@@ -91,8 +93,8 @@ def preprocess(
     plan = make_plan(config)
     claim_output(plan)
     pending = [task for task in plan.tasks if not is_committed(task.part(plan.output))]
-    total = sum(len(task.images) for task in plan.tasks)
-    progress = Progress(total=total, resumed=total - sum(len(task.images) for task in pending))
+    total = sum(task.rows for task in plan.tasks)
+    progress = Progress(total=total, resumed=total - sum(task.rows for task in pending))
     if not pending and (plan.output / CARD_NAME).is_file():
         return Outcome(
             output=plan.output, card=read_card(plan.output), totals=None, progress=progress
@@ -101,7 +103,7 @@ def preprocess(
         rejected = {task.name: _rejected(task, plan.output) for task in plan.tasks}
         if _too_many(sum(rejected.values()), total, config):
             pending = [task for task in plan.tasks if rejected[task.name]]
-            progress.resumed -= sum(len(task.images) for task in pending)
+            progress.resumed -= sum(task.rows for task in pending)
     if pending:
         connect()
         _run_tasks(plan, pending, config, progress, show)
@@ -110,7 +112,7 @@ def preprocess(
 
 def _rejected(task: ShardTask, output: Path) -> int:
     shard = read_facts(task.part(output)).shard
-    return len(task.images) - (shard.images if shard else 0)
+    return task.rows - (shard.images if shard else 0)
 
 
 def _too_many(rejected: int, total: int, config: PreprocessConfig) -> bool:
@@ -118,26 +120,29 @@ def _too_many(rejected: int, total: int, config: PreprocessConfig) -> bool:
 
 
 def make_shard(
-    task: ShardTask, classes: tuple[str, ...], source: Path, output: Path, config: PreprocessConfig
+    task: ShardTask, images: pa.Table, source: str, output: Path, config: PreprocessConfig
 ) -> ShardReport:
-    """Make one shard with its index and ledger part. Needs no Ray; may be repeated at will."""
-    if not source.is_dir():
-        raise DataError(f"source {source} is not there on this node; mount it on every node.")
+    """Make one shard, of `images`, with its index and ledger part. Needs no Ray; may be repeated
+    at will."""
     started = time.monotonic()
     part = task.part(output)
     part.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     sums = np.zeros((2, 3), np.int64)
-    samples = _samples(task, classes, source, config, rows, sums)
-    first = next(samples, None)
-    shard = None
-    if first is not None:  # readers of tars dislike empty ones
-        samples = itertools.chain([first], samples)
-        shard = write_shard(part.with_suffix(".tar"), samples, config.image_format)
+    with SourceFiles(source) as files:
+        samples = _samples(task, images, files, config, rows, sums)
+        first = next(samples, None)
+        shard = None
+        if first is not None:  # readers of tars dislike empty ones
+            samples = itertools.chain([first], samples)
+            shard = write_shard(part.with_suffix(".tar"), samples, config.image_format)
     accepted = shard.images if shard else 0
     (r, g, b), (rr, gg, bb) = sums.tolist()
     facts = ShardFacts(
-        shard=shard, pixels=accepted * config.image_size**2, sums=(r, g, b), squares=(rr, gg, bb)
+        shard=shard,
+        pixels=accepted * config.height * config.width,
+        sums=(r, g, b),
+        squares=(rr, gg, bb),
     )
     write_part(part, rows, facts)
     return ShardReport(
@@ -149,30 +154,25 @@ def make_shard(
 
 def _samples(
     task: ShardTask,
-    classes: tuple[str, ...],
-    source: Path,
+    images: pa.Table,
+    files: SourceFiles,
     config: PreprocessConfig,
     rows: list[dict[str, Any]],
     sums: np.ndarray,
 ) -> Iterator[Sample]:
     """The task's samples in order. Appends a ledger row for every image to `rows` and adds the
     pixels and their squares to `sums`, int64 [2, 3]."""
-    labels = {wnid: i for i, wnid in enumerate(classes)}
     position = 0
-    for row, image in enumerate(task.images, start=task.first_row):
+    for row, image in enumerate(images.to_pylist(), start=task.first_row):
         entry = {
             "row": row,
             "split": task.split,
             "key": f"{task.split}-{row:08d}",
-            "id": image.id,
-            "path": image.path,
-            "wnid": image.wnid,
-            "label": None if image.problem else labels[image.wnid or ""],
-            "note": image.note,
+            **{name: image[name] for name in ("id", "path", "wnid", "label", "note")},
         }
         rows.append(entry)
         try:
-            sample = _make_sample(entry, image, source, config)
+            sample = _make_sample(entry, image, files, config)
         except ImageError as error:
             entry |= {"status": REJECTED, "reason": str(error)}
             continue
@@ -185,21 +185,23 @@ def _samples(
 
 
 def _make_sample(
-    entry: dict[str, Any], image: SourceImage, source: Path, config: PreprocessConfig
+    entry: dict[str, Any], image: dict[str, Any], files: SourceFiles, config: PreprocessConfig
 ) -> Sample:
     """One image's sample; its sizes, boxes and notes are added to its ledger row."""
-    if image.problem:
-        raise ImageError(image.problem)
+    if image["problem"]:
+        raise ImageError(image["problem"])
     try:
-        data = (source / image.path).read_bytes()
+        data = files.read(image["path"], image["offset"], image["size"])
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         # Of the file itself; a failing disk or network must fail the task, not reject its images.
         raise ImageError(f"unreadable file: {error.strerror}") from error
-    decoded = read_image(data, config.image_size, config.image_size)
+    decoded = read_image(data, config.height, config.width)
     segments = superpixels(decoded.pixels, config.superpixels, config.compactness)
-    boxes, box_note = fit_boxes(image, decoded.width, decoded.height)
+    box_size = (image["box_width"], image["box_height"]) if image["box_width"] else None
+    boxes, box_note = fit_boxes(image["boxes"], box_size, decoded.width, decoded.height)
+    notes = (decoded.note, image["note"], box_note)
     entry |= {
-        "note": "; ".join(note for note in (decoded.note, box_note) if note) or None,
+        "note": "; ".join(note for note in notes if note) or None,
         "width": decoded.width,
         "height": decoded.height,
         "superpixels": int(segments.max()) + 1,
@@ -225,12 +227,13 @@ def _run_tasks(
 ) -> None:
     workers = config.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     remote = ray.remote(max_retries=ATTEMPTS - 1)(make_shard)
-    classes, started = plan.listed.classes, time.monotonic()
+    started = time.monotonic()
     waiting, in_flight = iter(pending), dict[ray.ObjectRef, ShardTask]()
     failures: dict[str, str] = {}
     while True:
         for task in itertools.islice(waiting, workers - len(in_flight)):
-            in_flight[remote.remote(task, classes, plan.source, plan.output, config)] = task
+            images = plan.images(task)
+            in_flight[remote.remote(task, images, plan.source, plan.output, config)] = task
         if not in_flight:
             break
         finished, _ = ray.wait(list(in_flight), timeout=POLL_SECONDS)
@@ -296,14 +299,14 @@ def _card(plan: Plan, config: PreprocessConfig, totals: dict[str, Totals]) -> Ca
     # The train split comes first; a collection without one is normalized by what it has.
     mean, std = _mean_std(next(iter(facts.values())))
     configuration = plan.fingerprint["configuration"] | {
-        "source": str(plan.source),
+        "source": plan.source,
         "layout": plan.listed.layout,
     }
     return Card(
         classes=plan.listed.classes,
         class_names=plan.listed.class_names,
-        height=config.image_size,
-        width=config.image_size,
+        height=config.height,
+        width=config.width,
         image_format=config.image_format,
         segments_dtype=str(label_dtype(config.superpixels)),
         max_superpixels=max(total.max_superpixels for total in totals.values()),
