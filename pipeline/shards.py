@@ -133,12 +133,20 @@ def _header(name: bytes, size: int) -> bytes:
     )
 
 
-def write_shard(place: str | Path, samples: Iterable[Sample], image_format: str) -> Shard:
-    """Write a shard (a USTAR tar) and its DALI index beside it, both atomically.
+@dataclass(frozen=True, kw_only=True)
+class PackedShard:
+    """A shard in memory. content: the tar; index: DALI's, as text; images: samples in it."""
 
-    The bytes depend on the samples alone. The whole shard is held in memory (about 20 MB for a
-    thousand 64-px samples). Raises DataError for a key with a dot, which would split a sample
-    in two when read, or one too long for a header.
+    content: bytearray
+    index: bytes
+    images: int
+
+
+def pack_shard(samples: Iterable[Sample], image_format: str) -> PackedShard:
+    """A shard (a USTAR tar) and its DALI index, about 20 MB for a thousand 64-px samples.
+
+    The bytes depend on the samples alone. Raises DataError for a key with a dot, which would split
+    a sample in two when read, or one too long for a header.
     """
     content = bytearray()
     index_lines: list[str] = []
@@ -160,13 +168,18 @@ def write_shard(place: str | Path, samples: Iterable[Sample], image_format: str)
     content += bytes(2 * tarfile.BLOCKSIZE)  # the end of a tar, which is whole records long
     content += bytes(-len(content) % tarfile.RECORDSIZE)
     index = f"{INDEX_VERSION} {len(index_lines)}\n" + "".join(f"{x}\n" for x in index_lines)
-    write_atomically(storage.with_suffix(place, ".idx"), index.encode())
-    write_atomically(place, memoryview(content))
+    return PackedShard(content=content, index=index.encode(), images=len(index_lines))
+
+
+def write_shard(place: str | Path, packed: PackedShard) -> Shard:
+    """Write a packed shard and its index beside it, both atomically."""
+    write_atomically(storage.with_suffix(place, ".idx"), packed.index)
+    write_atomically(place, memoryview(packed.content))
     return Shard(
         name=storage.name(place),
-        images=len(index_lines),
-        bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
+        images=packed.images,
+        bytes=len(packed.content),
+        sha256=hashlib.sha256(packed.content).hexdigest(),
     )
 
 

@@ -50,6 +50,10 @@ class MissingError(DataError):
     """Nothing lies at a place."""
 
 
+class UnreachableError(DataError):
+    """A place that did not answer, or refused: what lies there is unknown."""
+
+
 def _is_uri(place: str | Path) -> bool:
     return isinstance(place, str) and SCHEME.match(place) is not None
 
@@ -172,7 +176,7 @@ def attempt(place: str | Path, action: Callable[[], Result]) -> Result:
         except OSError as error:
             detail = _line(error)
             if isinstance(error, PermissionError) or any(word in detail for word in REFUSED):
-                raise DataError(
+                raise UnreachableError(
                     f"access to {place} is denied ({detail}); give this user or these credentials "
                     "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...) leave to use it."
                 ) from error
@@ -181,7 +185,7 @@ def attempt(place: str | Path, action: Callable[[], Result]) -> Result:
             if error.errno is not None or not is_remote(place):  # not said by a network client
                 raise
             if wait is None:
-                raise DataError(
+                raise UnreachableError(
                     f"{place} cannot be reached ({detail}), tried {len(WAITS) + 1} times in "
                     f"{time.monotonic() - started:.0f} s; check the network and the endpoint "
                     "(AWS_ENDPOINT_URL, ...), then run the same command again."
@@ -302,6 +306,16 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove(place: str | Path) -> None:
+    """Delete a file that exists. Raises as `attempt`."""
+
+    def delete() -> None:
+        system, path = _open(place)
+        system.delete_file(path)
+
+    attempt(place, delete)
 
 
 def remove_temporaries(folder: str | Path) -> None:
