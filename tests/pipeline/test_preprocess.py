@@ -304,9 +304,7 @@ def test_a_shard_that_fails_is_named_and_the_others_finish(source: Path, tmp_pat
     blocked = output / "train" / "train-000001.tar"
     claim_output(make_plan(configured(source, output)))
     blocked.mkdir()
-    with pytest.raises(
-        DataError, match=r"1 of 6 shards failed, train-000001: IsADirec"
-    ):
+    with pytest.raises(DataError, match=r"1 of 6 shards failed, train-000001: IsADirec"):
         run(source, output)
     assert len(list(output.rglob("*.parquet"))) == 5
     blocked.rmdir()
