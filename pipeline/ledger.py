@@ -4,6 +4,7 @@ Each shard's rows lie beside it in a part, which is written last: a shard withou
 finished. The finished set has one `ledger.parquet` with the rows of all parts in order.
 """
 
+import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -85,6 +86,14 @@ class Totals:
     def of_none(cls, classes: int) -> "Totals":
         """Those of no rows, in a set of so many classes."""
         return cls(class_counts=np.zeros(classes, np.int64))
+
+    def merge(self, other: "Totals") -> None:
+        """Add the totals of other rows."""
+        self.rejected += other.rejected
+        self.reasons += other.reasons
+        self.class_counts = self.class_counts + other.class_counts
+        self.superpixels += other.superpixels
+        self.max_superpixels = max(self.max_superpixels, other.max_superpixels)
 
     def add(self, table: pa.Table) -> None:
         """Add the ledger's rows in `table`."""
@@ -180,16 +189,21 @@ def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
 
 def merge_parts(
     parts: Iterable[str | Path], output: str | Path, splits: Sequence[str], classes: int
-) -> dict[str, Totals]:
+) -> tuple[dict[str, Totals], str]:
     """Write the rows of `parts`, in order, to `output`/ledger.parquet, a row group each; their
-    totals by split. A bounded number of parts is held in memory."""
+    totals by split, and the file's SHA-256. A bounded number of parts is held in memory."""
     totals = {name: Totals.of_none(classes) for name in splits}
     place = storage.join(output, LEDGER_NAME)
-    with storage.atomic_file(place) as file, pq.ParquetWriter(file, SCHEMA) as writer:
-        for table in read_ahead(read_part, parts):
-            writer.write_table(table)
-            totals[table["split"][0].as_py()].add(table)
-    return totals
+    with storage.atomic_file(place) as file:
+        with pq.ParquetWriter(file, SCHEMA) as writer:
+            for table in read_ahead(read_part, parts):
+                writer.write_table(table)
+                totals[table["split"][0].as_py()].add(table)
+        digest = hashlib.sha256()
+        file.seek(0)
+        while piece := file.read(storage.CHUNK):
+            digest.update(piece)
+    return totals, digest.hexdigest()
 
 
 def read_ledger(

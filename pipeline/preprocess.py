@@ -73,6 +73,16 @@ class Progress:
     seconds: float = 0.0
     task_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
+    def ticking(self, show: Callable[["Progress"], None]) -> Callable[[], None]:
+        """What shows this progress, with the time since now."""
+        started = time.monotonic()
+
+        def tick() -> None:
+            self.seconds = time.monotonic() - started
+            show(self)
+
+        return tick
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -108,9 +118,9 @@ def _go_on(
     facts = finished_shards(plan.output, plan.tasks)
     pending = [task for task in plan.tasks if task.name not in facts]
     total = sum(task.rows for task in plan.tasks)
-    if not pending and storage.is_file(storage.join(plan.output, CARD_NAME)):
+    card = _card_there(plan.output)
+    if not pending and card:
         progress = Progress(total=total, resumed=total)
-        card = read_card(plan.output)
         return Outcome(output=plan.output, card=card, totals=None, progress=progress)
     if not pending:  # an earlier run was refused for its rejected images, which may be mended
         rejected = {task.name: task.rows - facts[task.name].images for task in plan.tasks}
@@ -121,6 +131,16 @@ def _go_on(
         connect()
         facts |= make_shards(plan, pending, config, progress, show)
     return _finish(plan, facts, config, progress)
+
+
+def _card_there(output: str) -> Card | None:
+    """The card of a finished set; None where there is none, or a damaged one to write again."""
+    try:
+        return read_card(output)
+    except storage.UnreachableError:
+        raise
+    except DataError:
+        return None
 
 
 def file_sizes(output: str, tasks: Iterable[ShardTask]) -> dict[str, dict[str, int]]:
@@ -252,7 +272,7 @@ def make_shards(
     for task in pending:
         if f"{task.name}.parquet" in sizes[task.split]:
             storage.remove(task.part(plan.output))  # not right: unfinished from here on
-    started, record = time.monotonic(), _metrics(pending)
+    record = _metrics(pending)
     made: dict[str, ShardFacts] = {}
     failures: dict[str, str] = {}
 
@@ -263,10 +283,7 @@ def make_shards(
         part = task.part(plan.output)
         return storage.is_remote(part) or storage.is_file(part)
 
-    def tick() -> None:
-        progress.seconds = time.monotonic() - started
-        show(progress)
-
+    tick = progress.ticking(show)
     for task, result in run_tasks(make_shard, pending, arguments, config.workers, tick):
         if not isinstance(result, Failure) and not is_visible(task):
             result = Failure(
@@ -320,7 +337,8 @@ def _finish(
 ) -> Outcome:
     """Merge the ledger, check the share of rejected images, write the card."""
     parts = [task.part(plan.output) for task in plan.tasks]
-    totals = merge_parts(parts, plan.output, list(plan.listed.images), len(plan.listed.classes))
+    splits, classes = list(plan.listed.images), len(plan.listed.classes)
+    totals, ledger = merge_parts(parts, plan.output, splits, classes)
     rejected = sum(total.rejected for total in totals.values())
     if _too_many(rejected, progress.total, config):
         reasons = sum((total.reasons for total in totals.values()), Counter[str]())
@@ -338,9 +356,10 @@ def _finish(
         fingerprint=plan.fingerprint,
         facts={
             split: [facts[task.name] for task in plan.tasks if task.split == split]
-            for split in plan.listed.images
+            for split in splits
         },
         totals=totals,
+        ledger=ledger,
     )
     storage.write_atomically(storage.join(plan.output, CARD_NAME), card_to_json(card).encode())
     return Outcome(output=plan.output, card=card, totals=totals, progress=progress)
@@ -354,9 +373,10 @@ def make_card(
     fingerprint: dict[str, Any],
     facts: dict[str, list[ShardFacts]],
     totals: dict[str, Totals],
+    ledger: str,
 ) -> Card:
     """The card of a set from its parts. fingerprint: content of plan.json; facts: by split, in the
-    order of the shards."""
+    order of the shards; ledger: the ledger's hash."""
     config = PreprocessConfig(source=source, output="", **fingerprint["configuration"])
     # The train split comes first; a collection without one is normalized by what it has.
     mean, std = _mean_std(next(iter(facts.values())))
@@ -379,6 +399,7 @@ def make_card(
             )
             for split, total in totals.items()
         },
+        ledger=ledger,
         configuration=fingerprint["configuration"]
         | {"source": source, "layout": fingerprint["layout"]},
         versions=fingerprint["versions"],

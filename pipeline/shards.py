@@ -77,6 +77,7 @@ class Card:
     image_format: "rgb" or "jpg". segments_dtype: "uint8" or "uint16".
     max_superpixels: the largest number of superpixels in any image.
     mean, std: of the train split's pixels per channel, in 0..255.
+    ledger: hexadecimal SHA-256 of the ledger.
     configuration: what the set was made with (source, sizes, superpixels, seed).
     """
 
@@ -90,6 +91,7 @@ class Card:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     splits: dict[str, Split]
+    ledger: str = ""
     configuration: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION
@@ -187,6 +189,22 @@ def _index_members(words: list[str]) -> dict[str, tuple[int, int]]:
     return {words[i]: (int(words[i + 1]), int(words[i + 2])) for i in range(0, len(words), 4)}
 
 
+def index_samples(index: bytes) -> list[dict[str, tuple[int, int]]]:
+    """What an index's bytes say: for each sample, its members' (offset, size) in bytes.
+
+    Raises ValueError where they are no whole index of this version.
+    """
+    try:
+        header, *lines = index.decode().splitlines()
+        version, count = header.split()
+        samples = [_index_members(line.split()) for line in lines]
+    except IndexError as error:
+        raise ValueError(str(error)) from error
+    if version != INDEX_VERSION or int(count) != len(lines):
+        raise ValueError(f"{version} with {len(lines)} of {count} samples")
+    return samples
+
+
 def read_index(path: Path) -> list[dict[str, tuple[int, int]]]:
     """The index of shard `path`: for each sample, its members' (offset, size) in bytes.
 
@@ -196,17 +214,12 @@ def read_index(path: Path) -> list[dict[str, tuple[int, int]]]:
     if not index_path.is_file():
         raise DataError(f"{index_path} is missing; run jobs.preprocess again to rebuild the shard.")
     try:
-        header, *lines = index_path.read_text().splitlines()
-        version, count = header.split()
-        whole = version == INDEX_VERSION and int(count) == len(lines)
-        samples = [_index_members(line.split()) for line in lines]
-    except (ValueError, IndexError):
-        whole = False
-    if not whole:
+        samples = index_samples(index_path.read_bytes())
+    except ValueError as error:
         raise DataError(
             f"{index_path} is not a whole {INDEX_VERSION} index; delete it and run "
             "jobs.preprocess again to rebuild the shard."
-        )
+        ) from error
     size = path.stat().st_size
     if samples and max(sum(extent) for extent in samples[-1].values()) > size:
         raise DataError(
@@ -269,6 +282,24 @@ def decode_sample(key: str, members: dict[str, bytes], card: Card) -> Sample:
         segments=np.frombuffer(members["seg"], dtype).reshape(shape),
         meta=json.loads(members["json"]),
     )
+
+
+def read_sample(place: str | Path, position: int, card: Card) -> Sample:
+    """One sample of the shard at a place, of which its bytes and the index are read.
+
+    Raises DataError where the shard or its index is missing or damaged.
+    """
+    try:
+        extents = index_samples(storage.read_bytes(storage.with_suffix(place, ".idx")))[position]
+        with storage.open_input(place) as file:
+            members = {name: file.read_at(size, start) for name, (start, size) in extents.items()}
+        return decode_sample("", members, card)
+    except (KeyError, IndexError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{place} cannot be read ({error!r}); run jobs.preprocess again."
+        ) from error
 
 
 def read_shard(path: Path, card: Card) -> Iterator[Sample]:

@@ -269,8 +269,8 @@ def write_atomically(place: str | Path, data: bytes | memoryview) -> None:
 
 @contextmanager
 def atomic_file(place: str | Path) -> Iterator[BinaryIO]:
-    """A file to write whose content appears at `place`, as with `write_atomically`, once the block
-    ends; nothing changes where the block raises. A remote one is collected on the local disk."""
+    """A file to write and read whose content appears at `place`, as with `write_atomically`, once
+    the block ends; nothing changes where it raises. A remote one is collected on the local disk."""
     if not is_remote(place):
         with _replacing(local_path(place)) as file:
             yield file
@@ -299,7 +299,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
     # Random names: a task that Ray repeats on another node may have the first one's process number.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

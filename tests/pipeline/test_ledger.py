@@ -15,7 +15,7 @@ from pipeline.ledger import (
     read_ledger,
     write_part,
 )
-from pipeline.shards import DataError, Shard
+from pipeline.shards import DataError, Shard, sha256_file
 
 NO_SHARD = ShardFacts(shard=None, index_bytes=0, pixels=0, sums=(0, 0, 0), squares=(0, 0, 0))
 
@@ -46,7 +46,8 @@ def merged(tmp_path: Path) -> Path:
     for name, rows in parts.items():
         write_part(tmp_path / f"{name}.parquet", rows, NO_SHARD)
     paths = [tmp_path / f"{name}.parquet" for name in parts]
-    totals = merge_parts(paths, tmp_path, ["train", "val"], 3)
+    totals, sha256 = merge_parts(paths, tmp_path, ["train", "val"], 3)
+    assert sha256 == sha256_file(tmp_path / "ledger.parquet")
     assert totals["train"].rejected == 2
     assert totals["train"].reasons == {"damaged JPEG": 2}
     assert totals["train"].class_counts.tolist() == [0, 2, 0]
