@@ -25,9 +25,10 @@ SAMPLES = 24
 SHOWN_REJECTED = 100  # of each kind of reason
 SHOWN_CLASSES = 12  # at each end of the table, where there are too many for one
 BARS = 32  # of a histogram, at most
+WIDEST_BAR = 30.0  # SVG units
 LARGEST_SIDE = 1 << 14  # pixels; larger originals count as this large
 VIEW = (380.0, 200.0)  # a chart's width and height, in SVG units
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 374.0, 14.0, 164.0  # the plot's edges in it
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 374.0, 24.0, 164.0  # the plot's edges in it
 COLUMNS = [
     *("split", "status", "id", "path", "label", "reason", "note"),
     *("width", "height", "superpixels", "boxes", "shard", "position"),
@@ -40,7 +41,7 @@ class Seen:
     """What a split's ledger rows add up to; its size does not grow with theirs.
 
     Counts by value: widths, heights: int64 [LARGEST_SIDE + 1], of originals; superpixels, boxes:
-    of accepted images; areas: int64 [100], boxes by the share of the image they cover, in per
+    of accepted images; areas: int64 [101], boxes by the share of the image they cover, in per
     cent. rejected_classes: int64 [classes]. reasons, notes: by kind, with the first of each.
     chosen: rows of the samples to show.
     """
@@ -76,6 +77,7 @@ class BarChart:
 
     title: str
     x_title: str
+    y_title: str
     summary: str
     bars: tuple[Bar, ...]
     x_ticks: tuple[tuple[float, str], ...]
@@ -156,7 +158,7 @@ def read_rows(output: str, card: Card, split: str) -> Seen:
         heights=np.zeros(LARGEST_SIDE + 1, np.int64),
         superpixels=np.zeros(card.max_superpixels + 1, np.int64),
         boxes=np.zeros(1, np.int64),
-        areas=np.zeros(100, np.int64),
+        areas=np.zeros(101, np.int64),
         rejected_classes=np.zeros(len(card.classes), np.int64),
     )
     images = card.splits[split].images
@@ -184,7 +186,7 @@ def _add_accepted(seen: Seen, table: pa.Table, chosen: np.ndarray) -> None:
         x0, y0, x1, y1 = flat.T.astype(np.int64)
         whole = np.repeat(width.astype(np.int64) * height, lengths)
         percent = 100 * (x1 - x0 + 1) * (y1 - y0 + 1) // whole
-        seen.areas += np.bincount(np.clip(percent, 0, 99), minlength=100)
+        seen.areas += np.bincount(np.clip(percent, 0, 100), minlength=101)
     here = chosen[(chosen >= seen.accepted) & (chosen < seen.accepted + table.num_rows)]
     seen.chosen += table.take(here - seen.accepted).to_pylist()
     seen.accepted += table.num_rows
@@ -269,15 +271,16 @@ def _histogram(counts: np.ndarray, title: str, x_title: str, of_what: str) -> Ba
     bins = [int(counts[i : i + step].sum()) for i in range(start, last + 1, step)]
     highest = max([*bins, 1])
     slot = (RIGHT - LEFT) / len(bins)
+    width = min(0.88 * slot, WIDEST_BAR)
     bars = []
     for i, count in enumerate(bins):
         height = (BOTTOM - TOP) * count / highest
         low, high = start + i * step, start + (i + 1) * step - 1
         bars.append(
             Bar(
-                x=round(LEFT + i * slot + slot * 0.06, 2),
+                x=round(LEFT + (i + 0.5) * slot - width / 2, 2),
                 y=round(BOTTOM - height, 2),
-                width=round(slot * 0.88, 2),
+                width=round(width, 2),
                 height=round(height, 2),
                 text=f"{low}{'' if low == high else f'–{high}'}: {count:,} {of_what}",
             )
@@ -290,6 +293,7 @@ def _histogram(counts: np.ndarray, title: str, x_title: str, of_what: str) -> Ba
     return BarChart(
         title=title,
         x_title=x_title,
+        y_title=of_what,
         summary=f"{first:,} to {last:,}, median {median:,}, mean {mean:,.1f}",
         bars=tuple(bars),
         x_ticks=tuple(
