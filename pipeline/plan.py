@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline import storage
+from pipeline.files import SourceFiles
 from pipeline.listing import digest
 from pipeline.shards import FORMAT_VERSION, DataError, write_atomically
-from pipeline.sources import Source, find_layout, list_images
+from pipeline.sources import LAYOUTS, Source, find_layout, list_images
 from pipeline.superpixels import check_superpixels
 
 PLAN_NAME = "plan.json"
@@ -33,9 +35,11 @@ def _flag(default: Any, help: str) -> Any:
 class PreprocessConfig:
     """What to preprocess, and how. Raises ValueError for a value out of range."""
 
-    source: str = field(metadata={"help": "folder with the images"})
+    source: str = field(
+        metadata={"help": "folder with the images or archives, or its URI (s3://...)"}
+    )
     output: str = field(metadata={"help": "folder for the shards; an unfinished one is continued"})
-    layout: str = _flag("auto", "auto, ilsvrc, tiny-imagenet or folders")
+    layout: str = _flag("auto", f"auto, {', '.join(LAYOUTS)}")
     image_size: int | str = _flag(
         64, "pixels of the stored images: one number for squares, else HEIGHTxWIDTH; 32 to 512"
     )
@@ -126,11 +130,12 @@ def make_plan(config: PreprocessConfig) -> Plan:
 
     Raises DataError for paths or a source that cannot be used.
     """
-    source, output = _local_path(config.source), _local_path(config.output)
-    if output.is_relative_to(source):
+    source, output = storage.absolute(config.source), _local_path(config.output)
+    if not storage.is_remote(source) and output.is_relative_to(source):
         raise DataError(f"output {output} lies inside source {source}; choose one outside it.")
-    found = find_layout(source) if config.layout == "auto" else config.layout
-    listed = list_images(source, found)
+    with SourceFiles(source) as files:
+        found = find_layout(files) if config.layout == "auto" else config.layout
+        listed = list_images(files, found)
     counts = {split: table.num_rows for split, table in listed.images.items()}
     shuffle = np.random.default_rng(config.seed).permutation
     orders = [
@@ -145,7 +150,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
         "versions": {name: version(name) for name in VERSIONS},
     }
     return Plan(
-        source=str(source),
+        source=source,
         output=output,
         listed=listed,
         tasks=tuple(_tasks(counts, config.samples_per_shard)),

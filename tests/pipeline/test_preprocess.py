@@ -261,7 +261,7 @@ def test_outputs_that_are_not_ours_are_refused(source: Path, tmp_path: Path) -> 
     with pytest.raises(DataError, match="lies inside source"):
         make_plan(configured(source, source / "train" / "shards"))
     with pytest.raises(DataError, match="only local paths"):
-        make_plan(PreprocessConfig(source="s3://bucket/images", output=str(tmp_path)))
+        make_plan(PreprocessConfig(source=str(source), output="s3://bucket/shards"))
 
 
 @pytest.mark.usefixtures("ray_local")
