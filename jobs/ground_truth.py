@@ -30,8 +30,8 @@ from jobs.rows import (
     stem,
 )
 from pipeline.annotations import fit_boxes, read_annotation
+from pipeline.labels import WNID
 from pipeline.shards import Card, write_atomically
-from pipeline.sources import WNID
 
 METADATA_FORMS = {
     "image_ids.txt": (re.compile(r"([^,]+)"), "id"),

@@ -6,7 +6,8 @@ the rows of one shard are cut from them when its turn comes.
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.annotations import Box
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
 BATCH = 4096  # rows that wait as Python objects
 
 SCHEMA = pa.schema(
@@ -33,6 +35,15 @@ SCHEMA = pa.schema(
         ("problem", pa.string()),  # why it cannot be used, as `kind: detail`
     ]
 )
+
+
+class Listed(NamedTuple):
+    """A collection as its layout tells it: rows by split, train first, and readable names by wnid.
+    classes: all wnids, sorted, where others than the train images' are known."""
+
+    images: dict[str, pa.Table]
+    names: dict[str, str]
+    classes: tuple[str, ...] | None = None
 
 
 class Rows:
@@ -78,6 +89,33 @@ class Rows:
         if len(self._waiting) == BATCH:
             self._flush()
 
+    def add_many(
+        self,
+        ids: Sequence[str],
+        paths: Sequence[str],
+        wnid: str | None,
+        offsets: Sequence[int] | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        """Images of one class, as `add` for each but at a tenth of the time."""
+        nothing = [None] * len(ids)
+        try:
+            columns = {
+                "id": pa.array(ids, pa.string()),
+                "path": pa.array(paths, pa.string()),
+                "wnid": pa.array([wnid] * len(ids), pa.string()),
+                "offset": pa.array(offsets or nothing, pa.int64()),
+                "size": pa.array(sizes or nothing, pa.int64()),
+                "boxes": pa.array([[]] * len(ids), SCHEMA.field("boxes").type),
+            }
+        except UnicodeEncodeError:
+            for row in zip(ids, paths, offsets or nothing, sizes or nothing, strict=True):
+                self.add(id=row[0], path=row[1], wnid=wnid, offset=row[2], size=row[3])
+            return
+        self._flush()
+        empty = {field.name: pa.nulls(len(ids), field.type) for field in SCHEMA}
+        self._batches.append(pa.RecordBatch.from_pydict(empty | columns, SCHEMA))
+
     def table(self, *order: str) -> pa.Table:
         """All rows, sorted by these columns; equal ones stay in the order they came."""
         self._flush()
@@ -87,8 +125,28 @@ class Rows:
         return table.take(pc.sort_indices(table, keys)).combine_chunks() if keys else table
 
     def _flush(self) -> None:
-        self._batches.append(pa.RecordBatch.from_pylist(self._waiting, SCHEMA))
-        self._waiting = []
+        if self._waiting:
+            self._batches.append(pa.RecordBatch.from_pylist(self._waiting, SCHEMA))
+            self._waiting = []
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def stem(path: str) -> str:
+    """The last name of a path without its suffix."""
+    return PurePosixPath(path).stem
+
+
+def replaced(table: pa.Table, **columns: Any) -> pa.Table:
+    """The rows with other values in these columns of SCHEMA."""
+    for name, column in columns.items():
+        field = SCHEMA.field(name)
+        values = column if isinstance(column, pa.ChunkedArray) else pa.array(column, field.type)
+        table = table.set_column(SCHEMA.get_field_index(name), field, values)
+    return table
 
 
 def with_labels(table: pa.Table, classes: Sequence[str]) -> pa.Table:
@@ -98,14 +156,11 @@ def with_labels(table: pa.Table, classes: Sequence[str]) -> pa.Table:
     unnamed = pc.and_(pc.is_null(labels), pc.is_null(table["problem"]))
     prefix = "label unknown: "
     strange = pc.binary_join_element_wise(prefix, "no train image has class ", table["wnid"], "")
-    reason = pc.fill_null(strange, prefix + "nothing names its class")
+    reason = pc.fill_null(strange, prefix + "no folder, annotation or list names its class")
     problems = pc.if_else(unnamed, reason, table["problem"])
     labels = pc.if_else(pc.is_null(problems), labels, pa.scalar(None, pa.int32()))
-    for name, column in (("label", labels), ("problem", problems)):
-        index = SCHEMA.get_field_index(name)
-        table = table.set_column(index, SCHEMA.field(index), column)
     # In one chunk: taking rows out of many would gather all of them each time.
-    return table.combine_chunks()
+    return replaced(table, label=labels, problem=problems).combine_chunks()
 
 
 def digest(table: pa.Table) -> str:

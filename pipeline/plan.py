@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.files import SourceFiles
 from pipeline.listing import digest
 from pipeline.shards import FORMAT_VERSION, DataError
-from pipeline.sources import Source, find_layout, list_images
+from pipeline.sources import LAYOUTS, Source, find_layout, list_images
 from pipeline.superpixels import check_superpixels
 
 PLAN_NAME = "plan.json"
@@ -37,11 +38,13 @@ def _flag(default: Any, help: str) -> Any:
 class PreprocessConfig:
     """What to preprocess, and how. Raises ValueError for a value out of range."""
 
-    source: str = field(metadata={"help": "folder with the images"})
+    source: str = field(
+        metadata={"help": "folder with the images or archives, or its URI (s3://...)"}
+    )
     output: str = field(
         metadata={"help": "folder or URI (s3://...) for the shards; an unfinished one is continued"}
     )
-    layout: str = _flag("auto", "auto, ilsvrc, tiny-imagenet or folders")
+    layout: str = _flag("auto", f"auto, {', '.join(LAYOUTS)}")
     image_size: int | str = _flag(
         64, "pixels of the stored images: one number for squares, else HEIGHTxWIDTH; 32 to 512"
     )
@@ -134,11 +137,12 @@ def make_plan(config: PreprocessConfig) -> Plan:
 
     Raises DataError for paths or a source that cannot be used.
     """
-    source, output = _local_path(config.source), output_place(config.output)
-    if not storage.is_remote(output) and storage.local_path(output).is_relative_to(source):
+    source, output = place_of(config.source), place_of(config.output)
+    if f"{output}/".startswith(f"{source}/"):
         raise DataError(f"output {output} lies inside source {source}; choose one outside it.")
-    found = find_layout(source) if config.layout == "auto" else config.layout
-    listed = list_images(source, found)
+    with SourceFiles(source) as files:
+        found = find_layout(files) if config.layout == "auto" else config.layout
+        listed = list_images(files, found)
     counts = {split: table.num_rows for split, table in listed.images.items()}
     shuffle = np.random.default_rng(config.seed).permutation
     orders = [
@@ -153,7 +157,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
         "versions": {name: version(name) for name in VERSIONS},
     }
     return Plan(
-        source=str(source),
+        source=source,
         output=output,
         listed=listed,
         tasks=tuple(shard_tasks(counts, config.samples_per_shard)),
@@ -172,15 +176,9 @@ def shard_tasks(counts: dict[str, int], samples_per_shard: int) -> Iterator[Shar
             row += rows
 
 
-def _local_path(text: str) -> Path:
-    if "://" in text:
-        raise DataError(f"{text}: only local paths are supported; copy it to this machine.")
-    return Path(text).expanduser().resolve()
-
-
-def output_place(text: str) -> str:
-    """The place of an output as a user wrote it, for processes in any working folder."""
-    return storage.absolute(text if storage.is_remote(text) else str(Path(text).expanduser()))
+def place_of(text: str) -> str:
+    """The place that a user wrote, for processes in any working folder."""
+    return storage.absolute(text if "://" in text else Path(text).expanduser())
 
 
 def read_fingerprint(output: str) -> dict[str, Any]:
@@ -211,7 +209,7 @@ def claim_output(plan: Plan) -> None:
                 f"({_difference(there, plan.fingerprint)}); choose another output or delete it."
             )
         return
-    if not storage.is_empty(plan.output):
+    if any(storage.entries(plan.output)):
         raise DataError(
             f"{plan.output} is not empty and holds no {PLAN_NAME}; choose an empty folder."
         )

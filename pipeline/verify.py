@@ -32,7 +32,7 @@ from pipeline.plan import (
     alone_at,
     claim_output,
     make_plan,
-    output_place,
+    place_of,
     read_fingerprint,
     shard_tasks,
 )
@@ -102,7 +102,7 @@ def verify(
 
     Raises DataError where no finished set lies there, or its plan.json cannot be read.
     """
-    output = output_place(output)
+    output = place_of(output)
     card, fingerprint = read_card(output), read_fingerprint(output)
     counts = {split: fingerprint["images"][split] for split in fingerprint["images"]}
     tasks = tuple(shard_tasks(counts, fingerprint["configuration"]["samples_per_shard"]))

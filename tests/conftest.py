@@ -17,6 +17,7 @@ from tests import remote
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A local Ray of two CPUs, shared by all tests that submit tasks."""
+    os.environ.update(remote.CREDENTIALS)  # workers keep the environment of this moment
     ray.init(
         address="local",  # not a cluster that somebody else started on this machine
         num_cpus=2,

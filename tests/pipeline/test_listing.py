@@ -31,7 +31,7 @@ def test_labels_are_positions_in_the_classes_and_never_stand_beside_a_problem() 
         "label unknown: no train image has class n1",
         None,
         "file missing: gone",
-        "label unknown: nothing names its class",
+        "label unknown: no folder, annotation or list names its class",
     ]
 
 

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
+from pipeline import sources
+from pipeline.files import SourceFiles
 from pipeline.listing import SCHEMA
-from pipeline.sources import Source, find_layout, list_images
+from pipeline.sources import Source
 from pipeline.storage import DataError
 from tests.pipeline.annotation_files import xml
 
@@ -30,6 +32,16 @@ def ilsvrc(root: Path) -> Path:
     (boxes / "ILSVRC2012_val_00000001.xml").write_text(xml("n00000002", (1, 2, 3, 4), (5, 6, 7, 8)))
     (boxes / "n00000001_9.xml").write_text(xml("n00000001", (10, 20, 30, 40)))
     return root
+
+
+def find_layout(source: Path) -> str:
+    with SourceFiles(str(source)) as files:
+        return sources.find_layout(files)
+
+
+def list_images(source: Path, layout: str) -> Source:
+    with SourceFiles(str(source)) as files:
+        return sources.list_images(files, layout)
 
 
 def rows(source: Source, split: str) -> list[dict[str, Any]]:

@@ -238,14 +238,3 @@ def test_names_and_suffixes_of_places() -> None:
     for place, name in (("sets/a.b.tar", "a.b.idx"), ("s3://b/x/a%20b.tar?region=r", "a b.idx")):
         assert storage.name(storage.with_suffix(place, ".idx")) == name
     assert storage.with_suffix("s3://b/a.tar?region=r", ".idx") == "s3://b/a.idx?region=r"
-
-
-def test_an_empty_folder_is_empty_and_so_is_none(s3_endpoint: str, tmp_path: Path) -> None:
-    (tmp_path / "folder" / "inner").mkdir(parents=True)
-    assert storage.is_empty(tmp_path / "folder" / "inner")
-    assert storage.is_empty(tmp_path / "nowhere")
-    assert not storage.is_empty(tmp_path / "folder")
-    place = remote.uri(s3_endpoint, "filled")
-    assert storage.is_empty(place)
-    storage.write_atomically(storage.join(place, "a", "b"), b"")
-    assert not storage.is_empty(place)
