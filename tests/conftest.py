@@ -24,6 +24,7 @@ def ray_local() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         ignore_reinit_error=True,
+        _system_config={"metrics_report_interval_ms": 200},
     )
     yield
     ray.shutdown()

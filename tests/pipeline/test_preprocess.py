@@ -2,17 +2,21 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import ray
 from PIL import Image
 
 from jobs import cli
@@ -402,6 +406,32 @@ def test_a_bad_source_gets_one_line_and_exit_code_one(tmp_path: Path) -> None:
         (line,) = result.stderr.splitlines()
         assert line.startswith(f"error: source {source}")
         assert message in line
+
+
+def test_the_dashboard_counts_images_rejects_and_shards(
+    made: tuple[Path, Outcome], source: Path, tmp_path: Path
+) -> None:
+    """Of all jobs of this process, read where Prometheus would."""
+
+    def counts() -> dict[str, float]:
+        with urlopen(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        found = re.findall(r"^ray_preprocess_(\w+?)\{.*\} (\S+)$", "\n".join(lines), re.MULTILINE)
+        return {name.removesuffix("_total"): float(value) for name, value in found}
+
+    def wait_for(wanted: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        deadline = time.monotonic() + 30
+        while not wanted(found := counts()):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.1)
+        return found
+
+    before = wait_for(lambda found: found.get("images_to_do") == 0 and "rejected" in found)
+    run(source, tmp_path / "again")
+    after = wait_for(lambda found: found["shards"] == before["shards"] + 6)
+    assert after["images"] - before["images"] == TRAIN + VAL
+    assert after["rejected"] - before["rejected"] == 3
+    assert after["images_to_do"] == 0
 
 
 def test_tiny_imagenet_is_read_whole(tiny_imagenet: Path, tmp_path: Path) -> None:
