@@ -1,8 +1,11 @@
 """What to make of a collection of images: the parameters, the shards, and whose output it is."""
 
+import errno
+import fcntl
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +17,7 @@ import pyarrow as pa
 from pipeline import storage
 from pipeline.files import SourceFiles
 from pipeline.listing import digest
-from pipeline.shards import FORMAT_VERSION, DataError, write_atomically
+from pipeline.shards import FORMAT_VERSION, DataError
 from pipeline.sources import LAYOUTS, Source, find_layout, list_images
 from pipeline.superpixels import check_superpixels
 
@@ -38,7 +41,9 @@ class PreprocessConfig:
     source: str = field(
         metadata={"help": "folder with the images or archives, or its URI (s3://...)"}
     )
-    output: str = field(metadata={"help": "folder for the shards; an unfinished one is continued"})
+    output: str = field(
+        metadata={"help": "folder or URI (s3://...) for the shards; an unfinished one is continued"}
+    )
     layout: str = _flag("auto", f"auto, {', '.join(LAYOUTS)}")
     image_size: int | str = _flag(
         64, "pixels of the stored images: one number for squares, else HEIGHTxWIDTH; 32 to 512"
@@ -47,7 +52,9 @@ class PreprocessConfig:
     compactness: float = _flag(10.0, "weight of place against colour in superpixels; above 0")
     image_format: str = _flag("rgb", "rgb (raw) or jpg (quality 95, a third of the size)")
     samples_per_shard: int = _flag(1000, "source images per shard; from 1")
-    workers: int | None = _flag(None, "Ray tasks in flight; by default one per CPU of the cluster")
+    workers: int | None = _flag(
+        None, "Ray tasks in flight; by default one runs and one waits for each CPU of the cluster"
+    )
     seed: int = _flag(0, "of the order of the train images; from 0")
     max_bad_share: float = _flag(
         0.01, "share of rejected images, 0 to 1, above which the job fails"
@@ -101,9 +108,9 @@ class ShardTask:
     def name(self) -> str:
         return f"{self.split}-{self.number:06d}"
 
-    def part(self, output: Path) -> Path:
-        """Path of the ledger part; the shard and its index lie beside it."""
-        return output / self.split / f"{self.name}.parquet"
+    def part(self, output: str) -> str:
+        """Place of the ledger part; the shard and its index lie beside it."""
+        return storage.join(output, self.split, f"{self.name}.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +120,7 @@ class Plan:
     bytes."""
 
     source: str
-    output: Path
+    output: str
     listed: Source
     tasks: tuple[ShardTask, ...]
     order: np.ndarray
@@ -130,8 +137,8 @@ def make_plan(config: PreprocessConfig) -> Plan:
 
     Raises DataError for paths or a source that cannot be used.
     """
-    source, output = storage.absolute(config.source), _local_path(config.output)
-    if not storage.is_remote(source) and output.is_relative_to(source):
+    source, output = place_of(config.source), place_of(config.output)
+    if f"{output}/".startswith(f"{source}/"):
         raise DataError(f"output {output} lies inside source {source}; choose one outside it.")
     with SourceFiles(source) as files:
         found = find_layout(files) if config.layout == "auto" else config.layout
@@ -153,13 +160,14 @@ def make_plan(config: PreprocessConfig) -> Plan:
         source=source,
         output=output,
         listed=listed,
-        tasks=tuple(_tasks(counts, config.samples_per_shard)),
+        tasks=tuple(shard_tasks(counts, config.samples_per_shard)),
         order=np.concatenate(orders),
         fingerprint=fingerprint,
     )
 
 
-def _tasks(counts: dict[str, int], samples_per_shard: int) -> Iterator[ShardTask]:
+def shard_tasks(counts: dict[str, int], samples_per_shard: int) -> Iterator[ShardTask]:
+    """The shards of a set with these numbers of images by split, train first, in order."""
     row = 0
     for split, count in counts.items():
         for number, start in enumerate(range(0, count, samples_per_shard)):
@@ -168,37 +176,81 @@ def _tasks(counts: dict[str, int], samples_per_shard: int) -> Iterator[ShardTask
             row += rows
 
 
-def _local_path(text: str) -> Path:
-    if "://" in text:
-        raise DataError(f"{text}: only local paths are supported; copy it to this machine.")
-    return Path(text).expanduser().resolve()
+def place_of(text: str) -> str:
+    """The place that a user wrote, for processes in any working folder."""
+    return storage.absolute(text if "://" in text else Path(text).expanduser())
+
+
+def read_fingerprint(output: str) -> dict[str, Any]:
+    """Content of the plan.json at place `output`. Raises MissingError where there is none and
+    DataError where it is damaged."""
+    place = storage.join(output, PLAN_NAME)
+    try:
+        found = json.loads(storage.read_bytes(place))
+        if isinstance(found, dict):
+            return found
+        raise ValueError("it holds no object")
+    except storage.DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{place} is damaged ({error}); delete {output}.") from error
 
 
 def claim_output(plan: Plan) -> None:
     """Make the output folder this plan's own, or raise DataError where it is another's."""
-    path = plan.output / PLAN_NAME
-    if path.is_file():
-        try:
-            there = json.loads(path.read_text())
-        except ValueError as error:
-            raise DataError(f"{path} is damaged ({error}); delete {plan.output}.") from error
+    path = storage.join(plan.output, PLAN_NAME)
+    if storage.is_file(plan.output):
+        raise DataError(f"{plan.output} is a file; choose an empty folder.")
+    if storage.is_file(path):
+        there = read_fingerprint(plan.output)
         if there != plan.fingerprint:
             raise DataError(
                 f"{plan.output} holds shards of another configuration "
                 f"({_difference(there, plan.fingerprint)}); choose another output or delete it."
             )
-    elif plan.output.exists() and (not plan.output.is_dir() or any(plan.output.iterdir())):
+        return
+    if any(storage.entries(plan.output)):
         raise DataError(
             f"{plan.output} is not empty and holds no {PLAN_NAME}; choose an empty folder."
         )
-    for split in plan.listed.images:
-        folder = plan.output / split
-        folder.mkdir(parents=True, exist_ok=True)
-        for temporary in [*folder.glob(".*.tmp"), *plan.output.glob(".*.tmp")]:
-            temporary.unlink(missing_ok=True)
-    if not path.is_file():
-        content = json.dumps(plan.fingerprint, indent=1, sort_keys=True) + "\n"
-        write_atomically(path, content.encode())
+    if not storage.is_remote(plan.output):
+        for split in plan.listed.images:
+            (storage.local_path(plan.output) / split).mkdir(parents=True, exist_ok=True)
+    content = json.dumps(plan.fingerprint, indent=1, sort_keys=True) + "\n"
+    storage.write_atomically(path, content.encode())
+
+
+@contextmanager
+def alone_at(output: str) -> Iterator[None]:
+    """Keep other drivers from a claimed local output, and leave no temporary file there.
+
+    Raises DataError where another is at work. On a remote output nothing is locked: objects appear
+    whole, and two drivers of one plan write the same bytes.
+    """
+    if storage.is_remote(output):
+        yield
+        return
+    folder = storage.local_path(output)
+    with (folder / PLAN_NAME).open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"another jobs.preprocess is at work on {output}; wait for it, or end it."
+            ) from error
+        except OSError as error:  # some network file systems have no locks: as on remote outputs
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        _clean(folder)
+        try:
+            yield
+        finally:  # tasks that were killed and repeated
+            _clean(folder)
+
+
+def _clean(folder: Path) -> None:
+    for path in (folder, *(x for x in folder.iterdir() if x.is_dir())):
+        storage.remove_temporaries(path)
 
 
 def _difference(there: dict[str, Any], now: dict[str, Any]) -> str:

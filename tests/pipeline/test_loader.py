@@ -17,7 +17,7 @@ from pipeline.loader import (
     steps_per_epoch,
     train_batches,
 )
-from pipeline.shards import Card, DataError, Sample, Split, write_shard
+from pipeline.shards import Card, DataError, Sample, Split, pack_shard, write_shard
 
 CPU = torch.device("cpu")
 SIZE = (48, 64)
@@ -46,7 +46,8 @@ def write_set(folder: Path, samples: list[Sample], image_format: str) -> Card:
     (folder / "train").mkdir(parents=True)
     shards = tuple(
         write_shard(
-            folder / "train" / f"train-{n:06d}.tar", samples[20 * n : 20 * n + 20], image_format
+            folder / "train" / f"train-{n:06d}.tar",
+            pack_shard(samples[20 * n : 20 * n + 20], image_format),
         )
         for n in range(3)
     )

@@ -2,17 +2,21 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pyarrow.compute as pc
 import pytest
+import ray
 from PIL import Image
 
 from jobs import cli
@@ -220,7 +224,7 @@ def test_only_missing_or_damaged_shards_are_made_again(source: Path, tmp_path: P
     (output / "train" / "train-000001.tar").unlink()
     (output / "train" / "train-000002.idx").write_text("v1.2 99\n")
     (output / "val" / "val-000000.parquet").write_bytes(b"PAR1")
-    (output / "train" / ".train-000003.tar.1.tmp").write_bytes(b"left by a killed task")
+    (output / "train" / ".train-000003.tar.0a1b.tmp").write_bytes(b"left by a killed task")
     untouched = output / "train" / "train-000000.tar"
     before = untouched.stat().st_mtime_ns
     outcome = run(source, output)
@@ -260,8 +264,8 @@ def test_outputs_that_are_not_ours_are_refused(source: Path, tmp_path: Path) -> 
         claim_output(make_plan(configured(source, tmp_path)))
     with pytest.raises(DataError, match="lies inside source"):
         make_plan(configured(source, source / "train" / "shards"))
-    with pytest.raises(DataError, match="only local paths"):
-        make_plan(PreprocessConfig(source=str(source), output="s3://bucket/shards"))
+    with pytest.raises(DataError, match="is a file"):
+        claim_output(make_plan(configured(source, tmp_path / "letters")))
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -302,7 +306,7 @@ def test_a_shard_that_fails_is_named_and_the_others_finish(source: Path, tmp_pat
     blocked = output / "train" / "train-000001.tar"
     claim_output(make_plan(configured(source, output)))
     blocked.mkdir()
-    with pytest.raises(DataError, match="1 of 6 shards failed, the first train-000001: IsADirec"):
+    with pytest.raises(DataError, match=r"1 of 6 shards failed, train-000001: IsADirec"):
         run(source, output)
     assert len(list(output.rglob("*.parquet"))) == 5
     blocked.rmdir()
@@ -318,7 +322,7 @@ def test_a_shard_of_nothing_but_rejected_images_leaves_only_its_ledger(tmp_path:
     config = configured(source, tmp_path / "out")
     plan = make_plan(config)
     report = make_shard(plan.tasks[0], plan.images(plan.tasks[0]), plan.source, plan.output, config)
-    assert (report.accepted, report.rejected) == (0, 3)
+    assert (report.facts.images, report.rejected) == (0, 3)
     assert [x.name for x in (tmp_path / "out" / "train").iterdir()] == ["train-000000.parquet"]
 
 
@@ -404,6 +408,32 @@ def test_a_bad_source_gets_one_line_and_exit_code_one(tmp_path: Path) -> None:
         assert message in line
 
 
+def test_the_dashboard_counts_images_rejects_and_shards(
+    made: tuple[Path, Outcome], source: Path, tmp_path: Path
+) -> None:
+    """Of all jobs of this process, read where Prometheus would."""
+
+    def counts() -> dict[str, float]:
+        with urlopen(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        found = re.findall(r"^ray_preprocess_(\w+?)\{.*\} (\S+)$", "\n".join(lines), re.MULTILINE)
+        return {name.removesuffix("_total"): float(value) for name, value in found}
+
+    def wait_for(wanted: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        deadline = time.monotonic() + 30
+        while not wanted(found := counts()):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.1)
+        return found
+
+    before = wait_for(lambda found: found.get("images_to_do") == 0 and "rejected" in found)
+    run(source, tmp_path / "again")
+    after = wait_for(lambda found: found["shards"] == before["shards"] + 6)
+    assert after["images"] - before["images"] == TRAIN + VAL
+    assert after["rejected"] - before["rejected"] == 3
+    assert after["images_to_do"] == 0
+
+
 def test_tiny_imagenet_is_read_whole(tiny_imagenet: Path, tmp_path: Path) -> None:
     config = configured(tiny_imagenet, tmp_path / "out", image_size=64, samples_per_shard=200)
     plan = make_plan(config)
@@ -418,7 +448,7 @@ def test_tiny_imagenet_is_read_whole(tiny_imagenet: Path, tmp_path: Path) -> Non
         assert pc.all(pc.equal(pc.list_value_length(images["boxes"]), 1)).as_py()
     val = next(task for task in plan.tasks if task.split == "val")
     report = make_shard(val, plan.images(val), plan.source, plan.output, config)
-    assert (report.accepted, report.rejected) == (200, 0)
+    assert (report.facts.images, report.rejected) == (200, 0)
 
 
 def test_the_plan_file_says_what_the_set_is_made_with(made: tuple[Path, Outcome]) -> None:
