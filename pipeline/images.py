@@ -52,10 +52,12 @@ def read_image(data: bytes, height: int, width: int) -> DecodedImage:
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [h, w, 3] -> uint8 [height, width, 3]: areas averaged where an axis shrinks, linear
     interpolation where it grows."""
+    from pipeline.shrinking import shrink  # compiles: only where images are made
+
     h, w = pixels.shape[:2]
     shrunk = (min(w, width), min(h, height))
     if shrunk != (w, h):
-        pixels = cv2.resize(pixels, shrunk, interpolation=cv2.INTER_AREA)
+        pixels = shrink(np.ascontiguousarray(pixels), shrunk[1], shrunk[0])
     if shrunk != (width, height):
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
     return np.ascontiguousarray(pixels)

@@ -3,9 +3,12 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.images import MAX_PIXELS, ImageError, read_image, resize
@@ -55,6 +58,35 @@ def test_an_axis_that_shrinks_is_averaged_while_the_other_grows() -> None:
     pixels = np.zeros((4, 1, 3), np.uint8)
     pixels[0] = 100
     assert resize(pixels, 2, 3)[:, :, 0].tolist() == [[50, 50, 50], [0, 0, 0]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    shrunk=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    seed=st.integers(0, 9),
+)
+def test_shrinking_is_the_mean_of_the_covered_area(
+    height: int, width: int, shrunk: tuple[float, float], seed: int
+) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    if seed == 0:
+        pixels[:] = 255
+    small = max(1, round(height * shrunk[0])), max(1, round(width * shrunk[1]))
+    exact = pixels.astype(np.float64)
+    for axis in (0, 1):  # repeat each pixel so often that outputs cover whole ones
+        exact = exact.repeat(small[axis], axis=axis)
+    exact = exact.reshape(small[0], height, small[1], width, 3).mean(axis=(1, 3))
+    assert np.abs(resize(pixels, *small) - exact).max() <= 0.5 + 0.03
+
+
+def test_shrinking_is_opencvs_area_interpolation_but_for_rounding() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
+    theirs = cv2.resize(pixels, (224, 100), interpolation=cv2.INTER_AREA).astype(int)
+    difference = np.abs(resize(pixels, 100, 224) - theirs)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
 
 
 def test_the_aspect_is_not_kept() -> None:
