@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
+SHOWN = 60  # characters of others' text that a note shows
+MAX_WNID = 100  # characters; what is longer is no class
+
 Box = tuple[int, int, int, int]
 
 
@@ -36,9 +39,10 @@ def read_annotation(data: bytes) -> Annotation:
         if note is not None:
             notes.append(f"box {number} dropped: {note}")
     wnids = {name.strip() for name in (x.findtext("name", "") for x in root.iterfind("object"))}
+    wnid = min(wnids, default="")
     width, height = (_integer(root.findtext(f"size/{tag}", "")) for tag in ("width", "height"))
     return Annotation(
-        wnid=wnids.pop() if len(wnids) == 1 else None,
+        wnid=wnid if len(wnids) == 1 and 0 < len(wnid) <= MAX_WNID else None,
         boxes=tuple(boxes),
         box_size=(width, height) if width and height and min(width, height) > 0 else None,
         note="; ".join(notes) or None,
@@ -49,7 +53,7 @@ def parse_box(texts: Sequence[str]) -> tuple[Box | None, str | None]:
     """Four numbers as whole pixels, or why they are none."""
     numbers = [_integer(text) for text in texts]
     if len(numbers) != 4 or None in numbers:
-        return None, f"not four whole numbers ({' '.join(texts)})"
+        return None, f"not four whole numbers ({' '.join(texts)[:SHOWN]})"
     x0, y0, x1, y1 = (number or 0 for number in numbers)
     return (x0, y0, x1, y1), None
 

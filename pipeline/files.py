@@ -6,9 +6,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -85,16 +86,29 @@ class SourceFiles:
 
     def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`function` of each item, in order; from object storage several at once."""
+        for result in self._begun(function, ((item,) for item in items)):
+            yield result()
+
+    def fetched(
+        self, ranges: Iterable[tuple[str, int | None, int | None]]
+    ) -> Iterator[Callable[[], bytes]]:
+        """What gives each range's bytes when called, as `read` does; from object storage they are
+        on their way before."""
+        return self._begun(self.read, ranges)
+
+    def _begun(
+        self, function: Callable[..., Result], arguments: Iterable[tuple[Any, ...]]
+    ) -> Iterator[Callable[[], Result]]:
+        """What gives `function` of each arguments; object storage is asked STREAMS calls ahead."""
         if self._pool is None:
-            yield from map(function, items)
+            yield from (partial(function, *each) for each in arguments)
             return
         waiting = deque[Callable[[], Result]]()
-        for item in items:
-            waiting.append(self._pool.submit(function, item).result)
+        for each in arguments:
+            waiting.append(self._pool.submit(function, *each).result)
             if len(waiting) == STREAMS:
-                yield waiting.popleft()()
-        while waiting:
-            yield waiting.popleft()()
+                yield waiting.popleft()
+        yield from waiting
 
     def size(self, path: str) -> int:
         """Size of a file in bytes."""

@@ -122,6 +122,39 @@ def test_tiny_imagenet_lists_boxes_and_every_odd_image(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("root", ["", "CUB_200_2011/"])
+def test_cub_lists_boxes_classes_and_every_odd_image(root: str, tmp_path: Path) -> None:
+    lists = {
+        "images.txt": "1 001.Crow/A_1.jpg\n2 001.Crow/A_2.jpg\n3 002.Jay/B.jpg\n4 002.Jay/C.jpg\n",
+        "image_class_labels.txt": "1 1\n2 1\n3 2\n4 9\n",
+        "classes.txt": "1 001.Crow\n2 002.Jay_Blue\n",
+        "train_test_split.txt": "1 1\n2 0\n3 1\n4 1\n",
+        "bounding_boxes.txt": "1 60.0 27.0 325.0 304.0\n2 0.5 1.2 10.0 9.0\n3 1 x 3 4\n",
+    }
+    for name, text in lists.items():
+        touch(tmp_path, root + name)
+        (tmp_path / root / name).write_text(text)
+    present = ("001.Crow/A_1.jpg", "001.Crow/A_2.jpg", "002.Jay/C.jpg", "002.Jay/D.jpg")
+    touch(tmp_path, *(f"{root}images/{name}" for name in present))
+    assert find_layout(tmp_path) == "cub"
+    source = list_images(tmp_path, "cub")
+    assert source.classes == ("001.Crow", "002.Jay_Blue")
+    assert source.class_names == ("Crow", "Jay Blue")
+    (val,) = rows(source, "val")
+    # From x, y, width, height: pixels 0.5 to 10.5 and 1.2 to 10.2 are touched.
+    assert (val["id"], val["label"], val["boxes"]) == ("001.Crow/A_2.jpg", 0, [[0, 1, 10, 10]])
+    train = {row["id"]: row for row in rows(source, "train")}
+    assert train["001.Crow/A_1.jpg"]["boxes"] == [[60, 27, 384, 330]]
+    assert train["001.Crow/A_1.jpg"]["path"] == f"{root}images/001.Crow/A_1.jpg"
+    assert train["002.Jay/B.jpg"]["note"] == "box dropped: not four numbers (1 x 3 4)"
+    assert {name: (row["problem"] or "fine").split(":")[0] for name, row in train.items()} == {
+        "001.Crow/A_1.jpg": "fine",
+        "002.Jay/B.jpg": "file missing",
+        "002.Jay/C.jpg": "label unknown",
+        "002.Jay/D.jpg": "label unknown",
+    }
+
+
 def test_class_folders_become_a_train_split(tmp_path: Path) -> None:
     touch(tmp_path, "dog/1.png", "cat/1.jpg", "cat/0.WEBP", "cat/notes.txt", "empty/readme.md")
     assert find_layout(tmp_path) == "folders"
