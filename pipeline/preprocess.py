@@ -202,7 +202,10 @@ def _samples(
     """The task's samples in order. Appends a ledger row for every image to `rows` and counts the
     pixels of each level of each channel in `levels`, int64 [3, 256]."""
     position = 0
-    for row, image in enumerate(images.to_pylist(), start=task.first_row):
+    listed = images.to_pylist()
+    fetched = files.fetched((x["path"], x["offset"], x["size"]) for x in listed)
+    pairs = zip(listed, fetched, strict=True)
+    for row, (image, fetch) in enumerate(pairs, start=task.first_row):
         entry = {
             "row": row,
             "split": task.split,
@@ -211,7 +214,7 @@ def _samples(
         }
         rows.append(entry)
         try:
-            sample = _make_sample(entry, image, files, config)
+            sample = _make_sample(entry, image, fetch, config)
         except ImageError as error:
             entry |= {"status": REJECTED, "reason": str(error)}
             continue
@@ -224,13 +227,17 @@ def _samples(
 
 
 def _make_sample(
-    entry: dict[str, Any], image: dict[str, Any], files: SourceFiles, config: PreprocessConfig
+    entry: dict[str, Any],
+    image: dict[str, Any],
+    fetch: Callable[[], bytes],
+    config: PreprocessConfig,
 ) -> Sample:
-    """One image's sample; its sizes, boxes and notes are added to its ledger row."""
+    """One image's sample, of the bytes that `fetch` gives; its sizes, boxes and notes are added to
+    its ledger row."""
     if image["problem"]:
         raise ImageError(image["problem"])
     try:
-        data = files.read(image["path"], image["offset"], image["size"])
+        data = fetch()
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         # Of the file itself; a failing disk or network must fail the task, not reject its images.
         raise ImageError(f"unreadable file: {error.strerror}") from error

@@ -7,8 +7,11 @@ from typing import TypeVar
 
 import ray
 
+from pipeline.storage import UnreachableError
+
 POLL_SECONDS = 1.0
 ATTEMPTS = 4  # at a task whose worker process or node dies, or that meets an error of the disk
+PASSING = [OSError, UnreachableError]  # errors in a task that may be gone at the next attempt
 PER_CPU = 2  # tasks in flight for each CPU: the next one waits beside the one that runs
 
 Item = TypeVar("Item")
@@ -37,7 +40,7 @@ def run_tasks(
     Ray must be initialized.
     """
     limit = limit or PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    remote = ray.remote(max_retries=ATTEMPTS - 1, retry_exceptions=[OSError])(function)
+    remote = ray.remote(max_retries=ATTEMPTS - 1, retry_exceptions=PASSING)(function)
     waiting, in_flight = iter(items), dict[ray.ObjectRef, Item]()
     while True:
         for item in itertools.islice(waiting, limit - len(in_flight)):
