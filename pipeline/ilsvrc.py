@@ -176,11 +176,12 @@ def _one_each(rows: pa.Table, kind: str) -> pa.Table:
 def _annotated(images: pa.Table, boxes: pa.Table, solutions: pa.Table) -> pa.Table:
     """The images with boxes and notes of their XML, else of a solution; classes where they lack."""
     at = pc.index_in(images["id"], boxes["id"])
-    in_xml, in_solution = boxes.take(at), solutions.take(pc.index_in(images["id"], solutions["id"]))
-    only = pc.and_(pc.is_null(at), pc.is_valid(in_solution["id"]))
+    at_solution = pc.index_in(images["id"], solutions["id"])
+    only = pc.and_(pc.is_null(at), pc.is_valid(at_solution))
 
     def told(name: str) -> pa.ChunkedArray:
-        return pc.if_else(only, in_solution[name], in_xml[name])
+        in_xml, in_solution = boxes[name].take(at), solutions[name].take(at_solution)
+        return pc.if_else(only, in_solution, in_xml)
 
     nothing = pa.scalar([], images.schema.field("boxes").type)
     return replaced(
