@@ -21,6 +21,7 @@ from PIL import Image
 
 from jobs import cli
 from jobs.preprocess import progress_line, summary
+from jobs.preview import write_previews
 from pipeline.ledger import read_ledger
 from pipeline.plan import Plan
 from pipeline.preprocess import (
@@ -391,6 +392,7 @@ def test_a_job_killed_midway_goes_on_and_writes_the_same_bytes(tmp_path: Path) -
         quiet,
         cli.connect_ray,
     )
+    write_previews(str(whole), read_card(whole))
     assert contents(output) == contents(whole)
     again = job(source, output)
     assert again.returncode == 0
