@@ -38,6 +38,7 @@ lint: env
 bench: env
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.preprocess --images 600 --rounds 2
 
 clean:
 	rm -rf demo .pytest_cache .mypy_cache .ruff_cache

@@ -41,7 +41,16 @@ from pipeline.loader import evaluation_batches, train_batches
 from pipeline.order import Position, epoch_order
 from pipeline.plan import PreprocessConfig
 from pipeline.preprocess import preprocess
-from pipeline.shards import Card, Sample, Shard, Split, read_card, read_index, write_shard
+from pipeline.shards import (
+    Card,
+    Sample,
+    Shard,
+    Split,
+    pack_shard,
+    read_card,
+    read_index,
+    write_shard,
+)
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 BATCH = 64
@@ -418,7 +427,8 @@ def small_set(folder: Path, shards: int) -> Card:
             Sample(key=f"{row:08d}", row=row, label=0, image=image, segments=segments, meta={})
             for row in range(number * each, (number + 1) * each)
         ]
-        written.append(write_shard(folder / "train" / f"train-{number:06d}.tar", samples, "rgb"))
+        path = folder / "train" / f"train-{number:06d}.tar"
+        written.append(write_shard(path, pack_shard(samples, "rgb")))
     split = Split(
         images=shards * each, rejected=0, shards=tuple(written), class_counts=(shards * each,)
     )

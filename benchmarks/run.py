@@ -73,7 +73,7 @@ def preprocess_rates(folder: Path, images: int) -> dict[str, float]:
 
     def floor() -> int:
         for task in plan.tasks:
-            make_shard(task, plan.listed.classes, plan.source, plan.output, floor_config)
+            make_shard(task, plan.images(task), plan.source, plan.output, floor_config)
         return images
 
     rates = {"preprocess, one process without Ray": best_rate(floor)}

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 
 from jobs.cli import UserError
-from jobs.rows import SHOWN, at, brief, class_indices, read_lines, read_text
-from pipeline.sources import WNID
+from jobs.rows import SHOWN, at, class_indices, read_lines, read_text
+from pipeline.labels import PROBE_WNID, WNID, read_meta
+from pipeline.storage import DataError
 
 DEVKIT_ID = re.compile(r"[0-9]{1,9}")
 # The one number that tells the devkit's order of the 1000 ILSVRC classes from the sorted wnids.
-PROBE_WNID, PROBE_ID = "n01751748", 490
+PROBE_ID = 490
 
 
 def read_devkit_rows(path: Path, images: int) -> tuple[list[int], list[list[str]]]:
@@ -72,19 +72,9 @@ def _read_order(path: Path) -> list[str]:
 
 def _read_meta(path: Path) -> list[str]:
     try:
-        synsets = scipy.io.loadmat(path, squeeze_me=True)["synsets"]
-        leaves = synsets[synsets["num_children"] == 0]
-        by_id = {int(x["ILSVRC2012_ID"]): str(x["WNID"]) for x in leaves}
-    except Exception as error:  # damaged files fail in whatever way scipy's parser does
-        raise UserError(
-            f"{path} cannot be read ({brief(error)}); expected the devkit's data/meta.mat."
-        ) from error
-    if not by_id or sorted(by_id) != list(range(1, len(leaves) + 1)):
-        raise UserError(
-            f"{path} numbers its {len(leaves)} classes otherwise than from 1 on; expected the "
-            "devkit's data/meta.mat."
-        )
-    return [by_id[i] for i in sorted(by_id)]
+        return [synset.wnid for synset in read_meta(path.read_bytes(), str(path))]
+    except (OSError, DataError) as error:
+        raise UserError(str(error)) from error
 
 
 def devkit_labels(

@@ -35,8 +35,8 @@ from jobs.rows import (
     slots,
     stem,
 )
+from pipeline.labels import WNID
 from pipeline.shards import write_atomically
-from pipeline.sources import WNID
 
 TOP = 5  # guesses or classes per image
 MAP_SIZE = 224  # side of a written score map, in pixels

@@ -29,8 +29,9 @@ from jobs.rows import (
     read_prediction_strings,
     stem,
 )
+from pipeline.annotations import fit_boxes, read_annotation
+from pipeline.labels import WNID
 from pipeline.shards import Card, write_atomically
-from pipeline.sources import WNID, SourceImage, fit_boxes, read_annotation
 
 METADATA_FORMS = {
     "image_ids.txt": (re.compile(r"([^,]+)"), "id"),
@@ -389,7 +390,5 @@ def _read_annotation(path: Path, size: list[int] | None) -> tuple[str, list[int]
     check_boxes(path, range(1, len(boxes) + 1), boxes, np.full((len(boxes), 2), scale[::-1]))
     if size is None or scale == (size[1], size[0]):
         return annotation.wnid, [scale[1], scale[0]], boxes.tolist()
-    image = SourceImage(
-        split="", id="", path="", wnid=None, boxes=annotation.boxes, box_size=annotation.box_size
-    )
-    return annotation.wnid, size, fit_boxes(image, size[1], size[0])[0]
+    fitted, _ = fit_boxes(annotation.boxes, annotation.box_size, size[1], size[0])
+    return annotation.wnid, size, fitted

@@ -30,8 +30,8 @@ from jobs.localization import (
     process_batch,
 )
 from jobs.models import MODEL_NAME, Nets, load_nets
+from pipeline.listing import IMAGE_SUFFIXES
 from pipeline.shards import sha256_file
-from pipeline.sources import IMAGE_SUFFIXES
 
 FORMAT = 2
 BOXES_NAME = "boxes.json"

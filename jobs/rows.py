@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.cli import UserError
-from pipeline.sources import IMAGE_SUFFIXES
+from pipeline.listing import IMAGE_SUFFIXES
 
 NAMED = 5  # images that an error message lists
 SHOWN = 60  # characters of a faulty line that an error message shows

@@ -10,6 +10,8 @@ import simplejpeg
 from PIL import Image
 
 MAX_PIXELS = 2**26  # 67 million: above any ILSVRC image, and 200 MB once decoded
+# Pillow's other formats include PostScript, which it hands to an interpreter.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 DECODE_FACTOR = 2  # JPEGs are decoded to at least this many times the stored size, then averaged
 
 # Images are spread over processes; threads inside one would only fight for the same cores.
@@ -32,7 +34,7 @@ class DecodedImage:
 
 
 def read_image(data: bytes, height: int, width: int) -> DecodedImage:
-    """Decode `data` (any format Pillow reads) and resize it, without keeping its aspect.
+    """Decode `data` (one of FORMATS, whatever its name) and resize it, without keeping its aspect.
 
     Shrinking averages areas, enlarging interpolates linearly. EXIF orientation is ignored, since
     boxes refer to pixels as stored; alpha is dropped; 16-bit grey keeps its high byte. Raises
@@ -52,10 +54,12 @@ def read_image(data: bytes, height: int, width: int) -> DecodedImage:
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [h, w, 3] -> uint8 [height, width, 3]: areas averaged where an axis shrinks, linear
     interpolation where it grows."""
+    from pipeline.shrinking import shrink  # compiles: only where images are made
+
     h, w = pixels.shape[:2]
     shrunk = (min(w, width), min(h, height))
     if shrunk != (w, h):
-        pixels = cv2.resize(pixels, shrunk, interpolation=cv2.INTER_AREA)
+        pixels = shrink(np.ascontiguousarray(pixels), shrunk[1], shrunk[0])
     if shrunk != (width, height):
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
     return np.ascontiguousarray(pixels)
@@ -90,7 +94,7 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is checked below, odd EXIF does not matter
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.height, image.width)
                 image.load()
                 return _to_rgb(image)

@@ -4,18 +4,21 @@ The bytes written depend on the source, the parameters and the seed alone. Whate
 the same command goes on from the shards that are there.
 """
 
-import itertools
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
-import ray
+import pyarrow as pa
+from ray.util import metrics
 
+from pipeline import storage
+from pipeline.annotations import fit_boxes
+from pipeline.files import SourceFiles
 from pipeline.images import ImageError, read_image
 from pipeline.ledger import (
     LEDGER_NAME,
@@ -23,12 +26,12 @@ from pipeline.ledger import (
     REJECTED,
     ShardFacts,
     Totals,
-    is_committed,
+    committed_facts,
     merge_parts,
-    read_facts,
+    read_ahead,
     write_part,
 )
-from pipeline.plan import Plan, PreprocessConfig, ShardTask, claim_output, make_plan
+from pipeline.plan import Plan, PreprocessConfig, ShardTask, alone_at, claim_output, make_plan
 from pipeline.shards import (
     CARD_NAME,
     Card,
@@ -36,22 +39,22 @@ from pipeline.shards import (
     Sample,
     Split,
     card_to_json,
+    pack_shard,
     read_card,
-    write_atomically,
     write_shard,
 )
-from pipeline.sources import SourceImage, fit_boxes
 from pipeline.superpixels import label_dtype, superpixels
+from pipeline.tasks import Failure, run_tasks
 
-POLL_SECONDS = 1.0
-ATTEMPTS = 4  # at a shard whose worker process is killed
+NAMED_FAILURES = 3  # in the error of a job some of whose shards failed
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """What a task returns: images accepted and rejected, and how long it took in seconds."""
+    """What a task returns: what its part says of the shard, images rejected, and how long it took
+    in seconds."""
 
-    accepted: int
+    facts: ShardFacts
     rejected: int
     seconds: float
 
@@ -59,21 +62,33 @@ class ShardReport:
 @dataclass(kw_only=True)
 class Progress:
     """Counts of images. resumed: in shards that were there before; done, rejected: in this run's;
-    seconds: since its first task; task_seconds: added up over tasks, by split."""
+    failed_shards: this run's that failed for good; seconds: since its first task; task_seconds:
+    added up over tasks, by split."""
 
     total: int
     resumed: int
     done: int = 0
     rejected: int = 0
+    failed_shards: int = 0
     seconds: float = 0.0
-    task_seconds: Counter[str] = field(default_factory=Counter)
+    task_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def ticking(self, show: Callable[["Progress"], None]) -> Callable[[], None]:
+        """What shows this progress, with the time since now."""
+        started = time.monotonic()
+
+        def tick() -> None:
+            self.seconds = time.monotonic() - started
+            show(self)
+
+        return tick
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """A finished set. totals: by split, None where it was finished before this run."""
 
-    output: Path
+    output: str
     card: Card
     totals: dict[str, Totals] | None
     progress: Progress
@@ -90,27 +105,55 @@ def preprocess(
     """
     plan = make_plan(config)
     claim_output(plan)
-    pending = [task for task in plan.tasks if not is_committed(task.part(plan.output))]
-    total = sum(len(task.images) for task in plan.tasks)
-    progress = Progress(total=total, resumed=total - sum(len(task.images) for task in pending))
-    if not pending and (plan.output / CARD_NAME).is_file():
-        return Outcome(
-            output=plan.output, card=read_card(plan.output), totals=None, progress=progress
-        )
+    with alone_at(plan.output):
+        return _go_on(plan, config, show, connect)
+
+
+def _go_on(
+    plan: Plan,
+    config: PreprocessConfig,
+    show: Callable[[Progress], None],
+    connect: Callable[[], None],
+) -> Outcome:
+    facts = finished_shards(plan.output, plan.tasks)
+    pending = [task for task in plan.tasks if task.name not in facts]
+    total = sum(task.rows for task in plan.tasks)
+    card = _card_there(plan.output)
+    if not pending and card:
+        progress = Progress(total=total, resumed=total)
+        return Outcome(output=plan.output, card=card, totals=None, progress=progress)
     if not pending:  # an earlier run was refused for its rejected images, which may be mended
-        rejected = {task.name: _rejected(task, plan.output) for task in plan.tasks}
+        rejected = {task.name: task.rows - facts[task.name].images for task in plan.tasks}
         if _too_many(sum(rejected.values()), total, config):
             pending = [task for task in plan.tasks if rejected[task.name]]
-            progress.resumed -= sum(len(task.images) for task in pending)
+    progress = Progress(total=total, resumed=total - sum(task.rows for task in pending))
     if pending:
         connect()
-        _run_tasks(plan, pending, config, progress, show)
-    return _finish(plan, config, progress)
+        facts |= make_shards(plan, pending, config, progress, show)
+    return _finish(plan, facts, config, progress)
 
 
-def _rejected(task: ShardTask, output: Path) -> int:
-    shard = read_facts(task.part(output)).shard
-    return len(task.images) - (shard.images if shard else 0)
+def _card_there(output: str) -> Card | None:
+    """The card of a finished set; None where there is none, or a damaged one to write again."""
+    try:
+        return read_card(output)
+    except storage.UnreachableError:
+        raise
+    except DataError:
+        return None
+
+
+def file_sizes(output: str, tasks: Iterable[ShardTask]) -> dict[str, dict[str, int]]:
+    """Sizes of the files beside these shards, by split and name, from a listing of each folder."""
+    splits = {task.split for task in tasks}
+    return {split: storage.file_sizes(storage.join(output, split)) for split in splits}
+
+
+def finished_shards(output: str, tasks: Sequence[ShardTask]) -> dict[str, ShardFacts]:
+    """What the parts of those shards say that are finished, by the shard's name."""
+    sizes = file_sizes(output, tasks)
+    found = read_ahead(lambda task: committed_facts(task.part(output), sizes[task.split]), tasks)
+    return {task.name: facts for task, facts in zip(tasks, found, strict=True) if facts is not None}
 
 
 def _too_many(rejected: int, total: int, config: PreprocessConfig) -> bool:
@@ -118,88 +161,93 @@ def _too_many(rejected: int, total: int, config: PreprocessConfig) -> bool:
 
 
 def make_shard(
-    task: ShardTask, classes: tuple[str, ...], source: Path, output: Path, config: PreprocessConfig
+    task: ShardTask, images: pa.Table, source: str, output: str, config: PreprocessConfig
 ) -> ShardReport:
-    """Make one shard with its index and ledger part. Needs no Ray; may be repeated at will."""
-    if not source.is_dir():
-        raise DataError(f"source {source} is not there on this node; mount it on every node.")
+    """Make one shard, of `images`, with its index and ledger part. Needs no Ray; may be repeated
+    at will."""
     started = time.monotonic()
     part = task.part(output)
-    part.parent.mkdir(parents=True, exist_ok=True)
+    if not storage.is_remote(output):
+        storage.local_path(part).parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    sums = np.zeros((2, 3), np.int64)
-    samples = _samples(task, classes, source, config, rows, sums)
-    first = next(samples, None)
-    shard = None
-    if first is not None:  # readers of tars dislike empty ones
-        samples = itertools.chain([first], samples)
-        shard = write_shard(part.with_suffix(".tar"), samples, config.image_format)
-    accepted = shard.images if shard else 0
-    (r, g, b), (rr, gg, bb) = sums.tolist()
+    levels = np.zeros((3, 256), np.int64)
+    with SourceFiles(source) as files:
+        samples = _samples(task, images, files, config, rows, levels)
+        packed = pack_shard(samples, config.image_format)
+    # Readers of tars dislike empty ones.
+    shard = write_shard(storage.with_suffix(part, ".tar"), packed) if packed.images else None
+    powers = np.arange(256)[:, None] ** [1, 2]
+    (r, rr), (g, gg), (b, bb) = (levels @ powers).tolist()
     facts = ShardFacts(
-        shard=shard, pixels=accepted * config.image_size**2, sums=(r, g, b), squares=(rr, gg, bb)
+        shard=shard,
+        index_bytes=len(packed.index) if shard else 0,
+        pixels=packed.images * config.height * config.width,
+        sums=(r, g, b),
+        squares=(rr, gg, bb),
     )
     write_part(part, rows, facts)
     return ShardReport(
-        accepted=accepted,
-        rejected=len(rows) - accepted,
-        seconds=time.monotonic() - started,
+        facts=facts, rejected=len(rows) - packed.images, seconds=time.monotonic() - started
     )
 
 
 def _samples(
     task: ShardTask,
-    classes: tuple[str, ...],
-    source: Path,
+    images: pa.Table,
+    files: SourceFiles,
     config: PreprocessConfig,
     rows: list[dict[str, Any]],
-    sums: np.ndarray,
+    levels: np.ndarray,
 ) -> Iterator[Sample]:
-    """The task's samples in order. Appends a ledger row for every image to `rows` and adds the
-    pixels and their squares to `sums`, int64 [2, 3]."""
-    labels = {wnid: i for i, wnid in enumerate(classes)}
+    """The task's samples in order. Appends a ledger row for every image to `rows` and counts the
+    pixels of each level of each channel in `levels`, int64 [3, 256]."""
     position = 0
-    for row, image in enumerate(task.images, start=task.first_row):
+    listed = images.to_pylist()
+    fetched = files.fetched((x["path"], x["offset"], x["size"]) for x in listed)
+    pairs = zip(listed, fetched, strict=True)
+    for row, (image, fetch) in enumerate(pairs, start=task.first_row):
         entry = {
             "row": row,
             "split": task.split,
             "key": f"{task.split}-{row:08d}",
-            "id": image.id,
-            "path": image.path,
-            "wnid": image.wnid,
-            "label": None if image.problem else labels[image.wnid or ""],
-            "note": image.note,
+            **{name: image[name] for name in ("id", "path", "wnid", "label", "note")},
         }
         rows.append(entry)
         try:
-            sample = _make_sample(entry, image, source, config)
+            sample = _make_sample(entry, image, fetch, config)
         except ImageError as error:
             entry |= {"status": REJECTED, "reason": str(error)}
             continue
         entry |= {"status": OK, "shard": f"{task.name}.tar", "position": position}
         position += 1
-        planes = sample.image.reshape(-1, 3).T.astype(np.int64, order="C")  # [3, H*W]
-        sums[0] += planes.sum(axis=1)
-        sums[1] += np.einsum("ci,ci->c", planes, planes)
+        for channel in range(3):  # float32 counts, exact up to 2**24 pixels
+            counts = cv2.calcHist([sample.image], [channel], None, [256], [0, 256])
+            levels[channel] += counts.ravel().astype(np.int64)
         yield sample
 
 
 def _make_sample(
-    entry: dict[str, Any], image: SourceImage, source: Path, config: PreprocessConfig
+    entry: dict[str, Any],
+    image: dict[str, Any],
+    fetch: Callable[[], bytes],
+    config: PreprocessConfig,
 ) -> Sample:
-    """One image's sample; its sizes, boxes and notes are added to its ledger row."""
-    if image.problem:
-        raise ImageError(image.problem)
+    """One image's sample, of the bytes that `fetch` gives; its sizes, boxes and notes are added to
+    its ledger row."""
+    if image["problem"]:
+        raise ImageError(image["problem"])
     try:
-        data = (source / image.path).read_bytes()
+        data = fetch()
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         # Of the file itself; a failing disk or network must fail the task, not reject its images.
         raise ImageError(f"unreadable file: {error.strerror}") from error
-    decoded = read_image(data, config.image_size, config.image_size)
+    decoded = read_image(data, config.height, config.width)
     segments = superpixels(decoded.pixels, config.superpixels, config.compactness)
-    boxes, box_note = fit_boxes(image, decoded.width, decoded.height)
+    box_size = (image["box_width"], image["box_height"]) if image["box_width"] else None
+    boxes, box_note = fit_boxes(image["boxes"], box_size, decoded.width, decoded.height)
+    notes = (decoded.note, image["note"], box_note)
     entry |= {
-        "note": "; ".join(note for note in (decoded.note, box_note) if note) or None,
+        "note": "; ".join(note for note in notes if note) or None,
         "width": decoded.width,
         "height": decoded.height,
         "superpixels": int(segments.max()) + 1,
@@ -216,94 +264,134 @@ def _make_sample(
     )
 
 
-def _run_tasks(
+def make_shards(
     plan: Plan,
     pending: list[ShardTask],
     config: PreprocessConfig,
     progress: Progress,
     show: Callable[[Progress], None],
-) -> None:
-    workers = config.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    remote = ray.remote(max_retries=ATTEMPTS - 1)(make_shard)
-    classes, started = plan.listed.classes, time.monotonic()
-    waiting, in_flight = iter(pending), dict[ray.ObjectRef, ShardTask]()
+) -> dict[str, ShardFacts]:
+    """Make these shards in Ray tasks; what their parts say, by name.
+
+    Raises DataError, once all others are made, where some fail.
+    """
+    sizes = file_sizes(plan.output, pending)
+    for task in pending:
+        if f"{task.name}.parquet" in sizes[task.split]:
+            storage.remove(task.part(plan.output))  # not right: unfinished from here on
+    record = _metrics(pending)
+    made: dict[str, ShardFacts] = {}
     failures: dict[str, str] = {}
-    while True:
-        for task in itertools.islice(waiting, workers - len(in_flight)):
-            in_flight[remote.remote(task, classes, plan.source, plan.output, config)] = task
-        if not in_flight:
-            break
-        finished, _ = ray.wait(list(in_flight), timeout=POLL_SECONDS)
-        for reference in finished:
-            task = in_flight.pop(reference)
-            try:
-                report = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                failures[task.name] = _reason(error)
-                continue
-            if not task.part(plan.output).is_file():
-                failures[task.name] = (
-                    "it was made on another node, and its files are not visible here; --output "
-                    "must lie on storage that all nodes share"
-                )
-                continue
-            progress.done += report.accepted + report.rejected
-            progress.rejected += report.rejected
-            progress.task_seconds[task.split] += report.seconds
-        progress.seconds = time.monotonic() - started
-        show(progress)
+
+    def arguments(task: ShardTask) -> tuple:
+        return task, plan.images(task), plan.source, plan.output, config
+
+    def is_visible(task: ShardTask) -> bool:
+        part = task.part(plan.output)
+        return storage.is_remote(part) or storage.is_file(part)
+
+    tick = progress.ticking(show)
+    for task, result in run_tasks(make_shard, pending, arguments, config.workers, tick):
+        if not isinstance(result, Failure) and not is_visible(task):
+            result = Failure(
+                reason="it was made on another node, and its files are not visible here; --output "
+                "must lie on storage that all nodes share"
+            )
+        if isinstance(result, Failure):
+            failures[task.name] = result.reason
+            progress.failed_shards += 1
+            continue
+        made[task.name] = result.facts
+        progress.done += task.rows
+        progress.rejected += result.rejected
+        progress.task_seconds[task.split] += result.seconds
+        record(task.rows, result.rejected)
     if failures:
-        name, reason = next(iter(failures.items()))
+        named = sorted(failures.items())[:NAMED_FAILURES]
+        listed = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in named)
+        more = f"; and {len(failures) - len(named)} more" if len(failures) > len(named) else ""
         raise DataError(
-            f"{len(failures)} of {len(plan.tasks)} shards failed, the first {name}: {reason}. "
-            "The others are finished; the same command tries only these again."
+            f"{len(failures)} of {len(plan.tasks)} shards failed, {listed}{more}. The others are "
+            "finished; the same command tries only these again."
         )
+    return made
 
 
-def _reason(error: Exception) -> str:
-    """One line of a task's failure: the exception in the task where there was one."""
-    cause = getattr(error, "cause", None)
-    if cause is not None:
-        return f"{type(cause).__name__}: {cause}".splitlines()[0]
-    return f"its worker process ended {ATTEMPTS} times ({str(error).splitlines()[0]})"
+def _metrics(pending: list[ShardTask]) -> Callable[[int, int], None]:
+    """Counters for Ray's dashboard; what adds a finished shard's images and rejected images."""
+    names = {"images": "source images read", "rejected": "of them rejected", "shards": "written"}
+    counters = [
+        metrics.Counter(f"preprocess_{name}", f"jobs.preprocess: {name} {text}")
+        for name, text in names.items()
+    ]
+    gauge = metrics.Gauge("preprocess_images_to_do", "jobs.preprocess: images not yet read")
+    left = sum(task.rows for task in pending)
+    gauge.set(left)
+
+    def record(images: int, rejected: int) -> None:
+        nonlocal left
+        for counter, count in zip(counters, (images, rejected, 1), strict=True):
+            if count:
+                counter.inc(count)
+        left -= images
+        gauge.set(left)
+
+    return record
 
 
-def _finish(plan: Plan, config: PreprocessConfig, progress: Progress) -> Outcome:
+def _finish(
+    plan: Plan, facts: Mapping[str, ShardFacts], config: PreprocessConfig, progress: Progress
+) -> Outcome:
     """Merge the ledger, check the share of rejected images, write the card."""
-    splits = plan.listed.images
     parts = [task.part(plan.output) for task in plan.tasks]
-    totals = merge_parts(parts, plan.output, list(splits), len(plan.listed.classes))
+    splits, classes = list(plan.listed.images), len(plan.listed.classes)
+    totals, ledger = merge_parts(parts, plan.output, splits, classes)
     rejected = sum(total.rejected for total in totals.values())
     if _too_many(rejected, progress.total, config):
         reasons = sum((total.reasons for total in totals.values()), Counter[str]())
         common = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
         raise DataError(
             f"{rejected} of {progress.total} images were rejected ({common}), more than "
-            f"--max-bad-share {config.max_bad_share} allows; {plan.output / LEDGER_NAME} names "
-            "them all. Mend the source and run the same command, which makes the shards with "
-            "rejected images again, or allow more."
+            f"--max-bad-share {config.max_bad_share} allows; "
+            f"{storage.join(plan.output, LEDGER_NAME)} names them all. Mend the source and run "
+            "the same command, which makes the shards with rejected images again, or allow more."
         )
-    card = _card(plan, config, totals)
-    write_atomically(plan.output / CARD_NAME, card_to_json(card).encode())
+    card = make_card(
+        classes=plan.listed.classes,
+        class_names=plan.listed.class_names,
+        source=plan.source,
+        fingerprint=plan.fingerprint,
+        facts={
+            split: [facts[task.name] for task in plan.tasks if task.split == split]
+            for split in splits
+        },
+        totals=totals,
+        ledger=ledger,
+    )
+    storage.write_atomically(storage.join(plan.output, CARD_NAME), card_to_json(card).encode())
     return Outcome(output=plan.output, card=card, totals=totals, progress=progress)
 
 
-def _card(plan: Plan, config: PreprocessConfig, totals: dict[str, Totals]) -> Card:
-    facts = {
-        split: [read_facts(t.part(plan.output)) for t in plan.tasks if t.split == split]
-        for split in plan.listed.images
-    }
+def make_card(
+    *,
+    classes: tuple[str, ...],
+    class_names: tuple[str, ...],
+    source: str,
+    fingerprint: dict[str, Any],
+    facts: dict[str, list[ShardFacts]],
+    totals: dict[str, Totals],
+    ledger: str,
+) -> Card:
+    """The card of a set from its parts. fingerprint: content of plan.json; facts: by split, in the
+    order of the shards; ledger: the ledger's hash."""
+    config = PreprocessConfig(source=source, output="", **fingerprint["configuration"])
     # The train split comes first; a collection without one is normalized by what it has.
     mean, std = _mean_std(next(iter(facts.values())))
-    configuration = plan.fingerprint["configuration"] | {
-        "source": str(plan.source),
-        "layout": plan.listed.layout,
-    }
     return Card(
-        classes=plan.listed.classes,
-        class_names=plan.listed.class_names,
-        height=config.image_size,
-        width=config.image_size,
+        classes=classes,
+        class_names=class_names,
+        height=config.height,
+        width=config.width,
         image_format=config.image_format,
         segments_dtype=str(label_dtype(config.superpixels)),
         max_superpixels=max(total.max_superpixels for total in totals.values()),
@@ -318,8 +406,10 @@ def _card(plan: Plan, config: PreprocessConfig, totals: dict[str, Totals]) -> Ca
             )
             for split, total in totals.items()
         },
-        configuration=configuration,
-        versions=plan.fingerprint["versions"],
+        ledger=ledger,
+        configuration=fingerprint["configuration"]
+        | {"source": source, "layout": fingerprint["layout"]},
+        versions=fingerprint["versions"],
     )
 
 

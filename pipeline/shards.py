@@ -4,9 +4,7 @@ Nothing else in the project knows how a sample lies on disk. `docs/formats.md` d
 """
 
 import hashlib
-import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,12 +15,18 @@ import numpy as np
 import simplejpeg
 
 from pipeline import storage
-from pipeline.storage import DataError
+from pipeline.storage import DataError, write_atomically
 
 FORMAT_VERSION = 1
 CARD_NAME = "dataset.json"
 JPEG_QUALITY = 95
 INDEX_VERSION = "v1.2"  # of DALI's webdataset index files
+MAX_KEY = 90  # bytes; with its extension a name must fit into the 100 of a header
+
+# A member's header but for name, size and checksum, and what it adds to the checksum.
+HEADER = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
+HEADER[124:136], HEADER[148:156] = bytes(12), b" " * 8
+HEADER_SUM = sum(HEADER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,7 @@ class Card:
     image_format: "rgb" or "jpg". segments_dtype: "uint8" or "uint16".
     max_superpixels: the largest number of superpixels in any image.
     mean, std: of the train split's pixels per channel, in 0..255.
+    ledger: hexadecimal SHA-256 of the ledger.
     configuration: what the set was made with (source, sizes, superpixels, seed).
     """
 
@@ -86,6 +91,7 @@ class Card:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     splits: dict[str, Split]
+    ledger: str = ""
     configuration: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT_VERSION
@@ -95,19 +101,6 @@ def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write `data` so that `path` is either absent, as before, or complete, even after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _members(sample: Sample, image_format: str) -> list[tuple[str, bytes]]:
@@ -126,45 +119,90 @@ def _members(sample: Sample, image_format: str) -> list[tuple[str, bytes]]:
     ]
 
 
-def write_shard(path: Path, samples: Iterable[Sample], image_format: str) -> Shard:
-    """Write `path` (a USTAR tar) and its DALI index beside it, both atomically.
+def _header(name: bytes, size: int) -> bytes:
+    """A member's USTAR header as tarfile writes it, in a fifth of the time."""
+    octal = b"%011o" % size
+    checksum = b"%06o\0 " % (HEADER_SUM + sum(name) + sum(octal))
+    return b"".join(
+        [
+            name.ljust(100, b"\0"),
+            HEADER[100:124],
+            octal,
+            HEADER[135:148],
+            checksum,
+            HEADER[156:],
+        ]
+    )
 
-    The bytes depend on the samples alone. The whole shard is held in memory (about 20 MB for a
-    thousand 64-px samples). Raises DataError for a key with a dot, which would split a sample
-    in two when read.
+
+@dataclass(frozen=True, kw_only=True)
+class PackedShard:
+    """A shard in memory. content: the tar; index: DALI's, as text; images: samples in it."""
+
+    content: bytearray
+    index: bytes
+    images: int
+
+
+def pack_shard(samples: Iterable[Sample], image_format: str) -> PackedShard:
+    """A shard (a USTAR tar) and its DALI index, about 20 MB for a thousand 64-px samples.
+
+    The bytes depend on the samples alone. Raises DataError for a key with a dot, which would split
+    a sample in two when read, or one too long for a header.
     """
-    buffer = io.BytesIO()
+    content = bytearray()
     index_lines: list[str] = []
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            if "." in sample.key or "/" in sample.key:
-                raise DataError(
-                    f"sample key {sample.key!r} holds a dot or slash; tar readers split a sample "
-                    "at the first dot. Use letters, digits, '-' and '_' only."
-                )
-            fields = []
-            for extension, data in _members(sample, image_format):
-                info = tarfile.TarInfo(f"{sample.key}.{extension}")
-                info.size = len(data)
-                info.mode = 0o644
-                offset = buffer.tell() + tarfile.BLOCKSIZE
-                tar.addfile(info, io.BytesIO(data))
-                fields.append(f"{extension} {offset} {len(data)} {info.name}")
-            index_lines.append(" ".join(fields))
-    content = buffer.getbuffer()
+    for sample in samples:
+        if "." in sample.key or "/" in sample.key or len(sample.key.encode()) > MAX_KEY:
+            raise DataError(
+                f"sample key {sample.key!r} holds a dot or slash, or is longer than {MAX_KEY} "
+                "bytes; tar readers split a sample at the first dot. Use letters, digits, '-' and "
+                "'_' only."
+            )
+        fields = []
+        for extension, data in _members(sample, image_format):
+            name = f"{sample.key}.{extension}"
+            content += _header(name.encode(), len(data))
+            fields.append(f"{extension} {len(content)} {len(data)} {name}")
+            content += data
+            content += bytes(-len(data) % tarfile.BLOCKSIZE)
+        index_lines.append(" ".join(fields))
+    content += bytes(2 * tarfile.BLOCKSIZE)  # the end of a tar, which is whole records long
+    content += bytes(-len(content) % tarfile.RECORDSIZE)
     index = f"{INDEX_VERSION} {len(index_lines)}\n" + "".join(f"{x}\n" for x in index_lines)
-    write_atomically(path.with_suffix(".idx"), index.encode())
-    write_atomically(path, content)
+    return PackedShard(content=content, index=index.encode(), images=len(index_lines))
+
+
+def write_shard(place: str | Path, packed: PackedShard) -> Shard:
+    """Write a packed shard and its index beside it, both atomically."""
+    write_atomically(storage.with_suffix(place, ".idx"), packed.index)
+    write_atomically(place, memoryview(packed.content))
     return Shard(
-        name=path.name,
-        images=len(index_lines),
-        bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
+        name=storage.name(place),
+        images=packed.images,
+        bytes=len(packed.content),
+        sha256=hashlib.sha256(packed.content).hexdigest(),
     )
 
 
 def _index_members(words: list[str]) -> dict[str, tuple[int, int]]:
     return {words[i]: (int(words[i + 1]), int(words[i + 2])) for i in range(0, len(words), 4)}
+
+
+def index_samples(index: bytes) -> list[dict[str, tuple[int, int]]]:
+    """What an index's bytes say: for each sample, its members' (offset, size) in bytes.
+
+    Raises ValueError where they are no whole index of this version.
+    """
+    try:
+        header, *lines = index.decode().splitlines()
+        version, count = header.split()
+        samples = [_index_members(line.split()) for line in lines]
+    except IndexError as error:
+        raise ValueError(str(error)) from error
+    if version != INDEX_VERSION or int(count) != len(lines):
+        raise ValueError(f"{version} with {len(lines)} of {count} samples")
+    return samples
 
 
 def read_index(path: Path) -> list[dict[str, tuple[int, int]]]:
@@ -176,17 +214,12 @@ def read_index(path: Path) -> list[dict[str, tuple[int, int]]]:
     if not index_path.is_file():
         raise DataError(f"{index_path} is missing; run jobs.preprocess again to rebuild the shard.")
     try:
-        header, *lines = index_path.read_text().splitlines()
-        version, count = header.split()
-        whole = version == INDEX_VERSION and int(count) == len(lines)
-        samples = [_index_members(line.split()) for line in lines]
-    except (ValueError, IndexError):
-        whole = False
-    if not whole:
+        samples = index_samples(index_path.read_bytes())
+    except ValueError as error:
         raise DataError(
             f"{index_path} is not a whole {INDEX_VERSION} index; delete it and run "
             "jobs.preprocess again to rebuild the shard."
-        )
+        ) from error
     size = path.stat().st_size
     if samples and max(sum(extent) for extent in samples[-1].values()) > size:
         raise DataError(
@@ -201,8 +234,18 @@ def index_shard(path: Path) -> bytes:
 
     Raises DataError for a file that is not a whole USTAR tar of samples.
     """
+    try:
+        return index_content(np.memmap(path, np.uint8, mode="r"))
+    except ValueError as error:
+        raise DataError(
+            f"{path} is no shard of samples ({error}); run jobs.preprocess again."
+        ) from error
+
+
+def index_content(content: np.ndarray) -> bytes:
+    """The index of a shard from its bytes, uint8 [N]. Raises ValueError where they are no whole
+    USTAR tar of samples."""
     lines: list[list[str]] = []
-    content = np.memmap(path, np.uint8, mode="r")
     position, last = 0, None
     try:
         while (header := content[position : position + tarfile.BLOCKSIZE].tobytes())[0]:
@@ -217,10 +260,8 @@ def index_shard(path: Path) -> bytes:
             last = key
             lines[-1].append(f"{extension} {position} {size} {name}")
             position += -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    except (ValueError, IndexError) as error:
-        raise DataError(
-            f"{path} is no shard of samples ({error}); run jobs.preprocess again."
-        ) from error
+    except IndexError as error:
+        raise ValueError(str(error)) from error
     text = "".join(" ".join(line) + "\n" for line in lines)
     return f"{INDEX_VERSION} {len(lines)}\n{text}".encode()
 
@@ -241,6 +282,24 @@ def decode_sample(key: str, members: dict[str, bytes], card: Card) -> Sample:
         segments=np.frombuffer(members["seg"], dtype).reshape(shape),
         meta=json.loads(members["json"]),
     )
+
+
+def read_sample(place: str | Path, position: int, card: Card) -> Sample:
+    """One sample of the shard at a place, of which its bytes and the index are read.
+
+    Raises DataError where the shard or its index is missing or damaged.
+    """
+    try:
+        extents = index_samples(storage.read_bytes(storage.with_suffix(place, ".idx")))[position]
+        with storage.open_input(place) as file:
+            members = {name: file.read_at(size, start) for name, (start, size) in extents.items()}
+        return decode_sample("", members, card)
+    except (KeyError, IndexError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{place} cannot be read ({error!r}); run jobs.preprocess again."
+        ) from error
 
 
 def read_shard(path: Path, card: Card) -> Iterator[Sample]:

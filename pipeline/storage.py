@@ -1,4 +1,4 @@
-"""Where a set lies: a local folder, or any URI that pyarrow's file systems open.
+"""Where a set lies, read and written: a local folder, or any URI that pyarrow's file systems open.
 
 A place is written as the user wrote it: a path, `file://...`, `s3://bucket/folder`,
 `gs://bucket/folder`. Credentials and endpoints come from the environment of their clients
@@ -7,12 +7,15 @@ A place is written as the user wrote it: a path, `file://...`, `s3://bucket/fold
 
 import os
 import re
+import secrets
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
-from typing import TypeVar
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, TypeVar
 from urllib.parse import parse_qs, quote, unquote, urlsplit, urlunsplit
 
 import pyarrow as pa
@@ -47,6 +50,10 @@ class MissingError(DataError):
     """Nothing lies at a place."""
 
 
+class UnreachableError(DataError):
+    """A place that did not answer, or refused: what lies there is unknown."""
+
+
 def _is_uri(place: str | Path) -> bool:
     return isinstance(place, str) and SCHEME.match(place) is not None
 
@@ -75,6 +82,23 @@ def join(place: str | Path, *names: str) -> str:
     return urlunsplit(parts._replace(path=path))
 
 
+def with_suffix(place: str | Path, suffix: str) -> str:
+    """The place of the file beside `place` whose name ends in `suffix` instead, as in Path."""
+    if not _is_uri(place):
+        return str(Path(place).with_suffix(suffix))
+    parts = urlsplit(str(place))
+    return urlunsplit(parts._replace(path=str(PurePosixPath(parts.path).with_suffix(suffix))))
+
+
+def name(place: str | Path) -> str:
+    """The last name of a place."""
+    return (
+        unquote(PurePosixPath(urlsplit(str(place)).path).name)
+        if _is_uri(place)
+        else Path(place).name
+    )
+
+
 @lru_cache
 def _s3(bucket: str, query: str) -> fs.S3FileSystem:
     options = {name: values[-1] for name, values in parse_qs(query).items()}
@@ -97,6 +121,10 @@ def _s3(bucket: str, query: str) -> fs.S3FileSystem:
         region=region,
         endpoint_override=endpoint,
         scheme=scheme,
+        # These two make a file that fails midway never appear: written at once, its first half
+        # would; opened late, an empty one when the client gives up.
+        background_writes=True,
+        allow_delayed_open=False,
         connect_timeout=CONNECT_SECONDS,
         request_timeout=SILENT_SECONDS,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # `attempt` has its own
@@ -133,7 +161,8 @@ def _line(error: Exception) -> str:
 
 
 def attempt(place: str | Path, action: Callable[[], Result]) -> Result:
-    """`action()`, which reads `place`, tried again with growing waits where a connection is lost.
+    """`action()`, which reads or writes `place`, tried again with growing waits where a connection
+    is lost.
 
     Raises MissingError where nothing is there and DataError where access is denied, both at once,
     and DataError where the place cannot be reached. Other errors of the local disk stay OSErrors.
@@ -147,16 +176,16 @@ def attempt(place: str | Path, action: Callable[[], Result]) -> Result:
         except OSError as error:
             detail = _line(error)
             if isinstance(error, PermissionError) or any(word in detail for word in REFUSED):
-                raise DataError(
+                raise UnreachableError(
                     f"access to {place} is denied ({detail}); give this user or these credentials "
-                    "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...) leave to read it."
+                    "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...) leave to use it."
                 ) from error
             if "NO_SUCH_BUCKET" in detail:
                 raise MissingError(f"the bucket of {place} does not exist.") from error
             if error.errno is not None or not is_remote(place):  # not said by a network client
                 raise
             if wait is None:
-                raise DataError(
+                raise UnreachableError(
                     f"{place} cannot be reached ({detail}), tried {len(WAITS) + 1} times in "
                     f"{time.monotonic() - started:.0f} s; check the network and the endpoint "
                     "(AWS_ENDPOINT_URL, ...), then run the same command again."
@@ -203,3 +232,99 @@ def file_sizes(place: str | Path) -> dict[str, int]:
         return {info.base_name: info.size for info in found if info.is_file}
 
     return attempt(place, listing)
+
+
+def is_file(place: str | Path) -> bool:
+    """Whether a file lies at a place. Raises as `attempt`."""
+
+    def look() -> bool:
+        system, path = _open(place)
+        return system.get_file_info(path).type == fs.FileType.File
+
+    return attempt(place, look)
+
+
+def write_atomically(place: str | Path, data: bytes | memoryview) -> None:
+    """Write `data` so that `place` is either absent, as before, or complete, even after a crash.
+
+    The folder of a local file must exist. Raises as `attempt`.
+    """
+    if is_remote(place):
+        memoryview(data)  # a TypeError here, not in the client's thread
+        attempt(place, lambda: _upload(place, [data]))
+        return
+    with _replacing(local_path(place)) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(place: str | Path) -> Iterator[BinaryIO]:
+    """A file to write and read whose content appears at `place`, as with `write_atomically`, once
+    the block ends; nothing changes where it raises. A remote one is collected on the local disk."""
+    if not is_remote(place):
+        with _replacing(local_path(place)) as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as file:
+        yield file
+
+        def upload() -> None:
+            file.seek(0)
+            _upload(place, iter(lambda: file.read(CHUNK), b""))
+
+        attempt(place, upload)
+
+
+def _upload(place: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """One object: these file systems show it whole when it is closed, or not at all."""
+    system, path = _open(place)
+    file = system.open_output_stream(path)
+    for piece in pieces:
+        file.write(piece)
+    file.close()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    # Random names: a task that Ray repeats on another node may have the first one's process number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove(place: str | Path) -> None:
+    """Delete a file that exists. Raises as `attempt`."""
+
+    def delete() -> None:
+        system, path = _open(place)
+        system.delete_file(path)
+
+    attempt(place, delete)
+
+
+def remove_temporaries(folder: str | Path) -> None:
+    """Delete what killed processes left in a local folder; remote ones leave nothing to see."""
+    if not is_remote(folder):
+        for path in local_path(folder).glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def entries(place: str | Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files in a folder; none where there is no such folder.
+
+    One request for a thousand of them. Raises as `attempt`.
+    """
+
+    def listing() -> list[fs.FileInfo]:
+        system, path = _open(place)
+        return system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+
+    found = attempt(place, listing)
+    files = [info.base_name for info in found if info.is_file]
+    return [x.base_name for x in found if x.type == fs.FileType.Directory], files

@@ -17,12 +17,14 @@ from tests import remote
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A local Ray of two CPUs, shared by all tests that submit tasks."""
+    os.environ.update(remote.CREDENTIALS)  # workers keep the environment of this moment
     ray.init(
         address="local",  # not a cluster that somebody else started on this machine
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         ignore_reinit_error=True,
+        _system_config={"metrics_report_interval_ms": 200},
     )
     yield
     ray.shutdown()

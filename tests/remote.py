@@ -80,6 +80,18 @@ def uri(endpoint: str, name: str) -> str:
     return f"s3://{BUCKET}/{name}?endpoint_override={quote(endpoint, safe='')}"
 
 
+def received(request: http.server.BaseHTTPRequestHandler) -> bytes:
+    """The body of a request, of a stated length or in chunks."""
+    if request.headers.get("Transfer-Encoding", "").lower() != "chunked":
+        return request.rfile.read(int(request.headers.get("Content-Length", 0)))
+    body = b""
+    while size := int(request.rfile.readline().split(b";")[0], 16):
+        body += request.rfile.read(size)
+        request.rfile.readline()
+    request.rfile.readline()
+    return body
+
+
 class Proxy:
     """Passes requests on to an endpoint and counts them, by method and last name of the path.
 
@@ -101,7 +113,7 @@ class Proxy:
             def answer(self) -> None:
                 proxy.handle(self)
 
-            do_GET = do_HEAD = answer
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
             def log_message(self, *arguments: object) -> None:
                 pass
@@ -116,13 +128,16 @@ class Proxy:
         before = self.counts[request.command, name]
         self.counts[request.command, name] += 1
         fault = self.fault(request.command, name, before)
+        sent = received(request)
         if isinstance(fault, int):
             request.send_response(fault)
             request.send_header("Content-Length", "0")
             request.end_headers()
             return
         connection = http.client.HTTPConnection(urlsplit(self.target).netloc)
-        connection.request(request.command, request.path, headers=dict(request.headers))
+        headers = {k: v for k, v in request.headers.items() if k.lower() != "transfer-encoding"}
+        headers["Content-Length"] = str(len(sent))
+        connection.request(request.command, request.path, sent, headers)
         answer = connection.getresponse()
         body = answer.read()
         if request.command == "GET":

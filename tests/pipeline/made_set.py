@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.shards import Card, Sample, Split, write_shard
+from pipeline.shards import Card, Sample, Split, pack_shard, write_shard
 
 CLASSES = tuple("abcdefg")
 SUPERPIXELS = 300  # what the card allows
@@ -46,7 +46,8 @@ def write_set(
     ends = np.cumsum(counts).tolist()
     shards = tuple(
         write_shard(
-            folder / "train" / f"train-{n:06d}.tar", samples[end - count : end], image_format
+            folder / "train" / f"train-{n:06d}.tar",
+            pack_shard(samples[end - count : end], image_format),
         )
         for n, (count, end) in enumerate(zip(counts, ends, strict=True))
     )

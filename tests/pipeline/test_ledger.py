@@ -9,15 +9,15 @@ from pipeline.ledger import (
     REJECTED,
     SCHEMA,
     ShardFacts,
-    is_committed,
+    committed_facts,
     merge_parts,
-    read_facts,
+    read_ahead,
     read_ledger,
     write_part,
 )
-from pipeline.shards import DataError
+from pipeline.shards import DataError, Shard, sha256_file
 
-NO_SHARD = ShardFacts(shard=None, pixels=0, sums=(0, 0, 0), squares=(0, 0, 0))
+NO_SHARD = ShardFacts(shard=None, index_bytes=0, pixels=0, sums=(0, 0, 0), squares=(0, 0, 0))
 
 
 def accepted(row: int, split: str, label: int, count: int) -> dict[str, Any]:
@@ -46,7 +46,8 @@ def merged(tmp_path: Path) -> Path:
     for name, rows in parts.items():
         write_part(tmp_path / f"{name}.parquet", rows, NO_SHARD)
     paths = [tmp_path / f"{name}.parquet" for name in parts]
-    totals = merge_parts(paths, tmp_path, ["train", "val"], 3)
+    totals, sha256 = merge_parts(paths, tmp_path, ["train", "val"], 3)
+    assert sha256 == sha256_file(tmp_path / "ledger.parquet")
     assert totals["train"].rejected == 2
     assert totals["train"].reasons == {"damaged JPEG": 2}
     assert totals["train"].class_counts.tolist() == [0, 2, 0]
@@ -82,12 +83,32 @@ def test_a_missing_ledger_names_the_remedy(tmp_path: Path) -> None:
 
 def test_a_part_without_its_facts_or_damaged_does_not_count_as_committed(tmp_path: Path) -> None:
     part = tmp_path / "a.parquet"
-    assert not is_committed(part)
+    sizes = {"a.parquet": 1}
+    assert committed_facts(part, {}) is None
     write_part(part, [accepted(0, "train", 0, 1)], NO_SHARD)
-    assert is_committed(part)
-    assert read_facts(part) == NO_SHARD
+    assert committed_facts(part, sizes) == NO_SHARD
     part.write_bytes(part.read_bytes()[:-20])
-    assert not is_committed(part)
+    assert committed_facts(part, sizes) is None
+
+
+def test_a_shard_or_index_missing_or_of_another_length_is_not_finished(tmp_path: Path) -> None:
+    shard = Shard(name="a.tar", images=1, bytes=10240, sha256="0")
+    facts = ShardFacts(shard=shard, index_bytes=30, pixels=1, sums=(1, 1, 1), squares=(1, 1, 1))
+    part = tmp_path / "a.parquet"
+    write_part(part, [accepted(0, "train", 0, 1)], facts)
+    whole = {"a.parquet": 1, "a.tar": 10240, "a.idx": 30}
+    assert committed_facts(part, whole) == facts
+    for name in ("a.tar", "a.idx"):
+        assert committed_facts(part, whole | {name: 29}) is None
+        assert committed_facts(part, {k: v for k, v in whole.items() if k != name}) is None
+
+
+def test_reading_ahead_keeps_the_order_and_raises_in_its_place() -> None:
+    assert list(read_ahead(lambda x: x * x, range(100))) == [x * x for x in range(100)]
+    results = read_ahead(lambda x: 1 // x, [1, 1, 0, 1])
+    assert [next(results), next(results)] == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:

@@ -2,21 +2,28 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
+import ray
 from PIL import Image
 
 from jobs import cli
 from jobs.preprocess import progress_line, summary
+from jobs.preview import write_previews
 from pipeline.ledger import read_ledger
+from pipeline.plan import Plan
 from pipeline.preprocess import (
     Outcome,
     PreprocessConfig,
@@ -177,16 +184,21 @@ def test_mean_and_deviation_are_those_of_the_train_pixels(made: tuple[Path, Outc
     assert sum(card.splits["train"].class_counts) == len(pixels) == TRAIN - 1
 
 
+def ids(plan: Plan, split: str) -> list[str]:
+    tasks = [task for task in plan.tasks if task.split == split]
+    return [x for task in tasks for x in plan.images(task)["id"].to_pylist()]
+
+
 def test_train_images_are_shuffled_over_the_whole_set_by_the_seed_and_val_stays_in_order(
     source: Path, tmp_path: Path
 ) -> None:
     plans = [make_plan(configured(source, tmp_path / "a", seed=seed)) for seed in (0, 0, 1)]
-    orders = [[x.id for t in plan.tasks if t.split == "train" for x in t.images] for plan in plans]
+    orders = [ids(plan, "train") for plan in plans]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2])
     first_classes = {name.split("_")[0] for name in orders[0][:8]}
     assert first_classes == set(CLASSES)
-    val = [x.id for t in plans[2].tasks if t.split == "val" for x in t.images]
+    val = ids(plans[2], "val")
     assert val == sorted(val)
 
 
@@ -213,7 +225,7 @@ def test_only_missing_or_damaged_shards_are_made_again(source: Path, tmp_path: P
     (output / "train" / "train-000001.tar").unlink()
     (output / "train" / "train-000002.idx").write_text("v1.2 99\n")
     (output / "val" / "val-000000.parquet").write_bytes(b"PAR1")
-    (output / "train" / ".train-000003.tar.1.tmp").write_bytes(b"left by a killed task")
+    (output / "train" / ".train-000003.tar.0a1b.tmp").write_bytes(b"left by a killed task")
     untouched = output / "train" / "train-000000.tar"
     before = untouched.stat().st_mtime_ns
     outcome = run(source, output)
@@ -253,8 +265,8 @@ def test_outputs_that_are_not_ours_are_refused(source: Path, tmp_path: Path) -> 
         claim_output(make_plan(configured(source, tmp_path)))
     with pytest.raises(DataError, match="lies inside source"):
         make_plan(configured(source, source / "train" / "shards"))
-    with pytest.raises(DataError, match="only local paths"):
-        make_plan(PreprocessConfig(source="s3://bucket/images", output=str(tmp_path)))
+    with pytest.raises(DataError, match="is a file"):
+        claim_output(make_plan(configured(source, tmp_path / "letters")))
 
 
 @pytest.mark.usefixtures("ray_local")
@@ -295,7 +307,7 @@ def test_a_shard_that_fails_is_named_and_the_others_finish(source: Path, tmp_pat
     blocked = output / "train" / "train-000001.tar"
     claim_output(make_plan(configured(source, output)))
     blocked.mkdir()
-    with pytest.raises(DataError, match="1 of 6 shards failed, the first train-000001: IsADirec"):
+    with pytest.raises(DataError, match=r"1 of 6 shards failed, train-000001: IsADirec"):
         run(source, output)
     assert len(list(output.rglob("*.parquet"))) == 5
     blocked.rmdir()
@@ -310,8 +322,8 @@ def test_a_shard_of_nothing_but_rejected_images_leaves_only_its_ledger(tmp_path:
     (source / "cat" / "c.png").symlink_to(tmp_path / "nowhere")
     config = configured(source, tmp_path / "out")
     plan = make_plan(config)
-    report = make_shard(plan.tasks[0], plan.listed.classes, plan.source, plan.output, config)
-    assert (report.accepted, report.rejected) == (0, 3)
+    report = make_shard(plan.tasks[0], plan.images(plan.tasks[0]), plan.source, plan.output, config)
+    assert (report.facts.images, report.rejected) == (0, 3)
     assert [x.name for x in (tmp_path / "out" / "train").iterdir()] == ["train-000000.parquet"]
 
 
@@ -319,6 +331,8 @@ def test_a_shard_of_nothing_but_rejected_images_leaves_only_its_ledger(tmp_path:
     ("changes", "message"),
     [
         ({"image_size": 31}, "image_size 31 is out of range; allowed: 32 to 512"),
+        ({"image_size": "64x600"}, "image_size 64x600 is out of range; allowed: 32 to 512, or two"),
+        ({"image_size": "64x"}, "image_size 64x is out of range"),
         ({"superpixels": 257}, "at most 256; ask for fewer superpixels or larger images"),
         ({"image_format": "png"}, "image_format png is out of range; allowed: rgb or jpg"),
         ({"workers": 0}, "workers 0 is out of range; allowed: from 1"),
@@ -378,6 +392,7 @@ def test_a_job_killed_midway_goes_on_and_writes_the_same_bytes(tmp_path: Path) -
         quiet,
         cli.connect_ray,
     )
+    write_previews(str(whole), read_card(whole))
     assert contents(output) == contents(whole)
     again = job(source, output)
     assert again.returncode == 0
@@ -395,6 +410,32 @@ def test_a_bad_source_gets_one_line_and_exit_code_one(tmp_path: Path) -> None:
         assert message in line
 
 
+def test_the_dashboard_counts_images_rejects_and_shards(
+    made: tuple[Path, Outcome], source: Path, tmp_path: Path
+) -> None:
+    """Of all jobs of this process, read where Prometheus would."""
+
+    def counts() -> dict[str, float]:
+        with urlopen(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        found = re.findall(r"^ray_preprocess_(\w+?)\{.*\} (\S+)$", "\n".join(lines), re.MULTILINE)
+        return {name.removesuffix("_total"): float(value) for name, value in found}
+
+    def wait_for(wanted: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        deadline = time.monotonic() + 30
+        while not wanted(found := counts()):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.1)
+        return found
+
+    before = wait_for(lambda found: found.get("images_to_do") == 0 and "rejected" in found)
+    run(source, tmp_path / "again")
+    after = wait_for(lambda found: found["shards"] == before["shards"] + 6)
+    assert after["images"] - before["images"] == TRAIN + VAL
+    assert after["rejected"] - before["rejected"] == 3
+    assert after["images_to_do"] == 0
+
+
 def test_tiny_imagenet_is_read_whole(tiny_imagenet: Path, tmp_path: Path) -> None:
     config = configured(tiny_imagenet, tmp_path / "out", image_size=64, samples_per_shard=200)
     plan = make_plan(config)
@@ -405,10 +446,11 @@ def test_tiny_imagenet_is_read_whole(tiny_imagenet: Path, tmp_path: Path) -> Non
         "train": 10_000,
         "val": 1000,
     }
-    assert all(len(x.boxes) == 1 for images in plan.listed.images.values() for x in images)
+    for images in plan.listed.images.values():
+        assert pc.all(pc.equal(pc.list_value_length(images["boxes"]), 1)).as_py()
     val = next(task for task in plan.tasks if task.split == "val")
-    report = make_shard(val, plan.listed.classes, plan.source, plan.output, config)
-    assert (report.accepted, report.rejected) == (200, 0)
+    report = make_shard(val, plan.images(val), plan.source, plan.output, config)
+    assert (report.facts.images, report.rejected) == (200, 0)
 
 
 def test_the_plan_file_says_what_the_set_is_made_with(made: tuple[Path, Outcome]) -> None:

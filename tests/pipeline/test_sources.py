@@ -1,28 +1,21 @@
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline.shards import DataError
-from pipeline.sources import SourceImage, find_layout, fit_boxes, list_images, read_annotation
+from pipeline import sources
+from pipeline.files import SourceFiles
+from pipeline.listing import SCHEMA
+from pipeline.sources import Source
+from pipeline.storage import DataError
+from tests.pipeline.annotation_files import xml
 
 
 def touch(root: Path, *paths: str) -> None:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(b"")
-
-
-def xml(wnid: str, *boxes: tuple[int, int, int, int], size: tuple[int, int] = (500, 375)) -> str:
-    objects = "".join(
-        f"<object><name>{wnid}</name><bndbox><xmin>{a}</xmin><ymin>{b}</ymin>"
-        f"<xmax>{c}</xmax><ymax>{d}</ymax></bndbox></object>"
-        for a, b, c, d in boxes
-    )
-    return (
-        f"<annotation><filename>misleading</filename><size><width>{size[0]}</width>"
-        f"<height>{size[1]}</height></size>{objects}</annotation>"
-    )
 
 
 def ilsvrc(root: Path) -> Path:
@@ -41,32 +34,46 @@ def ilsvrc(root: Path) -> Path:
     return root
 
 
-def image(*boxes: tuple[int, int, int, int], size: tuple[int, int] | None = None) -> SourceImage:
-    return SourceImage(
-        split="train", id="a", path="a.jpg", wnid="n1", boxes=boxes, box_size=size, note=None
-    )
+def find_layout(source: Path) -> str:
+    with SourceFiles(str(source)) as files:
+        return sources.find_layout(files)
+
+
+def list_images(source: Path, layout: str) -> Source:
+    with SourceFiles(str(source)) as files:
+        return sources.list_images(files, layout)
+
+
+def rows(source: Source, split: str) -> list[dict[str, Any]]:
+    assert source.images[split].schema == SCHEMA
+    return source.images[split].to_pylist()
 
 
 def test_ilsvrc_takes_val_labels_and_boxes_from_xml_wherever_it_lies(tmp_path: Path) -> None:
     assert find_layout(ilsvrc(tmp_path)) == "ilsvrc"
     source = list_images(tmp_path, "ilsvrc")
     assert source.classes == ("n00000001", "n00000002")
-    assert [x.id for x in source.images["train"]] == ["n00000001_10", "n00000001_9", "n00000002_7"]
-    assert source.images["train"][1].boxes == ((10, 20, 30, 40),)
-    first, second = source.images["val"]
-    assert (first.wnid, first.problem) == ("n00000002", None)
-    assert first.boxes == ((1, 2, 3, 4), (5, 6, 7, 8))
-    assert first.box_size == (500, 375)
-    assert second.wnid is None
-    assert (second.problem or "").startswith("label unknown:")
+    assert [x["id"] for x in rows(source, "train")] == [
+        "n00000001_10",
+        "n00000001_9",
+        "n00000002_7",
+    ]
+    assert [x["label"] for x in rows(source, "train")] == [0, 0, 1]
+    assert rows(source, "train")[1]["boxes"] == [[10, 20, 30, 40]]
+    first, second = rows(source, "val")
+    assert (first["wnid"], first["label"], first["problem"]) == ("n00000002", 1, None)
+    assert first["boxes"] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert (first["box_width"], first["box_height"]) == (500, 375)
+    assert (second["wnid"], second["label"]) == (None, None)
+    assert second["problem"].startswith("label unknown:")
 
 
 def test_ilsvrc_val_in_class_folders_is_labelled_by_them(tmp_path: Path) -> None:
     touch(tmp_path, "train/n00000001/n00000001_1.JPEG", "val/n00000001/v1.JPEG", "val/n9/v0.JPEG")
     source = list_images(tmp_path, find_layout(tmp_path))
-    assert [(x.id, x.wnid, x.problem) for x in source.images["val"]] == [
-        ("v0", "n9", "label unknown: no train image has class n9"),
-        ("v1", "n00000001", None),
+    assert [(x["id"], x["wnid"], x["label"], x["problem"]) for x in rows(source, "val")] == [
+        ("v0", "n9", None, "label unknown: no train image has class n9"),
+        ("v1", "n00000001", 0, None),
     ]
 
 
@@ -89,7 +96,7 @@ def test_two_annotations_that_disagree_are_refused(tmp_path: Path) -> None:
 def test_a_link_to_a_folder_above_does_not_trap_the_search(tmp_path: Path) -> None:
     ilsvrc(tmp_path)
     (tmp_path / "loop").symlink_to(tmp_path)
-    assert len(list_images(tmp_path, "ilsvrc").images["train"]) == 3
+    assert len(rows(list_images(tmp_path, "ilsvrc"), "train")) == 3
 
 
 def test_tiny_imagenet_lists_boxes_and_every_odd_image(tmp_path: Path) -> None:
@@ -103,16 +110,49 @@ def test_tiny_imagenet_lists_boxes_and_every_odd_image(tmp_path: Path) -> None:
     )
     assert find_layout(tmp_path) == "tiny-imagenet"
     source = list_images(tmp_path, "tiny-imagenet")
-    boxed, plain, broken = source.images["train"]
-    assert (boxed.boxes, boxed.path) == (((0, 10, 63, 58),), "train/n1/images/n1_0.JPEG")
-    assert (plain.boxes, plain.note, plain.problem) == ((), None, None)
-    assert (broken.boxes, broken.problem) == ((), None)
-    assert broken.note == "box dropped: not four whole numbers (1 x 3 4)"
-    assert [(x.id, (x.problem or "fine").split(":")[0]) for x in source.images["val"]] == [
+    boxed, plain, broken = rows(source, "train")
+    assert (boxed["boxes"], boxed["path"]) == ([[0, 10, 63, 58]], "train/n1/images/n1_0.JPEG")
+    assert (plain["boxes"], plain["note"], plain["problem"]) == ([], None, None)
+    assert (broken["boxes"], broken["problem"]) == ([], None)
+    assert broken["note"] == "box dropped: not four whole numbers (1 x 3 4)"
+    assert [(x["id"], (x["problem"] or "fine").split(":")[0]) for x in rows(source, "val")] == [
         ("val_0", "fine"),
         ("val_1", "file missing"),
         ("val_2", "label unknown"),
     ]
+
+
+@pytest.mark.parametrize("root", ["", "CUB_200_2011/"])
+def test_cub_lists_boxes_classes_and_every_odd_image(root: str, tmp_path: Path) -> None:
+    lists = {
+        "images.txt": "1 001.Crow/A_1.jpg\n2 001.Crow/A_2.jpg\n3 002.Jay/B.jpg\n4 002.Jay/C.jpg\n",
+        "image_class_labels.txt": "1 1\n2 1\n3 2\n4 9\n",
+        "classes.txt": "1 001.Crow\n2 002.Jay_Blue\n",
+        "train_test_split.txt": "1 1\n2 0\n3 1\n4 1\n",
+        "bounding_boxes.txt": "1 60.0 27.0 325.0 304.0\n2 0.5 1.2 10.0 9.0\n3 1 x 3 4\n",
+    }
+    for name, text in lists.items():
+        touch(tmp_path, root + name)
+        (tmp_path / root / name).write_text(text)
+    present = ("001.Crow/A_1.jpg", "001.Crow/A_2.jpg", "002.Jay/C.jpg", "002.Jay/D.jpg")
+    touch(tmp_path, *(f"{root}images/{name}" for name in present))
+    assert find_layout(tmp_path) == "cub"
+    source = list_images(tmp_path, "cub")
+    assert source.classes == ("001.Crow", "002.Jay_Blue")
+    assert source.class_names == ("Crow", "Jay Blue")
+    (val,) = rows(source, "val")
+    # From x, y, width, height: pixels 0.5 to 10.5 and 1.2 to 10.2 are touched.
+    assert (val["id"], val["label"], val["boxes"]) == ("001.Crow/A_2.jpg", 0, [[0, 1, 10, 10]])
+    train = {row["id"]: row for row in rows(source, "train")}
+    assert train["001.Crow/A_1.jpg"]["boxes"] == [[60, 27, 384, 330]]
+    assert train["001.Crow/A_1.jpg"]["path"] == f"{root}images/001.Crow/A_1.jpg"
+    assert train["002.Jay/B.jpg"]["note"] == "box dropped: not four numbers (1 x 3 4)"
+    assert {name: (row["problem"] or "fine").split(":")[0] for name, row in train.items()} == {
+        "001.Crow/A_1.jpg": "fine",
+        "002.Jay/B.jpg": "file missing",
+        "002.Jay/C.jpg": "label unknown",
+        "002.Jay/D.jpg": "label unknown",
+    }
 
 
 def test_class_folders_become_a_train_split(tmp_path: Path) -> None:
@@ -121,32 +161,32 @@ def test_class_folders_become_a_train_split(tmp_path: Path) -> None:
     source = list_images(tmp_path, "folders")
     assert source.classes == ("cat", "dog")
     assert list(source.images) == ["train"]
-    assert [x.id for x in source.images["train"]] == ["cat/0.WEBP", "cat/1.jpg", "dog/1.png"]
+    assert [x["id"] for x in rows(source, "train")] == ["cat/0.WEBP", "cat/1.jpg", "dog/1.png"]
 
 
 def test_a_stray_image_beside_the_classes_does_not_change_the_layout(tmp_path: Path) -> None:
     touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg", "train/preview.jpg")
     source = list_images(tmp_path, find_layout(tmp_path))
     assert source.classes == ("cat", "dog")
-    assert [x.path for x in source.images["train"]] == ["train/cat/1.jpg", "train/dog/1.jpg"]
-    assert [x.path for x in source.images["val"]] == ["val/dog/2.jpg"]
+    assert [x["path"] for x in rows(source, "train")] == ["train/cat/1.jpg", "train/dog/1.jpg"]
+    assert [x["path"] for x in rows(source, "val")] == ["val/dog/2.jpg"]
 
 
 def test_class_folders_below_train_and_val_keep_their_split(tmp_path: Path) -> None:
     touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg")
     assert find_layout(tmp_path) == "folders"
     source = list_images(tmp_path, "folders")
-    assert [x.path for x in source.images["train"]] == ["train/cat/1.jpg", "train/dog/1.jpg"]
-    assert [x.path for x in source.images["val"]] == ["val/dog/2.jpg"]
+    assert [x["path"] for x in rows(source, "train")] == ["train/cat/1.jpg", "train/dog/1.jpg"]
+    assert [x["path"] for x in rows(source, "val")] == ["val/dog/2.jpg"]
 
 
 def test_a_name_that_is_not_utf8_is_listed_with_its_problem(tmp_path: Path) -> None:
     touch(tmp_path, "cat/a.jpg")
     (tmp_path / "cat" / os.fsdecode(b"b\xff.jpg")).write_bytes(b"")
-    good, bad = list_images(tmp_path, "folders").images["train"]
-    assert good.problem is None
-    assert bad.problem == "file name is not UTF-8: rename it"
-    assert bad.path.encode() == b"cat/b\\udcff.jpg"
+    good, bad = rows(list_images(tmp_path, "folders"), "train")
+    assert good["problem"] is None
+    assert (bad["problem"], bad["label"]) == ("file name is not UTF-8: rename it", None)
+    assert bad["path"] == "cat/b\\udcff.jpg"
 
 
 @pytest.mark.parametrize(
@@ -170,58 +210,3 @@ def test_a_source_that_cannot_be_used_is_named_with_the_remedy(
 def test_an_unknown_layout_is_refused_with_those_known(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"'coco' is unknown; allowed: auto, ilsvrc"):
         list_images(tmp_path, "coco")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><annotation><object><name>&x;'
-        "</name></object></annotation>",
-        '<!DOCTYPE a [<!ENTITY x "y"><!ENTITY z "&x;&x;&x;">]><annotation>&z;</annotation>',
-        "<annotation><object>",
-        "",
-        '<?xml version="1.0" encoding="nonsense"?><annotation/>',
-    ],
-)
-def test_an_annotation_that_cannot_be_trusted_gives_only_a_note(text: str) -> None:
-    annotation = read_annotation(text.encode())
-    assert (annotation.wnid, annotation.boxes) == (None, ())
-    assert (annotation.note or "").startswith("annotation does not parse")
-
-
-def test_objects_of_different_classes_give_no_label_but_keep_their_boxes() -> None:
-    text = xml("n1", (1, 2, 3, 4), (5, 6, 7, 8)).replace("<name>n1", "<name>n2", 1)
-    annotation = read_annotation(text.encode())
-    assert annotation.wnid is None
-    assert len(annotation.boxes) == 2
-
-
-def test_a_box_without_numbers_is_dropped_and_the_others_kept() -> None:
-    text = xml("n1", (1, 2, 3, 4), (5, 6, 7, 8)).replace("<ymin>2<", "<ymin>inf<")
-    annotation = read_annotation(text.encode())
-    assert annotation.boxes == ((5, 6, 7, 8),)
-    assert annotation.note == "box 0 dropped: not four whole numbers (1 inf 3 4)"
-
-
-def test_boxes_inside_the_image_stay_as_they_are_without_a_note() -> None:
-    assert fit_boxes(image((0, 0, 99, 49), (5, 5, 5, 5)), 100, 50) == (
-        [[0, 0, 99, 49], [5, 5, 5, 5]],
-        None,
-    )
-
-
-def test_bad_boxes_are_clipped_or_dropped_with_a_note() -> None:
-    boxes, note = fit_boxes(image((9, 2, 3, 4), (-5, 10, 100, 49), (100, 0, 120, 9)), 100, 50)
-    assert boxes == [[0, 10, 99, 49]]
-    assert note == (
-        "box 0 dropped: minimum above maximum (9, 2, 3, 4); "
-        "box 1 clipped to the image: was (-5, 10, 100, 49); "
-        "box 2 dropped: outside the image (100, 0, 120, 9)"
-    )
-
-
-def test_boxes_annotated_at_another_size_are_scaled_by_their_edges() -> None:
-    # Pixels 10..19 of 100 cover [0.1, 0.2) of the width: pixels 20..39 of 200, 5..9 of 50.
-    boxes, note = fit_boxes(image((10, 10, 19, 19), (0, 0, 99, 99), size=(100, 100)), 200, 50)
-    assert boxes == [[20, 5, 39, 9], [0, 0, 199, 49]]
-    assert note == "boxes scaled from the annotated 100x100 to the file's 200x50"

@@ -1,5 +1,7 @@
+import re
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -140,3 +142,99 @@ def test_a_uri_that_nothing_opens_is_one_line(place: str) -> None:
 def test_a_folder_in_place_of_a_file_is_an_error_of_the_disk(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         storage.read_bytes(tmp_path)
+
+
+def objects(endpoint: str, folder: str) -> dict[str, int]:
+    """Size of every object below a folder of the bucket, by key."""
+    # Not by pyarrow, which another thread may be waiting in for the answer that asks this.
+    with urlopen(f"{endpoint}/{remote.BUCKET}?list-type=2&prefix={folder}/") as answer:
+        text = answer.read().decode()
+    keys, sizes = (re.findall(f"<{tag}>(.*?)</{tag}>", text) for tag in ("Key", "Size"))
+    return dict(zip(keys, map(int, sizes), strict=True))
+
+
+LARGE = bytes(range(256)) * (12 << 12)  # 12 MiB: several parts of one upload
+
+
+def write_half(place: str | Path) -> None:
+    with storage.atomic_file(place) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("content", [b"", b"small", LARGE])
+def test_what_is_written_is_read_here_and_on_s3(
+    s3_endpoint: str, tmp_path: Path, content: bytes
+) -> None:
+    for place in (str(tmp_path / "a"), remote.uri(s3_endpoint, f"written/{len(content)}")):
+        assert not storage.is_file(place)
+        storage.write_atomically(place, memoryview(content))
+        assert storage.is_file(place)
+        assert storage.read_bytes(place) == content
+        with storage.atomic_file(place) as file:
+            for start in range(0, len(content), 1 << 20):
+                file.write(content[start : start + (1 << 20)])
+            file.write(b"!")
+        assert storage.read_bytes(place) == content + b"!"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("content", [b"small", LARGE])
+@pytest.mark.parametrize("fails", [0, 1, 2])
+def test_an_upload_that_fails_shows_nothing_and_is_repeated(
+    s3_endpoint: str, proxy: Proxy, quick: None, content: bytes, fails: int
+) -> None:
+    """The first, second or third request of an upload is refused once, then once more."""
+    requests = 0
+    broken = {fails, fails + 3}
+    seen: list[dict[str, int]] = []
+    folder = f"failing/{len(content)}-{fails}"
+
+    def fault(method: str, name: str, before: int) -> int | None:
+        nonlocal requests
+        if method not in ("PUT", "POST"):
+            return None
+        requests += 1
+        seen.append(objects(s3_endpoint, folder))
+        return 503 if requests - 1 in broken else None
+
+    proxy.fault = fault
+    storage.write_atomically(remote.uri(proxy.endpoint, f"{folder}/a"), content)
+    assert all(found == {} for found in seen)
+    assert objects(s3_endpoint, folder) == {f"{folder}/a": len(content)}
+
+
+def test_a_write_that_cannot_succeed_is_an_error_and_leaves_what_was_there(
+    s3_endpoint: str, proxy: Proxy, quick: None
+) -> None:
+    place = remote.uri(proxy.endpoint, "kept/a")
+    storage.write_atomically(place, b"old")
+    proxy.fault = lambda method, name, before: 503 if method in ("PUT", "POST") else None
+    for content in (b"new", LARGE):
+        with pytest.raises(DataError, match=r"cannot be reached .* tried 4 times"):
+            storage.write_atomically(place, content)
+    proxy.fault = lambda method, name, before: 403 if method in ("PUT", "POST") else None
+    with pytest.raises(DataError, match="is denied"):
+        storage.write_atomically(place, b"new")
+    with pytest.raises(ZeroDivisionError):
+        write_half(place)
+    assert objects(s3_endpoint, "kept") == {"kept/a": 3}
+
+
+def test_a_file_whose_writer_raises_is_as_before_and_temporaries_can_be_removed(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError):
+        write_half(path)
+    assert [(x.name, x.read_bytes()) for x in tmp_path.iterdir()] == [("a", b"old")]
+    (tmp_path / ".a.0f0f0f0f.tmp").write_bytes(b"left by a killed process")
+    storage.remove_temporaries(tmp_path)
+    assert [x.name for x in tmp_path.iterdir()] == ["a"]
+
+
+def test_names_and_suffixes_of_places() -> None:
+    for place, name in (("sets/a.b.tar", "a.b.idx"), ("s3://b/x/a%20b.tar?region=r", "a b.idx")):
+        assert storage.name(storage.with_suffix(place, ".idx")) == name
+    assert storage.with_suffix("s3://b/a.tar?region=r", ".idx") == "s3://b/a.idx?region=r"

@@ -1,0 +1,112 @@
+"""Boxes of images: read from XML files, and fitted to the pixels of the image they belong to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+SHOWN = 60  # characters of others' text that a note shows
+MAX_WNID = 100  # characters; what is longer is no class
+
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Annotation:
+    """What one XML file says: the image's wnid (None where its objects disagree or there are
+    none), boxes, the (width, height) they refer to, and what could not be read."""
+
+    wnid: str | None = None
+    boxes: tuple[Box, ...] = ()
+    box_size: tuple[int, int] | None = None
+    note: str | None = None
+
+
+def read_annotation(data: bytes) -> Annotation:
+    """The content of one PASCAL-style XML file. Never raises: `note` says what was wrong.
+
+    A document type declaration is refused, so no entity, external or nested, is ever expanded.
+    """
+    try:
+        root = ElementTree.fromstring(data, ElementTree.XMLParser(target=_PlainTreeBuilder()))
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        return Annotation(note=f"annotation does not parse: {error}")
+    boxes, notes = [], []
+    for number, element in enumerate(root.iterfind("object/bndbox")):
+        texts = [element.findtext(tag, "") for tag in ("xmin", "ymin", "xmax", "ymax")]
+        box, note = parse_box(texts)
+        if box is not None:
+            boxes.append(box)
+        if note is not None:
+            notes.append(f"box {number} dropped: {note}")
+    wnids = {name.strip() for name in (x.findtext("name", "") for x in root.iterfind("object"))}
+    wnid = min(wnids, default="")
+    width, height = (_integer(root.findtext(f"size/{tag}", "")) for tag in ("width", "height"))
+    return Annotation(
+        wnid=wnid if len(wnids) == 1 and 0 < len(wnid) <= MAX_WNID else None,
+        boxes=tuple(boxes),
+        box_size=(width, height) if width and height and min(width, height) > 0 else None,
+        note="; ".join(notes) or None,
+    )
+
+
+def parse_box(texts: Sequence[str]) -> tuple[Box | None, str | None]:
+    """Four numbers as whole pixels, or why they are none."""
+    numbers = [_integer(text) for text in texts]
+    if len(numbers) != 4 or None in numbers:
+        return None, f"not four whole numbers ({' '.join(texts)[:SHOWN]})"
+    x0, y0, x1, y1 = (number or 0 for number in numbers)
+    return (x0, y0, x1, y1), None
+
+
+def fit_boxes(
+    boxes: Sequence[Sequence[int]], box_size: tuple[int, int] | None, width: int, height: int
+) -> tuple[list[list[int]], str | None]:
+    """Boxes as inclusive pixels of a file of `width` x `height`, and a note.
+
+    boxes: [x0, y0, x1, y1] of an image of `box_size` (width, height), of the file where it is
+    None. Boxes annotated at another size are scaled; what reaches over the edge is clipped; a box
+    with its minimum above its maximum, or wholly outside, is dropped. The note tells of each.
+    """
+    fitted, notes = [], []
+    scale_x, scale_y = 1.0, 1.0
+    if box_size not in (None, (width, height)):
+        annotated_width, annotated_height = box_size or (width, height)
+        scale_x, scale_y = width / annotated_width, height / annotated_height
+        if boxes:
+            notes.append(
+                f"boxes scaled from the annotated {annotated_width}x{annotated_height} "
+                f"to the file's {width}x{height}"
+            )
+    for number, (x0, y0, x1, y1) in enumerate(boxes):
+        if x0 > x1 or y0 > y1:
+            notes.append(f"box {number} dropped: minimum above maximum ({x0}, {y0}, {x1}, {y1})")
+            continue
+        # A pixel spans [x, x + 1): edges scale, so an inclusive maximum moves by its far edge.
+        scaled = [
+            int(x0 * scale_x),
+            int(y0 * scale_y),
+            max(int(x0 * scale_x), round((x1 + 1) * scale_x) - 1),
+            max(int(y0 * scale_y), round((y1 + 1) * scale_y) - 1),
+        ]
+        if scaled[0] >= width or scaled[1] >= height or scaled[2] < 0 or scaled[3] < 0:
+            notes.append(f"box {number} dropped: outside the image ({x0}, {y0}, {x1}, {y1})")
+            continue
+        limits = (width - 1, height - 1) * 2
+        clipped = [min(max(v, 0), limit) for v, limit in zip(scaled, limits, strict=True)]
+        if clipped != scaled:
+            notes.append(f"box {number} clipped to the image: was ({x0}, {y0}, {x1}, {y1})")
+        fitted.append(clipped)
+    return fitted, "; ".join(notes) or None
+
+
+class _PlainTreeBuilder(ElementTree.TreeBuilder):
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:  # noqa: ARG002
+        raise ValueError("it declares a document type, which annotations have no use for")
+
+
+def _integer(text: str) -> int | None:
+    try:
+        value = float(text)  # some annotation tools write 12.0
+        return int(value) if abs(value) < 2**31 else None
+    except ValueError:
+        return None

@@ -1,0 +1,64 @@
+"""Area averaging in integers: what OpenCV's INTER_AREA computes, at a fifth of its time.
+
+Only this compiles with numba, so that a driver, which shrinks nothing, does not load it.
+"""
+
+from functools import lru_cache
+
+import cv2
+import numba
+import numpy as np
+
+WEIGHT_BITS = 15  # of a source pixel's share in an output pixel
+KEPT_BITS = 7  # of fractions of a grey level between the two passes: 15 + 15 bits fit an int32
+
+
+def shrink(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [h, w, 3] -> uint8 [height, width, 3], each output pixel the mean of the area it
+    covers; height <= h and width <= w.
+
+    Rows are averaged first, then, transposed, columns: so both passes run along memory.
+    """
+    h, w = pixels.shape[:2]
+    rows = np.empty((height, w, 3), np.uint16)
+    drop = WEIGHT_BITS - KEPT_BITS
+    _average(pixels.reshape(h, -1), *_shares(h, height), drop, rows.reshape(height, -1))
+    columns = cv2.transpose(rows)
+    turned = np.empty((width, height, 3), np.uint8)
+    drop = WEIGHT_BITS + KEPT_BITS
+    _average(columns.reshape(w, -1), *_shares(w, width), drop, turned.reshape(width, -1))
+    return cv2.transpose(turned)
+
+
+@lru_cache(256)
+def _shares(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `wanted` outputs along an axis of `size` pixels: the first pixel it covers, how
+    many, and their shares in units of 2**-WEIGHT_BITS, which add up to one; int32."""
+    edges = np.arange(wanted + 1, dtype=np.int64) * size  # in units of 1 / wanted of a pixel
+    first, last = edges[:-1] // wanted, -(-edges[1:] // wanted)
+    pixel = first[:, None] + np.arange((last - first).max())
+    ends = np.clip((pixel + 1) * wanted, edges[:-1, None], edges[1:, None]) - edges[:-1, None]
+    # The shares are differences of rounded sums, so that rounding cannot change their sum.
+    sums = (2 * ends * 2**WEIGHT_BITS + size) // (2 * size)
+    shares = np.diff(sums, axis=1, prepend=0)
+    return first.astype(np.int32), (last - first).astype(np.int32), shares.astype(np.int32)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _average(source, first, count, shares, drop, out):  # type: ignore[no-untyped-def]
+    """Row j of `out` is the weighted sum of `count[j]` rows of `source` from `first[j]` on, rounded
+    to `drop` bits less; int32 throughout, which vectorizes."""
+    values = source.shape[1]
+    total = np.empty(values, np.int32)
+    shift, half = np.int32(drop), np.int32(1 << (drop - 1))
+    for j in range(out.shape[0]):
+        row, share = source[first[j]], np.int32(shares[j, 0])
+        for i in range(values):
+            total[i] = np.int32(share * np.int32(row[i])) + half
+        for k in range(1, count[j]):
+            row, share = source[first[j] + k], np.int32(shares[j, k])
+            for i in range(values):
+                total[i] += np.int32(share * np.int32(row[i]))
+        target = out[j]
+        for i in range(values):
+            target[i] = total[i] >> shift

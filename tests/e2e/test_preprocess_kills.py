@@ -1,0 +1,230 @@
+"""Preprocessing whose driver, workers or nodes are killed at any moment writes the same bytes."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+from pyarrow import fs
+
+from jobs import cli
+from jobs.preprocess import main
+from pipeline.plan import PreprocessConfig
+from pipeline.preprocess import Progress, preprocess
+from pipeline.shards import DataError
+from pipeline.synthetic import SyntheticConfig, write_synthetic
+from tests import remote
+from tests.e2e.commands import ROOT, environment, run
+
+pytestmark = pytest.mark.e2e
+TRAIN, VAL, PER_SHARD = 1500, 100, 25
+
+NODES = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+from pipeline.plan import PreprocessConfig
+from pipeline.preprocess import preprocess
+
+source, output = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+doomed = cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
+cluster.wait_for_nodes()
+killed = []
+
+def show(progress):
+    if progress.done >= 300 and not killed:
+        killed.append(progress.done)
+        cluster.remove_node(doomed, allow_graceful=False)
+
+config = PreprocessConfig(source=source, output=output, samples_per_shard=25)
+outcome = preprocess(config, show, lambda: None)
+assert killed and killed[0] < outcome.progress.total, killed
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kills") / "images"
+    write_synthetic(folder, SyntheticConfig(train_images=TRAIN, val_images=VAL))
+    return folder
+
+
+def quiet(progress: Progress) -> None:
+    assert progress.resumed + progress.done <= progress.total
+
+
+@pytest.fixture(scope="module")
+def whole(images: Path, ray_local: None) -> dict[str, bytes]:
+    """The files of a set that nobody interrupted."""
+    main([*flags(images, images.parent / "whole")])
+    return contents(images.parent / "whole")
+
+
+def flags(source: Path, output: Path | str) -> list[str]:
+    values = ("--source", source, "--output", output, "--samples-per-shard", PER_SHARD)
+    return [str(value) for value in values]
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    """Bytes of every file, temporary ones too."""
+    paths = (path for path in output.rglob("*") if path.is_file())
+    return {str(path.relative_to(output)): path.read_bytes() for path in paths}
+
+
+def parts(output: Path) -> int:
+    return len(list(output.glob("*/*.parquet")))
+
+
+def kill_driver_when(condition: Callable[[], bool], arguments: list[str]) -> None:
+    """Start the job on the tests' Ray and SIGKILL its driver alone once `condition` holds."""
+    token = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
+    address = ray.get_runtime_context().gcs_address
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.preprocess", *arguments],
+        cwd=ROOT,
+        env=environment(**token, RAY_ADDRESS=address),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert process.stderr is not None
+    process.stderr.close()
+
+
+def test_a_driver_killed_at_many_moments_goes_on_with_the_same_bytes(
+    images: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "shards"
+    moments: list[Callable[[], bool]] = [
+        lambda: (output / "plan.json").exists(),
+        lambda: parts(output) >= 1,
+        lambda: parts(output) >= 20,
+        lambda: any(output.glob("*/.*.tmp")) and parts(output) >= 35,
+        lambda: (output / "ledger.parquet").exists() or any(output.glob(".ledger*.tmp")),
+    ]
+    for moment in moments:
+        before = {path: path.stat().st_mtime_ns for path in output.glob("*/*.parquet")}
+        kill_driver_when(moment, flags(images, output))
+        assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+    (output / "dataset.json").unlink(missing_ok=True)  # the last kill may have come too late
+    main(flags(images, output))
+    assert contents(output) == whole
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    main(flags(images, output))
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+
+def workers() -> list[int]:
+    """Processes of this test's Ray in which a shard is being made."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if (path / "cmdline").read_bytes().startswith(b"ray::make_shard"):
+                raylet = (path / "stat").read_text().rpartition(")")[2].split()[1]
+                above = Path(f"/proc/{raylet}/stat").read_text().rpartition(")")[2].split()[1]
+                if int(above) == os.getpid():
+                    found.append(int(path.name))
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def test_workers_killed_within_a_shard_are_replaced(
+    images: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    killed: list[int] = []
+    stopped = threading.Event()
+
+    def killer() -> None:
+        while len(killed) < 3 and not stopped.wait(0.3):  # four attempts at a shard
+            for process in workers()[:1]:
+                os.kill(process, signal.SIGKILL)
+                killed.append(process)
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    try:
+        main(flags(images, tmp_path / "shards"))
+    finally:
+        stopped.set()
+        thread.join()
+    assert killed
+    assert contents(tmp_path / "shards") == whole
+
+
+def test_a_killed_node_s_shards_are_made_on_another(
+    images: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "shards"
+    result = subprocess.run(
+        [sys.executable, "-c", NODES, str(images), str(output)],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert contents(output) == {k: v for k, v in whole.items() if not k.endswith(".html")}
+
+
+def test_a_second_driver_on_the_same_output_is_refused(images: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "shards")
+    config = PreprocessConfig(source=str(images), output=output, samples_per_shard=PER_SHARD)
+    refused: list[int] = []
+
+    def show(progress: Progress) -> None:
+        if not refused:
+            with pytest.raises(DataError, match=r"another jobs\.preprocess is at work on"):
+                preprocess(config, quiet, cli.connect_ray)
+            refused.append(progress.done)
+
+    preprocess(config, show, cli.connect_ray)
+    assert refused
+
+
+def test_a_set_is_made_on_object_storage_whoever_is_killed_and_inspected_there(
+    images: Path, whole: dict[str, bytes], s3_endpoint: str, tmp_path: Path
+) -> None:
+    place = remote.uri(s3_endpoint, "made")
+    system = remote.client(s3_endpoint)
+
+    def objects() -> dict[str, int]:
+        selector = fs.FileSelector("sets/made", recursive=True, allow_not_found=True)
+        found = system.get_file_info(selector)
+        return {info.path.removeprefix("sets/made/"): info.size for info in found if info.is_file}
+
+    kill_driver_when(
+        lambda: sum(name.endswith(".parquet") for name in objects()) >= 5, flags(images, place)
+    )
+    assert "dataset.json" not in objects()
+    main(flags(images, place))
+    fs.copy_files("sets/made", str(tmp_path), source_filesystem=system)
+    made = contents(tmp_path)
+    card = made.pop("dataset.json")
+    assert card == whole["dataset.json"]
+    assert made == {name: data for name, data in whole.items() if name != "dataset.json"}
+    shutil.rmtree(tmp_path)
+    result = run(
+        *("-m", "jobs.inspect", "--data", place, "--output", str(tmp_path / "inspected")),
+        *("--cache", str(tmp_path / "cache"), "--seconds", "0.1"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "images/s" in result.stdout

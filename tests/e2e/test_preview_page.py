@@ -1,0 +1,49 @@
+"""A split's page in a real browser: at desktop and phone width, in light and dark."""
+
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from jobs.preview import render
+from pipeline.shards import read_card
+from tests.e2e.test_report_page import CONTRASTS, EXECUTABLE, LEAST_CONTRAST
+
+pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no browser in PATH; `make browser`")
+
+PANELS = """() => [...document.querySelectorAll(".panel")].map(panel => {
+  const [image, drawn] = [panel.querySelector("img"), panel.querySelector("svg")];
+  const place = e => { const r = e.getBoundingClientRect();
+                       return [r.left, r.top, r.width, r.height].map(Math.round); };
+  return [image.naturalWidth, place(image), place(drawn), drawn.childElementCount];
+})"""
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_fits_reads_well_and_asks_for_nothing(
+    small_set: Path, tmp_path: Path, width: int, scheme: str
+) -> None:
+    page_file = tmp_path / "preview.html"
+    page_file.write_text(render(str(small_set), read_card(small_set), "train"))
+    requests: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=EXECUTABLE, args=["--no-sandbox"])
+        page = browser.new_page(
+            viewport={"width": width, "height": 800},
+            color_scheme="dark" if scheme == "dark" else "light",
+        )
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(page_file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        panels = page.evaluate(PANELS)
+        contrasts = page.evaluate(CONTRASTS)
+        browser.close()
+    assert [url for url in requests if not url.startswith("data:")] == [page_file.as_uri()]
+    assert len(panels) == 2 * 24
+    for natural, image, drawn, children in panels:
+        assert natural == 32
+        assert image == drawn
+        assert min(image[2:]) > 100
+        assert children >= 2  # a box or the borders, each with its dark edge
+    assert len(contrasts) > 80
+    assert [found for found in contrasts if found[0] < LEAST_CONTRAST] == []
