@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,19 +9,19 @@ import torch
 
 from jobs.cli import UserError, duration
 from jobs.train import check_data, claim_output
-from jobs.training import LAG, Trainer, model_config
+from jobs.training import LAG, Trainer, checkpoint, model_config, resume
+from jobs.training_config import TrainConfig
 from jobs.training_log import METRICS_NAME, TrainingLog, line, waiting_summary
 from jobs.training_state import (
-    TrainConfig,
     TrainingError,
     adversarial_factor,
-    restore_state,
-    save_state,
+    state_numbers,
+    state_tensors,
     warmup_factor,
 )
 from pipeline.augmentation import Augmentation
 from pipeline.cache import GIB, cached_bytes
-from pipeline.loader import train_batches
+from pipeline.loader import Batch, train_batches
 from pipeline.shards import DataError, read_card
 
 CPU = torch.device("cpu")
@@ -45,9 +46,9 @@ def new_trainer(config: TrainConfig) -> Trainer:
     return Trainer(config, model_config(config, card), card, CPU, ranks=1)
 
 
-def train_epochs(trainer: Trainer, epochs: int) -> None:
+def batches_for(trainer: Trainer) -> Iterator[Batch]:
     config = trainer.config
-    batches = train_batches(
+    return train_batches(
         config.data,
         read_card(config.data),
         batch_size=config.batch_size,
@@ -58,8 +59,16 @@ def train_epochs(trainer: Trainer, epochs: int) -> None:
         augmentation=Augmentation(),
         device=CPU,
     )
-    for _ in range(epochs):
-        trainer.train_epoch(batches)
+
+
+def train_steps(trainer: Trainer, steps: int) -> None:
+    batches = batches_for(trainer)
+    for _ in range(steps):
+        trainer.train_step(batches)
+
+
+def train_epochs(trainer: Trainer, epochs: int) -> None:
+    train_steps(trainer, epochs * trainer.epoch_steps)
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
@@ -67,22 +76,88 @@ def weights(trainer: Trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for net in nets for p in net.parameters()])
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_resumed_training_equals_the_uninterrupted_one_to_the_last_bit(
-    small_set: Path, tmp_path: Path, stop: int
+def everything(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict]:
+    """All that a checkpoint holds, but for times."""
+    numbers = state_numbers(trainer.state)
+    for name in ("interval", "epoch"):
+        for time in ("seconds", "waiting", "first_batch"):
+            del numbers[name][time]
+    return state_tensors(trainer.state), numbers
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_set: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    trainer = new_trainer(config_for(small_set))
+    train_steps(trainer, 15)  # of 16: in the middle of an epoch, with numbers still pending
+    return everything(trainer)
+
+
+@pytest.mark.parametrize("stop", range(1, 15))
+def test_a_training_stopped_at_any_step_and_resumed_equals_the_uninterrupted_one_to_the_last_bit(
+    uninterrupted: tuple, small_set: Path, tmp_path: Path, stop: int
 ) -> None:
-    whole = new_trainer(config_for(small_set))
-    train_epochs(whole, 4)
-    first = new_trainer(config_for(small_set))
-    train_epochs(first, stop)
-    save_state(tmp_path, first.state)
-    second = new_trainer(config_for(small_set))
-    restore_state(tmp_path, second.state)
-    train_epochs(second, 4 - stop)
-    assert second.state.step == whole.state.step
-    assert second.state.controller == whole.state.controller
-    assert second.state.target == whole.state.target
-    assert torch.equal(weights(second), weights(whole))
+    config = config_for(small_set, output=tmp_path)
+    first = new_trainer(config)
+    train_steps(first, stop)
+    checkpoint(first)
+    second = new_trainer(config)
+    assert resume(second) == [f"went on from the checkpoint of step {stop}"]
+    train_steps(second, 15 - stop)
+    tensors, numbers = everything(second)
+    assert numbers == uninterrupted[1]
+    assert tensors.keys() == uninterrupted[0].keys()
+    assert all(torch.equal(tensors[name], uninterrupted[0][name]) for name in tensors)
+
+
+def test_writing_checkpoints_changes_no_bit(
+    uninterrupted: tuple, small_set: Path, tmp_path: Path
+) -> None:
+    trainer = new_trainer(config_for(small_set, output=tmp_path, checkpoint_interval=3))
+    batches = batches_for(trainer)
+    kept = []
+    for _ in range(15):
+        trainer.train_step(batches)
+        if trainer.at_checkpoint:
+            checkpoint(trainer)
+            kept.append(trainer.state.step)
+    assert kept == [3, 4, 6, 8, 9, 12, 15]
+    tensors, numbers = everything(trainer)
+    assert numbers == uninterrupted[1]
+    assert all(torch.equal(tensors[name], uninterrupted[0][name]) for name in tensors)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000000012",
+        "step-000000015",
+    ]
+
+
+def test_a_resumed_log_equals_the_uninterrupted_one_but_for_times(
+    small_set: Path, tmp_path: Path
+) -> None:
+    def lines(run: Path) -> list[dict]:
+        timed = {"seconds", "images_per_second", "waiting", "first_batch_seconds", "eta_seconds"}
+        found = [json.loads(text) for text in (run / METRICS_NAME).read_text().splitlines()]
+        return [{k: v for k, v in values.items() if k not in timed} for values in found]
+
+    config = config_for(small_set, output=tmp_path / "stopped", log_interval=3)
+    whole = new_trainer(config)
+    (tmp_path / "whole").mkdir()
+    whole.log = TrainingLog(tmp_path / "whole", 0)
+    train_steps(whole, 16)
+    whole.log.close()
+    first = new_trainer(config)
+    (tmp_path / "stopped").mkdir()
+    first.log = TrainingLog(tmp_path / "stopped", 0)
+    train_steps(first, 9)
+    assert len(first.state.pending) == 1  # so the line of step 9 is not yet written
+    checkpoint(first)
+    train_steps(first, 4)  # lost, but for their lines
+    first.log.close()
+    second = new_trainer(config)
+    resume(second)
+    second.log = TrainingLog(tmp_path / "stopped", second.read_step)
+    train_steps(second, 7)
+    second.log.close()
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
 
 def test_the_same_seed_trains_the_same_nets_and_another_seed_others(small_set: Path) -> None:
@@ -115,9 +190,9 @@ def test_below_the_target_both_nets_train_once_the_first_numbers_are_read(
 ) -> None:
     trainer = new_trainer(config_for(small_set, target=1 - 1e-9))
     train_epochs(trainer, 3)
-    assert trainer.epoch.joint_steps == trainer.epoch_steps - LAG
+    assert trainer.state.epoch.joint_steps == trainer.epoch_steps - LAG
     train_epochs(trainer, 1)
-    assert trainer.epoch.joint_steps == trainer.epoch_steps
+    assert trainer.state.epoch.joint_steps == trainer.epoch_steps
 
 
 def test_above_the_target_the_classifier_stands_still(small_set: Path) -> None:
@@ -130,8 +205,8 @@ def test_above_the_target_the_classifier_stands_still(small_set: Path) -> None:
     before = [p.clone() for p in trainer.state.classifier.parameters()]
     for _ in range(6):
         train_epochs(trainer, 1)
-        assert trainer.epoch.means()["accuracy"] == 0.125
-        assert trainer.epoch.joint_steps == 0
+        assert trainer.state.epoch.means()["accuracy"] == 0.125
+        assert trainer.state.epoch.joint_steps == 0
     after = trainer.state.classifier.parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -210,19 +285,15 @@ def test_a_line_names_all_that_is_watched() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("area", "words"), [(0.99, "COVER EVERYTHING"), (0.001, "ARE EMPTY"), (0.3, None)]
-)
-def test_collapsed_masks_are_named_with_a_remedy(area: float, words: str | None) -> None:
+def test_notes_end_the_line() -> None:
     values = dict.fromkeys(
-        ("step", "steps", "epoch", "accuracy", "target", "area_weight", "joint_share"), 1
+        ("step", "steps", "epoch", "accuracy", "target", "area_weight", "joint_share", "area"), 1
     )
     values |= dict.fromkeys(
         ("corruption_loss", "classifier_loss", "images_per_second", "waiting", "eta_seconds"), 1
     )
-    text = line(values | {"phase": "adversarial", "area": area})
-    assert ("MASKS" in text) == (words is not None)
-    assert words is None or words in text
+    text = line(values | {"phase": "adversarial", "notes": ["masks are empty", "and more"]})
+    assert text.endswith(" | NOTE: masks are empty | NOTE: and more")
 
 
 def test_durations_under_an_hour_show_minutes() -> None:
@@ -238,7 +309,7 @@ def test_another_configuration_on_the_same_output_is_refused(
     card = read_card(small_set)
     config = config_for(small_set, output=tmp_path / "run")
     claim_output(config, card, record(config))
-    more_workers = config_for(small_set, output=tmp_path / "run", workers=5)
+    more_workers = config_for(small_set, output=tmp_path / "run", workers="3:5")
     claim_output(more_workers, card, record(more_workers))
     for name, value, message in (
         ("seed", 9, r"seed \(there 0, now 9\)"),
