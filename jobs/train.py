@@ -123,22 +123,28 @@ def check_resources(config: TrainConfig) -> None:
 
 
 def follow(path: Path, stop: threading.Event) -> None:
-    """Print the metrics file's new lines as they come, until told to stop."""
-    start = path.stat().st_size if path.exists() else 0
+    """Print the metrics file's new lines as they come, until told to stop.
+
+    Training that goes on from a checkpoint replaces the file by its lines up to there, so lines
+    are known by their text, which holds times, rather than by their place.
+    """
+    printed = set(path.read_text().splitlines()) if path.exists() else set()
+    start, inode = 0, None
     stopping = False
     while not stopping:
         stopping = stop.wait(0.5)
-        size = path.stat().st_size if path.exists() else 0
-        if size <= start:
-            start = size  # a resumed run cuts the file back to its checkpoint
+        if not path.exists():
             continue
         with path.open() as file:
+            if os.fstat(file.fileno()).st_ino != inode:
+                start, inode = 0, os.fstat(file.fileno()).st_ino
             file.seek(start)
-            text = file.read()
-        whole, _, _ = text.rpartition("\n")
+            whole, _, _ = file.read().rpartition("\n")
         start += len(whole) + 1 if whole else 0
-        for text_line in whole.splitlines():
-            print(line(json.loads(text_line)), flush=True)
+        for text in whole.splitlines():
+            if text not in printed:
+                printed.add(text)
+                print(line(json.loads(text)), flush=True)
 
 
 def train(config: TrainConfig) -> None:
