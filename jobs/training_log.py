@@ -26,10 +26,10 @@ class MlflowLog:
     def __init__(self, uri: str, run: Path, parameters: dict[str, Any]) -> None:
         import mlflow  # an optional package
 
-        self.client = mlflow.MlflowClient(tracking_uri=uri)
         self.failure: str | None = None
         path = run / MLFLOW_NAME
         try:
+            self.client = mlflow.MlflowClient(tracking_uri=uri)
             if path.exists():
                 self.run_id = path.read_text()
                 return
