@@ -3,6 +3,8 @@ person reads, and the table at the end."""
 
 import json
 import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,9 @@ class MlflowLog:
     def __init__(self, uri: str, run: Path, parameters: dict[str, Any]) -> None:
         import mlflow  # an optional package
 
+        # a server that is away holds training up for seconds, not minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         self.failure: str | None = None
         path = run / MLFLOW_NAME
         try:
@@ -37,8 +42,8 @@ class MlflowLog:
             number = experiment.experiment_id if experiment else None
             number = number or self.client.create_experiment("aln")
             self.run_id = self.client.create_run(number, run_name=run.name).info.run_id
-            for name, value in parameters.items():
-                self.client.log_param(self.run_id, name, value)
+            named = [mlflow.entities.Param(key, str(value)) for key, value in parameters.items()]
+            self.client.log_batch(self.run_id, params=named)
         except (mlflow.MlflowException, OSError) as error:
             self.failure = f"MLflow at {uri}: {error}"
             return
@@ -50,9 +55,12 @@ class MlflowLog:
 
         if self.failure is not None:
             return
+        now = round(time.time() * 1000)
         try:
-            for name, value in values.items():
-                self.client.log_metric(self.run_id, name, value, step=step)
+            self.client.log_batch(
+                self.run_id,
+                [mlflow.entities.Metric(key, value, now, step) for key, value in values.items()],
+            )
         except (mlflow.MlflowException, OSError) as error:
             self.failure = f"MLflow: {error}"
 
