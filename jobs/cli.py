@@ -64,7 +64,7 @@ def parse(
     for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
         _add_flag(parser, field, types_by_name[field.name])
     if presets is not None:
-        chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        chooser = argparse.ArgumentParser(add_help=False)
         chooser.add_argument("--preset")
         chosen = chooser.parse_known_args(argv)[0].preset
         parser.set_defaults(**presets.get(chosen, {}))

@@ -591,6 +591,7 @@ def test_presets_fill_what_is_not_given_and_flags_win() -> None:
     paper = parsed("--preset", "paper")
     assert {name: getattr(paper, name) for name in PRESETS["paper"]} == PRESETS["paper"]
     assert (paper.target, paper.area_power, paper.clean_weight) == (0.1, 1, 0.0)
+    assert parsed("--prese", "paper") == paper, "flags may be shortened"
     mixed = parsed("--target", "0.3", "--preset=paper", "--clean-weight", "1")
     assert (mixed.target, mixed.area_power, mixed.clean_weight) == (0.3, 1, 1.0)
     with pytest.raises(SystemExit):
