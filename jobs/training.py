@@ -17,6 +17,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from jobs.checkpoints import read_checkpoint, write_checkpoint
 from jobs.examples import Examples, draw_examples, load_examples
@@ -103,6 +104,8 @@ class Trainer:
         self.noise = torch.Generator(device)
         self.colours = colour_statistics(model, device)
         if config.compile:
+            # both losses go back through the classifier's one graph, which must outlive the first
+            functorch_config.donated_buffer = False
             self.state.corruption.compile()
             self.state.classifier.compile()
 
@@ -293,7 +296,7 @@ class Trainer:
 
     def _watch(self, step: int, sums: dict[str, float], total: int, joint: bool) -> None:
         state, config = self.state, self.config
-        adversarial = state.controller is not None
+        adversarial = "area" in sums
         state.collapse = watch(
             state.collapse,
             accuracy=sums["correct"] / total,

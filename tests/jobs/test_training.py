@@ -576,6 +576,20 @@ def test_each_ablation_trains_other_masks_from_the_same_start(
     assert not torch.equal(weights(plain), weights(other))
 
 
+def test_compiled_nets_train_as_uncompiled_ones_up_to_rounding(small_set: Path) -> None:
+    """First a step of the corruption net alone, then joint ones, which go back through the
+    classifier's graph twice."""
+    plain, compiled = (
+        new_trainer(config_for(small_set, compile=c, warmup_epochs=1, batch_size=64, epochs=3))
+        for c in (False, True)
+    )
+    for trainer in (plain, compiled):
+        torch.nn.init.constant_(trainer.state.corruption.output.bias, 5.0)  # type: ignore[arg-type]
+        train_epochs(trainer, 3)  # an epoch is a step
+    assert compiled.state.epoch.means() == pytest.approx(plain.state.epoch.means(), rel=1e-3)
+    torch.testing.assert_close(weights(compiled), weights(plain), rtol=1e-2, atol=1e-3)
+
+
 def test_without_superpixels_pixels_of_one_superpixel_are_masked_apart(small_set: Path) -> None:
     trainer = new_trainer(config_for(small_set, superpixel_masks=False))
     segments, labels = trainer._segments(next(batches_for(trainer)))
