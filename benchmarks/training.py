@@ -1,8 +1,12 @@
 """`python -m benchmarks.training`: what a training step costs, alone, fed, and on two workers.
 
 Every comparison is made side by side in one run, in turns, each process pinned to one core, and
-reported as a ratio of medians. Default nets at 64 px, 196 superpixels, 64 images a step over all
-workers, every adversarial step joint with clean images, which is the dearest. The peers are:
+reported as a ratio of medians, by the clock and by processor time. The latter says what the work
+itself costs on a machine that others use too; it leaves out waiting, also that of one worker for
+another, so for workers it is an upper bound, and the processes of the plain peer's loader.
+
+Default nets at 64 px, 196 superpixels, 64 images a step over all workers, adversarial steps joint
+with clean images, which is the dearest, unless named otherwise. The peers are:
 
 - DDP: both nets wrapped, the same method and loader; the classifier must be run a second time,
   outside the corruption net's graph, so that each wrapper sees one backward pass;
@@ -62,6 +66,7 @@ from pipeline.synthetic import SyntheticConfig, write_synthetic
 SUPERPIXELS = 196
 BATCH = 64
 ROUNDS = 5  # turns that each of the compared takes
+CPU_TIME = ", by CPU time"
 PHASES = ("warm-up", "corruption only", "joint")
 
 
@@ -77,18 +82,20 @@ class BenchConfig:
 
 def in_turns(works: dict[str, Callable[[], Any]], images: int) -> dict[str, float]:
     """Images per second of each work, which handles `images`: the median over rounds in which all
-    take turns, after one that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+    take turns, after one that is not counted. Under NAME + CPU_TIME the same by the processor
+    time of this process, which other work on the machine hardly touches."""
+    seconds: dict[str, list[float]] = {name + kind: [] for name in works for kind in ("", CPU_TIME)}
     for round_number in range(ROUNDS + 1):
         for name, work in works.items():
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             work()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_number:
                 seconds[name].append(time.perf_counter() - start)
+                seconds[name + CPU_TIME].append(time.process_time() - used)
     return {name: images / statistics.median(values) for name, values in seconds.items()}
 
 
@@ -387,7 +394,7 @@ def ratios(rates: dict[str, float]) -> dict[str, float]:
     for phase in ("joint", "warm-up"):
         base = f"{phase}, contiguous, float32"
         for name in rates:
-            if name.startswith((f"{phase}, contiguous", f"{phase}, channels")) and name != base:
+            if name.startswith(f"{phase}, channels") and not name.endswith(CPU_TIME):
                 found[f"{name} / contiguous, float32"] = (name, base)
     for name in ("ours, warm-up", "ours, joint", "DDP, joint", "plain, joint"):
         found[f"{name}: 2 workers / 1"] = (f"{name}, workers: 2", f"{name}, workers: 1")
@@ -398,7 +405,8 @@ def ratios(rates: dict[str, float]) -> dict[str, float]:
                 f"{peer}, joint, workers: {ranks}",
             )
     return {
-        name: rates[above] / rates[below]
+        name + kind: rates[above + kind] / rates[below + kind]
+        for kind in ("", CPU_TIME)
         for name, (above, below) in found.items()
         if above in rates and below in rates
     }
@@ -407,7 +415,7 @@ def ratios(rates: dict[str, float]) -> dict[str, float]:
 def main() -> None:
     config = cli.parse(BenchConfig, None, __doc__ or "")
     device = torch.device(config.device)
-    cores = os.sched_getaffinity(0)
+    cores, load = os.sched_getaffinity(0), os.getloadavg()[0]  # others' work distorts
     with tempfile.TemporaryDirectory() as name:
         data = make_data(Path(name), config.images)
         rates = worker_rates(Path(name), config.steps) if device.type == "cpu" else {}
@@ -427,7 +435,7 @@ def main() -> None:
     print(f"most memory: {memory:.0f} MiB")
     content = {
         "hardware": hardware(),
-        "load_average": os.getloadavg()[0],
+        "load_average_before": load,
         "images_per_second": rates,
         "ratios": compared,
         "memory_mib": memory,

@@ -9,7 +9,7 @@ from model.classifier import GROUPS, convolution
 
 STRIDE = 16  # of the bottleneck: image sides must be multiples of it
 START_BIAS = -1.0  # the first masks cover about a quarter of the image
-LOGIT_LIMIT = 5.0  # bound of the logits: probabilities from .0067 to .9933
+LOGIT_LIMIT = 8.0  # bound of the logits: probabilities from .00034 to .99966
 
 
 class _Projection(torch.autograd.Function):
