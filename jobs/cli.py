@@ -9,7 +9,7 @@ import subprocess
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,11 +40,17 @@ def option(default: Any = dataclasses.MISSING, *, help: str, positional: bool = 
     return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
 
 
-def parse(config_type: type[Config], argv: Sequence[str] | None, description: str) -> Config:
+def parse(
+    config_type: type[Config],
+    argv: Sequence[str] | None,
+    description: str,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Config:
     """Fill the dataclass from command-line flags: field `batch_size` is flag `--batch-size`.
 
     A bool becomes `--x/--no-x`; a field without a default is required; a tuple field takes
-    several values, without a flag where its metadata says `positional`.
+    several values, without a flag where its metadata says `positional`. presets: by the name
+    given as --preset, the values of flags that are not given.
     A ValueError from the dataclass's own checks is reported as a usage error.
     """
     module = sys.modules["__main__"].__spec__
@@ -57,6 +63,11 @@ def parse(config_type: type[Config], argv: Sequence[str] | None, description: st
     types_by_name = typing.get_type_hints(config_type)
     for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
         _add_flag(parser, field, types_by_name[field.name])
+    if presets is not None:
+        chooser = argparse.ArgumentParser(add_help=False)
+        chooser.add_argument("--preset")
+        chosen = chooser.parse_known_args(argv)[0].preset
+        parser.set_defaults(**presets.get(chosen, {}))
     values = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(parser.parse_args(argv)).items()

@@ -1,25 +1,26 @@
-"""RUN/model.pt: the trained nets with everything needed to use them again."""
+"""RUN/model/: the trained nets with everything needed to use them again."""
 
-import io
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jobs.cli import UserError
+from jobs.weights import DamagedError, read_weights, write_weights
 from model.classifier import Classifier
-from model.corruption import CorruptionNet
-from pipeline.shards import write_atomically
+from model.corruption import LOGIT_LIMIT, CorruptionNet
 
-MODEL_NAME = "model.pt"
-MODEL_FORMAT = 1
+MODEL_NAME = "model/model.json"  # model/model.safetensors holds the weights
+MODEL_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of the nets, and how images are normalized (mean and std per channel, in 0..255)."""
+    """Shape of the nets, and how images are normalized (mean and std per channel, in 0..255).
+    logit_limit: bound of the corruption net's logits, 0 for none."""
 
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -31,6 +32,7 @@ class ModelConfig:
     std: tuple[float, float, float]
     superpixels: int
     compactness: float
+    logit_limit: float = LOGIT_LIMIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,14 @@ class Nets:
     classifier: Classifier
     clean_classifier: Classifier
 
+    def modules(self) -> dict[str, nn.Module]:
+        """The nets by name."""
+        return {
+            "corruption": self.corruption,
+            "classifier": self.classifier,
+            "clean_classifier": self.clean_classifier,
+        }
+
 
 def colour_statistics(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and deviation per channel, float32 [3] each, in 0..255, on the device."""
@@ -51,7 +61,8 @@ def colour_statistics(config: ModelConfig, device: torch.device) -> tuple[Tensor
 
 def new_corruption(config: ModelConfig) -> CorruptionNet:
     """A corruption net with random weights from torch's global generator."""
-    return CorruptionNet((config.height, config.width), config.net_width, config.bottleneck)
+    size = (config.height, config.width)
+    return CorruptionNet(size, config.net_width, config.bottleneck, config.logit_limit)
 
 
 def new_classifier(config: ModelConfig) -> Classifier:
@@ -59,24 +70,34 @@ def new_classifier(config: ModelConfig) -> Classifier:
     return Classifier(len(config.classes), config.net_width)
 
 
-def save_nets(run: Path, nets: Nets, record: dict[str, Any]) -> None:
-    """Write RUN/model.pt atomically; `record` (configuration, commit, versions) goes with it."""
-    buffer = io.BytesIO()
-    content = {
-        "format": MODEL_FORMAT,
-        "config": asdict(nets.config),
-        "corruption": nets.corruption.state_dict(),
-        "classifier": nets.classifier.state_dict(),
-        "clean_classifier": nets.clean_classifier.state_dict(),
-        "record": record,
+def net_tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """All weights, named NET.PARAMETER."""
+    return {
+        f"{name}.{key}": tensor
+        for name, net in nets.items()
+        for key, tensor in net.state_dict().items()
     }
-    torch.save(content, buffer)
-    write_atomically(run / MODEL_NAME, buffer.getvalue())
+
+
+def load_net_tensors(nets: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Fill the nets, in place, from what `net_tensors` named. Raises RuntimeError where they are
+    of another shape."""
+    for name, net in nets.items():
+        start = f"{name}."
+        own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+        net.load_state_dict(own)
+
+
+def save_nets(run: Path, nets: Nets, record: dict[str, Any]) -> None:
+    """Write RUN/model/; `record` (configuration, commit, versions) goes with it. The JSON file
+    is there only once all is."""
+    content = {"format": MODEL_FORMAT, "config": asdict(nets.config), "record": record}
+    write_weights(run / MODEL_NAME, net_tensors(nets.modules()), content)
 
 
 def load_nets(run: Path) -> Nets:
-    """Read RUN/model.pt onto the CPU, in evaluation mode. Raises UserError for a missing,
-    damaged or foreign file."""
+    """Read RUN/model/ onto the CPU, in evaluation mode. Raises UserError for missing, damaged or
+    foreign files."""
     path = run / MODEL_NAME
     if not path.is_file():
         raise UserError(
@@ -84,18 +105,18 @@ def load_nets(run: Path) -> Nets:
             f"Run: python -m jobs.train --data SHARDS --output {run}"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        version = content["format"]
-        if version == MODEL_FORMAT:
-            return _nets(content)
-    except Exception as error:  # torch raises many types for damaged files
-        raise UserError(f"{path} cannot be read ({type(error).__name__}); train again.") from error
-    raise UserError(f"{path} has format {version}; this program reads {MODEL_FORMAT}.")
-
-
-def _nets(content: dict[str, Any]) -> Nets:
+        tensors, content = read_weights(path)
+    except DamagedError as error:
+        raise UserError(
+            f"{error}; copy the run again, or delete {path.parent} and give the training's command "
+            "again: it goes on from the last checkpoint"
+        ) from error
+    if content.get("format") != MODEL_FORMAT:
+        raise UserError(
+            f"{path} has format {content.get('format')}; this program reads {MODEL_FORMAT}."
+        )
     values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list | tuple) else value
+        name: tuple(value) if isinstance(value, list) else value
         for name, value in content["config"].items()
     }
     config = ModelConfig(**values)
@@ -105,7 +126,5 @@ def _nets(content: dict[str, Any]) -> Nets:
         classifier=new_classifier(config).eval(),
         clean_classifier=new_classifier(config).eval(),
     )
-    nets.corruption.load_state_dict(content["corruption"])
-    nets.classifier.load_state_dict(content["classifier"])
-    nets.clean_classifier.load_state_dict(content["clean_classifier"])
+    load_net_tensors(nets.modules(), tensors)
     return nets

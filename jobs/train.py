@@ -1,5 +1,6 @@
 """`python -m jobs.train`: adversarial training on Ray Train, resumable by the same command."""
 
+import importlib.util
 import json
 import os
 import threading
@@ -9,7 +10,6 @@ from typing import Any
 
 import ray
 from ray.train import (
-    CheckpointConfig,
     FailureConfig,
     RunConfig,
     ScalingConfig,
@@ -19,8 +19,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs import cli
 from jobs.models import MODEL_NAME
-from jobs.training_log import METRICS_NAME, line, waiting_summary
-from jobs.training_state import FAILURE_NAME, TrainConfig
+from jobs.training_config import PRESETS, TrainConfig
+from jobs.training_log import METRICS_NAME, line, summary, waiting_summary
 from model.corruption import STRIDE
 from pipeline.cache import ShardCache
 from pipeline.samples import Samples, verify_shard
@@ -28,12 +28,12 @@ from pipeline.shards import Card, card_hash, check_sizes, read_card, write_atomi
 from pipeline.storage import absolute, is_remote
 
 RUN_NAME = "run.json"
-CHECKPOINTS_NAME = "checkpoints"
-KEPT_CHECKPOINTS = 2
+RAY_NAME = "ray"  # Ray Train's own record of the run; checkpoints are ours
 COLLECTIVE_TIMEOUT = 300  # seconds that ranks wait for one that died
 FREE_TO_CHANGE = (
     *("output", "data", "cache", "cache_limit", "verify_shards"),
-    *("workers", "device", "log_interval", "max_failures"),
+    *("workers", "device", "log_interval", "max_failures", "preset"),
+    *("checkpoint_interval", "keep_checkpoints", "collapse_steps", "stop_on_collapse", "mlflow"),
 )
 
 
@@ -88,6 +88,12 @@ def check_data(config: TrainConfig, card: Card) -> None:
             f"the set has {len(card.classes)} class; with fewer than two a classifier has "
             "nothing to tell apart, and no mask could confuse it"
         )
+    if config.target is not None and config.target <= 1 / len(card.classes):
+        raise cli.UserError(
+            f"a target accuracy of {config.target} is not above chance for {len(card.classes)} "
+            f"classes ({1 / len(card.classes):.3f}), so masks would cover everything in vain; give "
+            "a higher --target (the paper's 0.1 is for 1000 classes)"
+        )
     check_sizes(config.data, card, "train")
     if not is_remote(config.data):
         cache = ShardCache(config.data, card, "train", config.cache_folder(), config.cache_bytes())
@@ -103,10 +109,10 @@ def check_resources(config: TrainConfig) -> None:
     cores or GPUs. A cluster may still grow, so there it only says what it waits for."""
     resource = "GPU" if config.device == "cuda" else "CPU"
     available = int(ray.cluster_resources().get(resource, 0))
-    if available >= config.workers:
+    if available >= config.fewest_workers:
         return
     if os.environ.get("RAY_ADDRESS"):
-        print(f"waiting for {config.workers} {resource}s; the cluster has {available} now")
+        print(f"waiting for {config.fewest_workers} {resource}s; the cluster has {available} now")
     else:
         raise cli.UserError(
             f"--workers {config.workers} asks for as many {resource}s, this machine has "
@@ -116,22 +122,28 @@ def check_resources(config: TrainConfig) -> None:
 
 
 def follow(path: Path, stop: threading.Event) -> None:
-    """Print the metrics file's new lines as they come, until told to stop."""
-    start = path.stat().st_size if path.exists() else 0
+    """Print the metrics file's new lines as they come, until told to stop.
+
+    Training that goes on from a checkpoint replaces the file by its lines up to there, so lines
+    are known by their text, which holds times, rather than by their place.
+    """
+    printed = set(path.read_text().splitlines()) if path.exists() else set()
+    start, inode = 0, None
     stopping = False
     while not stopping:
         stopping = stop.wait(0.5)
-        size = path.stat().st_size if path.exists() else 0
-        if size <= start:
-            start = size  # a resumed run cuts the file back to its checkpoint
+        if not path.exists():
             continue
         with path.open() as file:
+            if os.fstat(file.fileno()).st_ino != inode:
+                start, inode = 0, os.fstat(file.fileno()).st_ino
             file.seek(start)
-            text = file.read()
-        whole, _, _ = text.rpartition("\n")
+            whole, _, _ = file.read().rpartition("\n")
         start += len(whole) + 1 if whole else 0
-        for text_line in whole.splitlines():
-            print(line(json.loads(text_line)), flush=True)
+        for text in whole.splitlines():
+            if text not in printed:
+                printed.add(text)
+                print(line(json.loads(text)), flush=True)
 
 
 def train(config: TrainConfig) -> None:
@@ -142,33 +154,34 @@ def train(config: TrainConfig) -> None:
     check_data(config, card)
     record = cli.record(config)
     claim_output(config, card, record)
-    failure = config.output / FAILURE_NAME
-    failure.unlink(missing_ok=True)
+    if config.mlflow is not None and importlib.util.find_spec("mlflow") is None:
+        raise cli.UserError("--mlflow needs the package mlflow: pip install mlflow-skinny")
     if (config.output / MODEL_NAME).exists():
         print(f"{config.output / MODEL_NAME} is there already: nothing left to train")
         return
     cli.connect_ray()
     check_resources(config)
-    use_gpu = config.device == "cuda" or (
-        config.device == "auto" and ray.cluster_resources().get("GPU", 0) >= config.workers
-    )
+    gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = config.device == "cuda" or (config.device == "auto" and gpus >= config.fewest_workers)
+    fewest, most = config.fewest_workers, config.most_workers
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"config": config, "record": record},
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
-        scaling_config=ScalingConfig(num_workers=config.workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=fewest if fewest == most else (fewest, most), use_gpu=use_gpu
+        ),
         run_config=RunConfig(
-            name=CHECKPOINTS_NAME,
+            name=RAY_NAME,
             storage_path=str(config.output),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
         ),
     )
     stop = threading.Event()
     printer = threading.Thread(target=follow, args=(config.output / METRICS_NAME, stop))
     printer.start()
     try:
-        trainer.fit()
+        failed = trainer.fit().return_value
     except SystemExit:  # how Ray Train answers Ctrl-C, once its workers have ended
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
@@ -181,20 +194,21 @@ def train(config: TrainConfig) -> None:
     finally:
         stop.set()
         printer.join()
-    if failure.exists():
-        raise cli.UserError(failure.read_text())
+    if failed is not None:
+        raise cli.UserError(failed)
+    print(summary(config.output))
     print(waiting_summary(config.output))
     print(f"trained nets: {config.output / MODEL_NAME}")
 
 
-def _train_worker(settings: dict[str, Any]) -> None:
+def _train_worker(settings: dict[str, Any]) -> str | None:
     from jobs.training import train_worker  # imports DALI, which a driver need not have
 
-    train_worker(settings)
+    return train_worker(settings)
 
 
 def main() -> None:
-    train(cli.parse(TrainConfig, None, __doc__ or ""))
+    train(cli.parse(TrainConfig, None, __doc__ or "", PRESETS))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ drives the controller travel in one vector per step. The controller reads a step
 `LAG` steps later, so the host never waits for the step that is running.
 """
 
-import tempfile
+import hashlib
 import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import ray.train
@@ -19,27 +17,36 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
+from jobs.checkpoints import read_checkpoint, write_checkpoint
+from jobs.examples import Examples, draw_examples, load_examples
+from jobs.grid import png
 from jobs.models import ModelConfig, colour_statistics, save_nets
-from jobs.training_log import TrainingLog
+from jobs.training_config import TrainConfig
+from jobs.training_log import MlflowLog, TrainingLog
 from jobs.training_state import (
-    FAILURE_NAME,
-    TrainConfig,
+    Interval,
     TrainingError,
+    TrainingState,
     adversarial_factor,
+    fill_state,
     finished_nets,
     new_state,
-    restore_state,
-    save_state,
+    send,
     set_rate,
+    state_numbers,
+    state_tensors,
     warmup_factor,
 )
+from jobs.weights import DamagedError
 from model.adversarial import Step, adversarial_step, clean_step, normalize
+from model.collapse import TEXTS, CollapseState, watch
 from model.controller import ControllerConfig, ControllerState, relative_target, update
-from model.masking import gumbel_difference
+from model.masking import gumbel_difference, pixel_segments
 from pipeline.loader import Batch, train_batches
 from pipeline.order import Position, steps_per_epoch
-from pipeline.shards import Card, read_card, split_of, write_atomically
+from pipeline.shards import Card, read_card, split_of
 
 LAG = 2
 NOT_FINITE_REMEDY = (
@@ -47,6 +54,7 @@ NOT_FINITE_REMEDY = (
     "(--corruption-rate, --classifier-rate, --warmup-rate) and use a new --output"
 )
 ADVERSARIAL_COST = 5  # an adversarial step over a warm-up step, until it is measured
+WARNING_SHARE = 0.2  # of --collapse-steps, after which the log says what stops the run in the end
 
 
 def reduce_step(step: Step) -> Step:
@@ -78,56 +86,6 @@ def apply_gradients(
     optimizer.step()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pending:
-    """A step's reduced sums on their way to the host."""
-
-    step: int  # how many steps had been made with it
-    batch: Batch  # whose GPU memory DALI reuses once nothing refers to it
-    names: list[str]
-    values: Tensor
-    ready: torch.cuda.Event | None
-    joint: bool
-
-    def read(self) -> dict[str, float]:
-        if self.ready is not None:
-            self.ready.synchronize()
-        return dict(zip(self.names, self.values.tolist(), strict=True))
-
-
-def _send(step: int, batch: Batch, sums: dict[str, Tensor], joint: bool) -> _Pending:
-    names = sorted(sums)
-    values = torch.stack([sums[name] for name in names])
-    ready = None
-    if values.is_cuda:
-        values = values.to("cpu", non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-    return _Pending(step=step, batch=batch, names=names, values=values, ready=ready, joint=joint)
-
-
-class Interval:
-    """Sums, images and seconds since the last line of the log."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.images = self.steps = self.joint_steps = 0
-        self.waiting = self.first_batch = 0.0
-        self.started = time.perf_counter()
-
-    def add(self, sums: dict[str, float], total: int, joint: bool) -> None:
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.images += total
-        self.steps += 1
-        self.joint_steps += joint
-
-    def means(self) -> dict[str, float]:
-        values = {name: value / max(1, self.images) for name, value in self.sums.items()}
-        values["accuracy"] = values.pop("correct", 0.0)
-        return values
-
-
 class Trainer:
     """One rank's training: the state, the schedule, and what the host has read so far."""
 
@@ -140,13 +98,16 @@ class Trainer:
         self.warmup_steps = config.warmup_epochs * self.epoch_steps
         self.steps = self.warmup_steps + config.epochs * self.epoch_steps
         self.state = new_state(config, model, device)
-        self.pending: deque[_Pending] = deque()
-        self.interval = Interval()
-        self.epoch = Interval()
         self.loading = False  # whether the loader has given its first batch
         self.log: TrainingLog | None = None
+        self.examples: Examples | None = None
         self.noise = torch.Generator(device)
         self.colours = colour_statistics(model, device)
+        if config.compile:
+            # both losses go back through the classifier's one graph, which must outlive the first
+            functorch_config.donated_buffer = False
+            self.state.corruption.compile()
+            self.state.classifier.compile()
 
     @property
     def position(self) -> Position:
@@ -157,74 +118,106 @@ class Trainer:
     def warming_up(self) -> bool:
         return self.state.step < self.warmup_steps
 
-    def train_epoch(self, batches: Iterator[Batch]) -> None:
-        """All steps up to the next epoch; afterwards nothing is pending."""
-        self.epoch = Interval()
-        if self.interval.steps == 0:
-            self.interval = Interval()  # the barrier between epochs is not training time
-        for _ in range(self.epoch_steps):
-            start = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - start
-            self.interval.waiting += waited
-            if not self.loading:
-                self.loading, self.interval.first_batch = True, waited
-            if self.warming_up:
-                self._warmup_step(batch)
-            else:
-                self._adversarial_step(batch)
-            self.state.step += 1
-            while len(self.pending) > LAG - 1:
-                self._read()
-        while self.pending:
+    @property
+    def read_step(self) -> int:
+        """The last step whose numbers the host has read."""
+        return self.state.pending[0].step - 1 if self.state.pending else self.state.step
+
+    @property
+    def at_checkpoint(self) -> bool:
+        """Whether the state is to be kept: every so many steps, and at the end of an epoch."""
+        step = self.state.step
+        return step % self.config.checkpoint_interval == 0 or step % self.epoch_steps == 0
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """The next step. At the end of an epoch nothing is pending."""
+        state = self.state
+        if state.step % self.epoch_steps == 0:
+            state.epoch = Interval()
+        if state.interval.steps == 0 and not state.pending:
+            state.interval = Interval()  # what lay between is not training time
+        start = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - start
+        state.interval.waiting += waited
+        if not self.loading:
+            self.loading, state.interval.first_batch = True, waited
+        if self.warming_up:
+            self.warmup_step(batch)
+        else:
+            self.adversarial_step(batch)
+        state.step += 1
+        end = state.step % self.epoch_steps == 0
+        while len(state.pending) > (0 if end else LAG - 1):
             self._read()
-        if self.state.step == self.warmup_steps:
+        if state.step == self.warmup_steps:
             self._finish_warmup()
 
     def _inputs(self, batch: Batch) -> Tensor:
         images = normalize(batch.images, *self.colours)
         return images.contiguous(memory_format=torch.channels_last)
 
-    def _warmup_step(self, batch: Batch) -> None:
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def warmup_step(self, batch: Batch) -> None:
+        """The classifier alone, on clean images. On a GPU nothing here waits for it."""
         state, config = self.state, self.config
-        step = reduce_step(
-            clean_step(state.classifier, self._inputs(batch), batch.labels, batch.total)
-        )
+        with self._autocast():
+            local = clean_step(state.classifier, self._inputs(batch), batch.labels, batch.total)
+        step = reduce_step(local)
         assert step.classifier_gradients is not None
         rate = config.warmup_rate * warmup_factor(state.step, self.warmup_steps)
         optimizer = state.optimizers["warmup"]
         apply_gradients(state.classifier, optimizer, step.classifier_gradients, rate)
-        self.pending.append(_send(state.step + 1, batch, step.sums, joint=False))
+        state.pending.append(send(state.step + 1, batch, step.sums, joint=False))
 
     def _finish_warmup(self) -> None:
         """Keep the clean classifier; set the target from its accuracy in its last epoch."""
         state, config = self.state, self.config
         state.clean_classifier.load_state_dict(state.classifier.state_dict())
-        state.clean_accuracy = self.epoch.means()["accuracy"]
+        state.clean_accuracy = state.epoch.means()["accuracy"]
+        state.collapse = CollapseState()
         chance = 1 / len(self.model.classes)
         relative = relative_target(chance, state.clean_accuracy, config.target_share)
         state.target = config.target if config.target is not None else relative
 
-    def _mask_noise(self, batch: Batch) -> Tensor:
+    def _segments(self, batch: Batch) -> tuple[Tensor, int]:
+        """What is masked as one, int64 [B, H, W], and how many labels there may be."""
+        if self.config.superpixel_masks:
+            return batch.segments, self.model.superpixels
+        return pixel_segments(batch.segments), self.model.height * self.model.width
+
+    def _mask_noise(self, batch: Batch, superpixels: int) -> Tensor:
         """This rank's part of the global batch's noise, the same for any number of ranks."""
         self.noise.manual_seed(self.config.seed * 1_000_003 + self.state.step)
-        noise = gumbel_difference((batch.total, self.model.superpixels), self.noise)
+        noise = gumbel_difference((batch.total, superpixels), self.noise)
         return noise[batch.offset : batch.offset + len(batch.labels)]
 
-    def _gradients(self, batch: Batch, *, joint: bool, area_weight: float) -> Step:
-        step = adversarial_step(
-            self.state.corruption,
-            self.state.classifier,
-            self._inputs(batch),
-            batch.segments,
-            batch.labels,
-            self._mask_noise(batch),
-            total=batch.total,
-            joint=joint,
-            area_weight=area_weight,
-            area_power=self.config.area_power,
-            clean_weight=self.config.clean_weight,
-        )
+    def _gradients(
+        self, batch: Batch, *, joint: bool, area_weight: float, probe: bool = False
+    ) -> Step:
+        config = self.config
+        segments, superpixels = self._segments(batch)
+        with self._autocast():
+            step = adversarial_step(
+                self.state.corruption,
+                self.state.classifier,
+                self._inputs(batch),
+                segments,
+                batch.labels,
+                self._mask_noise(batch, superpixels),
+                total=batch.total,
+                joint=joint,
+                area_weight=area_weight,
+                area_power=config.area_power,
+                clean_weight=config.clean_weight,
+                confusion=config.confusion,
+                complement_weight=config.complement_weight,
+                soft=not config.gumbel_noise,
+                clean_classifier=self.state.clean_classifier if probe else None,
+            )
         return reduce_step(step)
 
     def _first_controller(self, batch: Batch) -> ControllerState:
@@ -241,12 +234,19 @@ class Trainer:
             )
         return ControllerState(area_weight=self.config.area_start * loss, accuracy=accuracy)
 
-    def _adversarial_step(self, batch: Batch) -> None:
+    def adversarial_step(self, batch: Batch) -> None:
+        """Both nets, or the corruption net alone. On a GPU nothing here waits for it, but in the
+        run's first such step, which reads the first corruption loss."""
         state, config = self.state, self.config
         if state.controller is None:
             state.controller = self._first_controller(batch)
-        joint = state.controller.joint
-        step = self._gradients(batch, joint=joint, area_weight=state.controller.area_weight)
+        joint = state.controller.joint and config.train_classifier
+        step = self._gradients(
+            batch,
+            joint=joint,
+            area_weight=state.controller.area_weight,
+            probe=(state.step + 1) % config.log_interval == 0,
+        )
         factor = adversarial_factor(state.step - self.warmup_steps, self.steps - self.warmup_steps)
         assert step.corruption_gradients is not None
         apply_gradients(
@@ -268,14 +268,15 @@ class Trainer:
             )
             for average, parameter in pairs:
                 average.lerp_(parameter, 1 - config.averaging)
-        self.pending.append(_send(state.step + 1, batch, step.sums, joint))
+        state.pending.append(send(state.step + 1, batch, step.sums, joint))
 
     def _read(self) -> None:
-        """Take in the oldest pending step's numbers: the controller, the log, the NaN check.
+        """Take in the oldest pending step's numbers: the controller, the log, the checks.
 
         All ranks hold the same reduced numbers, so all raise, or none.
         """
-        pending = self.pending.popleft()
+        state = self.state
+        pending = state.pending.popleft()
         sums = pending.read()
         bad = [name for name, value in sums.items() if not abs(value) < float("inf")]
         if bad:
@@ -283,18 +284,35 @@ class Trainer:
                 f"{', '.join(bad)} became NaN or infinite at step {pending.step}; "
                 f"{NOT_FINITE_REMEDY}"
             )
-        if self.state.controller is not None:
-            controller = ControllerConfig(
-                target=self.state.target, rate=self.config.controller_rate
-            )
-            self.state.controller = update(
-                self.state.controller, controller, sums["correct"], pending.batch.total
-            )
-        self.interval.add(sums, pending.batch.total, pending.joint)
-        self.epoch.add(sums, pending.batch.total, pending.joint)
+        if state.controller is not None:
+            controller = ControllerConfig(target=state.target, rate=self.config.controller_rate)
+            state.controller = update(state.controller, controller, sums["correct"], pending.total)
+        self._watch(pending.step, sums, pending.total, pending.joint)
+        state.interval.add(sums, pending.total, pending.joint)
+        state.epoch.add(sums, pending.total, pending.joint)
         borders = (self.warmup_steps, self.steps)  # an interval holds steps of one phase
         if pending.step % self.config.log_interval == 0 or pending.step in borders:
             self._write_interval(pending.step)
+
+    def _watch(self, step: int, sums: dict[str, float], total: int, joint: bool) -> None:
+        state, config = self.state, self.config
+        adversarial = "area" in sums
+        state.collapse = watch(
+            state.collapse,
+            accuracy=sums["correct"] / total,
+            count=total,
+            classes=len(self.model.classes),
+            target=state.target if adversarial else None,
+            area=sums["area"] / total if adversarial else None,
+            joint=joint if adversarial and config.train_classifier else None,
+        )
+        signs = state.collapse.signs(config.collapse_steps)
+        if signs and config.stop_on_collapse:
+            raise TrainingError(
+                f"{'; '.join(TEXTS[name] for name in signs)}. It was so for "
+                f"{config.collapse_steps} steps on end, up to step {step}. Use a new --output for "
+                "other flags; --no-stop-on-collapse goes on all the same"
+            )
 
     def check_weights(self) -> None:
         """Raise TrainingError where a weight is NaN or infinite, which the next step's losses
@@ -314,17 +332,20 @@ class Trainer:
         return seconds_per_step * (warmup_left + cost * adversarial_left)
 
     def _write_interval(self, step: int) -> None:
-        interval, state = self.interval, self.state
-        self.interval = Interval()
+        interval, state = self.state.interval, self.state
+        state.interval = Interval()
         if self.log is None:
             return
-        seconds = time.perf_counter() - interval.started
+        seconds = interval.elapsed()
+        warming_up = step <= self.warmup_steps
+        rates = ("warmup",) if warming_up else ("corruption", "classifier")
         values: dict[str, Any] = {
             "step": step,
             "steps": self.steps,
             "epoch": (step - 1) // self.epoch_steps,
-            "phase": "warmup" if step <= self.warmup_steps else "adversarial",
+            "phase": "warmup" if warming_up else "adversarial",
             **interval.means(),
+            **{f"{name}_rate": state.optimizers[name].param_groups[0]["lr"] for name in rates},
             "images_per_second": interval.images / seconds,
             "seconds": seconds,
             "waiting": interval.waiting / seconds,
@@ -337,7 +358,18 @@ class Trainer:
                 "area_weight": state.controller.area_weight,
                 "joint_share": interval.joint_steps / interval.steps,
             }
+        if self.device.type == "cuda":
+            values["gpu_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        for name in state.collapse.signs(round(WARNING_SHARE * self.config.collapse_steps)):
+            self.log.note(TEXTS[name])
         self.log.write(values)
+
+    def draw_examples(self) -> None:
+        """Keep what the averaged corruption net makes of the example images now."""
+        if self.log is None or self.examples is None or self.warming_up:
+            return
+        picture = draw_examples(self.examples, self.state.corruption_average, self.model)
+        self.log.picture(self.state.step, picture, png(picture))
 
 
 def model_config(config: TrainConfig, card: Card) -> ModelConfig:
@@ -354,47 +386,135 @@ def model_config(config: TrainConfig, card: Card) -> ModelConfig:
         std=card.std,
         superpixels=max(card.max_superpixels, superpixels),
         compactness=card.configuration["compactness"],
+        logit_limit=config.logit_limit,
     )
 
 
-def _report(trainer: Trainer, rank: int) -> None:
-    """Ray Train's barrier at the end of an epoch; rank 0 hands in the checkpoint."""
-    metrics = {"epoch": trainer.position.epoch, "step": trainer.state.step}
-    if rank:
-        ray.train.report(metrics)
+def resume(trainer: Trainer) -> list[str]:
+    """Go on from the newest sound checkpoint of the run, where there is one; returns what is to be
+    said of it. All ranks read the same files. Raises TrainingError where all are damaged."""
+    try:
+        checkpoint = read_checkpoint(trainer.config.output)
+    except DamagedError as error:
+        raise TrainingError(str(error)) from error
+    if checkpoint is None:
+        return []
+    fill_state(trainer.state, checkpoint.tensors, checkpoint.numbers)
+    notes = [f"went on from the checkpoint of step {trainer.state.step}"]
+    return [*(f"damaged checkpoint not used: {text}" for text in checkpoint.damaged), *notes]
+
+
+def _describe(rank: int, state: TrainingState, digest: str) -> str:
+    controller = state.controller
+    balance = (
+        f"lambda {controller.area_weight!r}, accuracy {controller.accuracy!r}, "
+        f"{'joint' if controller.joint else 'corruption only'}"
+        if controller is not None
+        else "no controller yet"
+    )
+    return f"rank {rank}: step {state.step}, {balance}, weights {digest[:12]}"
+
+
+def check_ranks(state: TrainingState, device: torch.device) -> None:
+    """Raise TrainingError, on every rank, where controllers or weights differ in any bit.
+
+    A hash of both is reduced to its smallest and largest value over the ranks; only where these
+    differ are the states sent, to be shown.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    with tempfile.TemporaryDirectory() as folder:
-        save_state(Path(folder), trainer.state)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    found = hashlib.sha256()
+    for net in state.nets().values():
+        for parameter in net.parameters():
+            found.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    digest = found.hexdigest()
+    controller = asdict(state.controller) if state.controller else None
+    found.update(repr((state.step, state.target, controller, state.collapse)).encode())
+    number = int.from_bytes(found.digest()[:7], "big")
+    bounds = torch.tensor([number, -number], device=device)
+    dist.all_reduce(bounds, dist.ReduceOp.MIN)
+    lowest, highest = bounds.tolist()
+    if lowest == -highest:
+        return
+    texts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, _describe(dist.get_rank(), state, digest))
+    raise TrainingError(
+        f"the workers no longer hold the same state ({'; '.join(texts)}): training them further "
+        "would mix different nets. The last checkpoint is sound, the same command goes on from "
+        "it; if it happens again, a GPU or a node computes wrongly"
+    )
 
 
-def train_worker(settings: dict[str, Any]) -> None:
+def on_first_rank(action: Callable[[], None], what: str, device: torch.device) -> None:
+    """Let rank 0 write something. Where it cannot, every rank raises TrainingError."""
+    failed: list[str | None] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failed[0] = f"{what} cannot be written: {error.strerror or error} ({error.filename})"
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(failed, src=0, device=device)
+    if failed[0] is not None:
+        raise TrainingError(
+            f"{failed[0]}. Make room on the disk; the same command goes on from the last checkpoint"
+        )
+
+
+def checkpoint(trainer: Trainer) -> None:
+    """Check that the state is finite and the same on all ranks, then let rank 0 keep it."""
+    state, config = trainer.state, trainer.config
+    trainer.check_weights()
+    check_ranks(state, trainer.device)
+
+    def write() -> None:
+        tensors, numbers = state_tensors(state), state_numbers(state)
+        write_checkpoint(config.output, state.step, tensors, numbers, config.keep_checkpoints)
+        trainer.draw_examples()
+
+    on_first_rank(write, f"the checkpoint of step {state.step}", trainer.device)
+
+
+def train_worker(settings: dict[str, Any]) -> str | None:
     """Ray Train's worker function. settings: "config" (TrainConfig), "record" (see jobs.cli).
 
     A TrainingError, which all ranks meet at the same step, ends the run without another attempt:
-    its message is left in RUN/failure.txt. Anything else is a failure to recover from.
+    its message is returned. Anything else is a failure to recover from.
     """
-    config: TrainConfig = settings["config"]
     context = ray.train.get_context()
-    rank = context.get_world_rank()
     try:
-        _train(config, settings["record"], rank, context.get_world_size())
+        _train(
+            settings["config"],
+            settings["record"],
+            context.get_world_rank(),
+            context.get_world_size(),
+        )
     except TrainingError as error:
-        if rank == 0:
-            write_atomically(config.output / FAILURE_NAME, str(error).encode())
+        return str(error)
+    return None
+
+
+def _open_log(trainer: Trainer, card: Card, notes: list[str]) -> None:
+    config, mlflow = trainer.config, None
+    if config.mlflow is not None:
+        mlflow = MlflowLog(config.mlflow, config.output, asdict(config))
+    trainer.log = TrainingLog(config.output, trainer.read_step, gauges=True, mlflow=mlflow)
+    for text in notes:
+        trainer.log.note(text)
+    trainer.examples = load_examples(config, card, trainer.device)
 
 
 def _train(config: TrainConfig, record: dict[str, Any], rank: int, ranks: int) -> None:
     device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     card = read_card(config.data)
     model = model_config(config, card)
     trainer = Trainer(config, model, card, device, ranks)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            restore_state(Path(folder), trainer.state)
+    notes = resume(trainer)
+    check_ranks(trainer.state, device)
     if rank == 0:
-        trainer.log = TrainingLog(config.output, trainer.state.step)
+        _open_log(trainer, card, notes)
     batches = train_batches(
         config.data,
         card,
@@ -410,9 +530,10 @@ def _train(config: TrainConfig, record: dict[str, Any], rank: int, ranks: int) -
         cache_bytes=config.cache_bytes(),
     )
     while trainer.state.step < trainer.steps:
-        trainer.train_epoch(batches)
-        trainer.check_weights()
-        _report(trainer, rank)
+        trainer.train_step(batches)
+        if trainer.at_checkpoint:
+            checkpoint(trainer)
     if trainer.log is not None:
         trainer.log.close()
-        save_nets(config.output, finished_nets(trainer.state, model), record)
+    nets = finished_nets(trainer.state, model)
+    on_first_rank(lambda: save_nets(config.output, nets, record), "the trained nets", device)

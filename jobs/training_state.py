@@ -2,23 +2,33 @@
 
 import copy
 import math
+import time
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from jobs.cli import option
-from jobs.loading import LoadingConfig
-from jobs.models import ModelConfig, Nets, new_classifier, new_corruption
+from jobs.models import (
+    ModelConfig,
+    Nets,
+    load_net_tensors,
+    net_tensors,
+    new_classifier,
+    new_corruption,
+)
+from jobs.training_config import TrainConfig
 from model.classifier import Classifier
+from model.collapse import CollapseState
 from model.controller import ControllerState
 from model.corruption import CorruptionNet
 
-CHECKPOINT_NAME = "state.pt"
-FAILURE_NAME = "failure.txt"
+if TYPE_CHECKING:
+    from pipeline.loader import Batch  # imports DALI
+
 RAMP_STEPS = 50  # of the learning rates at the start of the adversarial phase
 DECAY_SHARE = 0.3  # of the adversarial phase, at its end, in which they fall to 0
 WARMUP_RAMP_SHARE = 0.1  # of the warm-up, in which the rate rises
@@ -31,84 +41,105 @@ class TrainingError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(LoadingConfig):
-    """How to train; `docs/method.md` explains each choice."""
+class Pending:
+    """A step's reduced sums on their way to the host."""
 
-    output: Path = option(help="folder for checkpoints, metrics and the trained nets")
-    workers: int = option(2, help="training processes, each with one GPU or one CPU core")
-    device: str = option("auto", help="cpu, cuda, or auto: cuda where the cluster has GPUs")
-    warmup_epochs: int = option(25, help="epochs of the classifier alone, on clean images")
-    epochs: int = option(10, help="epochs of adversarial training after that")
-    batch_size: int = option(64, help="images per step over all workers")
-    seed: int = option(0, help="of weights, order, crops and mask samples")
-    net_width: int = option(24, help="channels of the nets' first layers, a multiple of 8")
-    bottleneck: int = option(256, help="units of the corruption net's fully connected layer")
-    warmup_rate: float = option(1e-3, help="peak learning rate of the warm-up")
-    corruption_rate: float = option(2e-3, help="learning rate of the corruption net")
-    classifier_rate: float = option(1e-3, help="learning rate of the classifier, adversarial")
-    clean_weight: float = option(
-        1.0, help="weight of clean images in the classifier's adversarial loss (paper: 0)"
-    )
-    target: float | None = option(
-        None, help="accuracy on masked images to hold, 0 to 1 (the paper's is 0.1)"
-    )
-    target_share: float = option(
-        0.5, help="without --target: its place between chance and the clean accuracy, 0 to 1"
-    )
-    area_power: int = option(2, help="power of the masked area in the loss (paper: 1)")
-    area_start: float = option(
-        1.0, help="first weight of the area, as a multiple of the first corruption loss"
-    )
-    controller_rate: float = option(0.006, help="relative change of the area weight per step")
-    averaging: float = option(0.99, help="decay of the corruption net's running average, per step")
-    verify_shards: bool = option(
-        False, help="first check every byte of a local set's train shards by SHA-256"
-    )
-    log_interval: int = option(20, help="steps between lines of the log")
-    max_failures: int = option(
-        2, help="deaths of workers to recover from, each from the last epoch"
+    step: int  # how many steps had been made with it
+    total: int  # images in it, over all ranks
+    joint: bool
+    names: tuple[str, ...]
+    values: Tensor
+    ready: torch.cuda.Event | None = None
+    batch: "Batch | None" = None  # whose GPU memory is reused once nothing refers to it
+
+    def read(self) -> dict[str, float]:
+        """The sums by name, once they have arrived."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+    def saved(self) -> dict[str, Any]:
+        """For a checkpoint; `restored` reads it."""
+        return {"step": self.step, "total": self.total, "joint": self.joint, "sums": self.read()}
+
+
+def restored(saved: Mapping[str, Any]) -> Pending:
+    """A step whose numbers the host had not read when its checkpoint was written."""
+    return Pending(
+        step=saved["step"],
+        total=saved["total"],
+        joint=saved["joint"],
+        names=tuple(saved["sums"]),
+        values=torch.tensor(list(saved["sums"].values()), dtype=torch.float64),
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive = "a number above 0"
-        checks = {
-            "workers": (self.workers >= 1, "from 1"),
-            "epochs": (self.epochs >= 1, "from 1"),
-            "batch_size": (self.batch_size >= 1, "from 1"),
-            "log_interval": (self.log_interval >= 1, "from 1"),
-            "bottleneck": (self.bottleneck >= 1, "from 1"),
-            "seed": (self.seed >= 0, "from 0"),
-            "max_failures": (self.max_failures >= 0, "from 0"),
-            "net_width": (self.net_width >= 8 and self.net_width % 8 == 0, "a multiple of 8"),
-            "warmup_epochs": (
-                self.warmup_epochs >= 1,
-                "from 1: without a warmed-up classifier the masks collapse to nothing and the "
-                "gate never lets it learn",
-            ),
-            "warmup_rate": (0 < self.warmup_rate < math.inf, positive),
-            "corruption_rate": (0 < self.corruption_rate < math.inf, positive),
-            "classifier_rate": (0 < self.classifier_rate < math.inf, positive),
-            "area_start": (0 < self.area_start < math.inf, positive),
-            "clean_weight": (0 <= self.clean_weight < math.inf, "a number from 0"),
-            "target": (self.target is None or 0 < self.target < 1, "between 0 and 1"),
-            "target_share": (0 < self.target_share < 1, "between 0 and 1"),
-            "controller_rate": (0 < self.controller_rate < 1, "between 0 and 1"),
-            "averaging": (0 <= self.averaging < 1, "from 0, below 1"),
-            "area_power": (self.area_power in (1, 2), "1 or 2"),
-            "device": (self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
-        }
-        for name, (good, allowed) in checks.items():
-            if not good:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} {getattr(self, name)} is out of range: {allowed}")
+
+def send(step: int, batch: "Batch", sums: Mapping[str, Tensor], joint: bool) -> Pending:
+    """Start a step's sums on their way; on a GPU nothing waits for them."""
+    names = tuple(sorted(sums))
+    values = torch.stack([sums[name] for name in names])
+    ready = None
+    if values.is_cuda:
+        values = values.to("cpu", non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+    return Pending(
+        step=step,
+        total=batch.total,
+        joint=joint,
+        names=names,
+        values=values,
+        ready=ready,
+        batch=batch,
+    )
+
+
+@dataclass(kw_only=True)
+class Interval:
+    """Sums over the steps of an interval. counts: over how many images each sum went. seconds,
+    waiting, first_batch: of time, `seconds` only what passed before an interruption."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    images: int = 0
+    steps: int = 0
+    joint_steps: int = 0
+    seconds: float = 0.0
+    waiting: float = 0.0
+    first_batch: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, sums: Mapping[str, float], total: int, joint: bool) -> None:
+        """Take in a step."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + total
+        self.images += total
+        self.steps += 1
+        self.joint_steps += joint
+
+    def means(self) -> dict[str, float]:
+        """Each sum over its images; counts of right answers become accuracies."""
+        names = {name: name.replace("correct", "accuracy") for name in self.sums}
+        return {names[name]: value / self.counts[name] for name, value in self.sums.items()}
+
+    def elapsed(self) -> float:
+        """Seconds since it began, without those between an interruption and going on."""
+        return self.seconds + time.perf_counter() - self.started
+
+    def saved(self) -> dict[str, Any]:
+        """For a checkpoint: the arguments that make the same interval again."""
+        values = asdict(self) | {"seconds": self.elapsed()}
+        del values["started"]
+        return values
 
 
 @dataclass
 class TrainingState:
     """One rank's nets and everything else that a checkpoint must hold to go on as if never
     interrupted. Order, crops and mask samples are functions of the seed and the step, so the
-    step is the loader's position too."""
+    step is the loader's position too. pending: steps whose numbers the host has not read.
+    interval, epoch: what it has read since the last line of the log, and in this epoch."""
 
     corruption: CorruptionNet
     corruption_average: CorruptionNet
@@ -119,6 +150,10 @@ class TrainingState:
     clean_accuracy: float = 0.0
     target: float = 0.0
     controller: ControllerState | None = None
+    collapse: CollapseState = field(default_factory=CollapseState)
+    pending: deque[Pending] = field(default_factory=deque)
+    interval: Interval = field(default_factory=Interval)
+    epoch: Interval = field(default_factory=Interval)
 
     def nets(self) -> dict[str, nn.Module]:
         return {
@@ -163,32 +198,61 @@ def finished_nets(state: TrainingState, model: ModelConfig) -> Nets:
     )
 
 
-def save_state(folder: Path, state: TrainingState) -> None:
-    """Write a checkpoint into `folder`."""
-    content: dict[str, Any] = {
-        "nets": {name: net.state_dict() for name, net in state.nets().items()},
-        "optimizers": {name: o.state_dict() for name, o in state.optimizers.items()},
+def state_tensors(state: TrainingState) -> dict[str, Tensor]:
+    """The nets' weights and the optimizers' moments, OPTIMIZER.PARAMETER.MOMENT."""
+    moments = {
+        f"{name}.{number}.{key}": tensor
+        for name, optimizer in _optimizers(state).items()
+        for number, values in optimizer.state_dict()["state"].items()
+        for key, tensor in values.items()
+    }
+    return net_tensors(state.nets()) | moments
+
+
+def _optimizers(state: TrainingState) -> dict[str, torch.optim.Optimizer]:
+    return {f"optimizer_{name}": optimizer for name, optimizer in state.optimizers.items()}
+
+
+def state_numbers(state: TrainingState) -> dict[str, Any]:
+    """Everything else, as JSON can hold it; floats are read back to the same bits."""
+    return {
         "step": state.step,
         "clean_accuracy": state.clean_accuracy,
         "target": state.target,
         "controller": asdict(state.controller) if state.controller else None,
+        "collapse": asdict(state.collapse),
+        "pending": [pending.saved() for pending in state.pending],
+        "interval": state.interval.saved(),
+        "epoch": state.epoch.saved(),
     }
-    torch.save(content, folder / CHECKPOINT_NAME)
 
 
-def restore_state(folder: Path, state: TrainingState) -> None:
-    """Fill a new state from a checkpoint, in place."""
-    # Onto the CPU first: Adam's step counts stay there, where reading them waits for no GPU.
-    content = torch.load(folder / CHECKPOINT_NAME, map_location="cpu", weights_only=True)
-    for name, net in state.nets().items():
-        net.load_state_dict(content["nets"][name])
-    for name, optimizer in state.optimizers.items():
-        optimizer.load_state_dict(content["optimizers"][name])
-    state.step = content["step"]
-    state.clean_accuracy = content["clean_accuracy"]
-    state.target = content["target"]
-    saved = content["controller"]
-    state.controller = ControllerState(**saved) if saved else None
+def fill_state(
+    state: TrainingState, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    """Fill a new state, in place, from what `state_tensors` and `state_numbers` gave."""
+    load_net_tensors(state.nets(), tensors)
+    for name, optimizer in _optimizers(state).items():
+        moments: dict[int, dict[str, Tensor]] = {}
+        parameters = optimizer.param_groups[0]["params"]
+        for key, tensor in tensors.items():
+            if key.startswith(f"{name}."):
+                _, number, moment = key.split(".")
+                like = parameters[int(number)]
+                if tensor.ndim:  # moments lie in memory as their weights do
+                    tensor = torch.empty_like(like, device="cpu").copy_(tensor)
+                moments.setdefault(int(number), {})[moment] = tensor
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    controller = numbers["controller"]
+    state.step = numbers["step"]
+    state.clean_accuracy = numbers["clean_accuracy"]
+    state.target = numbers["target"]
+    state.controller = ControllerState(**controller) if controller else None
+    state.collapse = CollapseState(**numbers["collapse"])
+    state.pending = deque(restored(saved) for saved in numbers["pending"])
+    state.interval = Interval(**numbers["interval"])
+    state.epoch = Interval(**numbers["epoch"])
 
 
 def warmup_factor(step: int, steps: int) -> float:

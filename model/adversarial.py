@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.losses import area_penalty, classification_loss, correct, corruption_loss
+from model.losses import (
+    Confusion,
+    area_penalty,
+    classification_loss,
+    confusion_loss,
+    correct,
+)
 from model.masking import bernoulli_straight_through, paint, superpixel_mean
 
 Gradients = tuple[Tensor, ...]
@@ -39,7 +45,8 @@ def mask_probability(
     corruption: nn.Module, images: Tensor, segments: Tensor, superpixels: int
 ) -> Tensor:
     """The corruption net's probability of masking each superpixel: float [B, K] in [0, 1]."""
-    return superpixel_mean(torch.sigmoid(corruption(images)), segments, superpixels)
+    logits = corruption(images).to(images.dtype)  # autocast's are bfloat16
+    return superpixel_mean(torch.sigmoid(logits), segments, superpixels)
 
 
 def apply_mask(images: Tensor, mask: Tensor) -> Tensor:
@@ -53,7 +60,7 @@ def _parameters(net: nn.Module) -> list[nn.Parameter]:
 
 def clean_step(classifier: nn.Module, images: Tensor, labels: Tensor, total: int) -> Step:
     """Warm-up: the classifier on clean images. total: number of images over all ranks."""
-    logits = classifier(images)
+    logits = classifier(images).to(images.dtype)
     loss = classification_loss(logits, labels)
     gradients = torch.autograd.grad(loss.sum() / total, _parameters(classifier))
     sums = {"classifier_loss": loss.detach().sum(), "correct": correct(logits, labels).sum()}
@@ -73,39 +80,61 @@ def adversarial_step(
     area_weight: float,
     area_power: int,
     clean_weight: float,
+    confusion: Confusion = "top",
+    complement_weight: float = 0.0,
+    soft: bool = False,
+    clean_classifier: nn.Module | None = None,
 ) -> Step:
     """The corruption net's step and, where `joint`, the classifier's on the same masked images.
 
     images: normalized float [B, 3, H, W]; segments int64 [B, H, W]; labels int64 [B];
     noise: Gumbel differences [B, K], which also says K. total: images over all ranks.
     clean_weight: weight of the classifier's loss on the clean images in a joint step (0: the
-    paper's). Each loss's gradient reaches its own net only.
+    paper's). confusion: which loss, see `confusion_loss`. complement_weight: weight, in the
+    corruption net's loss, of the classifier's cross-entropy on the masked part alone. soft: the
+    mask is the probability itself, without sampling. Each loss's gradient reaches its own net
+    only.
+
+    With a `clean_classifier` the sums also hold "clean_correct", the classifier's right answers on
+    the clean images, and "context_correct", those of the clean classifier on the masked ones: what
+    the context alone tells where the masks hide the objects.
     """
     probability = mask_probability(corruption, images, segments, noise.shape[1])
-    mask = paint(bernoulli_straight_through(probability, noise), segments)
+    chosen = probability if soft else bernoulli_straight_through(probability, noise)
+    mask = paint(chosen, segments)
     masked = apply_mask(images, mask)
-    logits = classifier(masked)
-    confusion = corruption_loss(logits)
+    logits = classifier(masked).to(images.dtype)
+    confused = confusion_loss(logits, labels, confusion)
     area = area_penalty(mask, area_power)
-    objective = (confusion + area_weight * area).sum() / total
+    sums = {"corruption_loss": confused.detach().sum()}
+    objective = confused + area_weight * area
+    if complement_weight:
+        kept = classifier(apply_mask(images, 1 - mask)).to(images.dtype)
+        complement = classification_loss(kept, labels)
+        objective = objective + complement_weight * complement
+        sums["complement_loss"] = complement.detach().sum()
     corruption_gradients = torch.autograd.grad(
-        objective, _parameters(corruption), retain_graph=joint
+        objective.sum() / total, _parameters(corruption), retain_graph=joint
     )
     loss = classification_loss(logits, labels)
     classifier_gradients = None
     if joint:
         mean = loss.sum() / total
         if clean_weight:
-            clean = classification_loss(classifier(images), labels).sum() / total
+            clean_logits = classifier(images).to(images.dtype)
+            clean = classification_loss(clean_logits, labels).sum() / total
             mean = (mean + clean_weight * clean) / (1 + clean_weight)
         classifier_gradients = torch.autograd.grad(mean, _parameters(classifier))
-    sums = {
-        "corruption_loss": confusion.detach().sum(),
+    sums |= {
         "classifier_loss": loss.detach().sum(),
         "area": mask.detach().mean(dim=(1, 2)).sum(),
         "area_penalty": area.detach().sum(),
         "correct": correct(logits, labels).sum(),
     }
+    if clean_classifier is not None:
+        with torch.no_grad():
+            sums["clean_correct"] = correct(classifier(images), labels).sum()
+            sums["context_correct"] = correct(clean_classifier(masked.detach()), labels).sum()
     return Step(
         corruption_gradients=corruption_gradients,
         classifier_gradients=classifier_gradients,

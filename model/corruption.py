@@ -1,11 +1,46 @@
 """The corruption net: which pixels to mask (paper, section 2.1)."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from model.classifier import GROUPS, convolution
 
 STRIDE = 16  # of the bottleneck: image sides must be multiples of it
 START_BIAS = -1.0  # the first masks cover about a quarter of the image
+LOGIT_LIMIT = 8.0  # bound of the logits: probabilities from .00034 to .99966
+
+
+class _Projection(torch.autograd.Function):
+    """Clamp to [-limit, limit]; a gradient passes a bound only towards the inside."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.limit = limit
+        return logits.clamp(-limit, limit)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        (gradient,) = gradients
+        # descent moves against the gradient
+        outward = ((logits >= ctx.limit) & (gradient < 0)) | (
+            (logits <= -ctx.limit) & (gradient > 0)
+        )
+        return gradient.masked_fill(outward, 0), None
+
+
+def bound_logits(logits: Tensor, limit: float) -> Tensor:
+    """Project logits onto [-limit, limit], so that no probability saturates for good.
+
+    A sigmoid's slope p (1 - p) vanishes at large logits: once every probability was 1, no weight
+    of the area brought the masks back. Within the bounds nothing changes. At a bound descent can
+    move a logit back inside, with the slope that the sigmoid has at the bound, and not further
+    out. A limit of 0 leaves the logits as they are.
+    """
+    return _Projection.apply(logits, limit) if limit else logits
 
 
 class Up(nn.Module):
@@ -31,11 +66,18 @@ class CorruptionNet(nn.Module):
 
     A stride-2 encoder, a fully connected bottleneck over the whole image (what is it?), and
     deconvolutions with an additive connection from every encoder layer (where are its edges?).
-    size: (H, W), multiples of 16. width: as the classifier's.
+    size: (H, W), multiples of 16. width: as the classifier's. logit_limit: see `bound_logits`.
     """
 
-    def __init__(self, size: tuple[int, int], width: int, bottleneck: int) -> None:
+    def __init__(
+        self,
+        size: tuple[int, int],
+        width: int,
+        bottleneck: int,
+        logit_limit: float = LOGIT_LIMIT,
+    ) -> None:
         super().__init__()
+        self.logit_limit = logit_limit
         height, width_pixels = size
         if height % STRIDE or width_pixels % STRIDE:
             raise ValueError(
@@ -73,4 +115,4 @@ class CorruptionNet(nn.Module):
         x = x + self.bottleneck(x).view_as(x)
         for layer, skip in zip(self.decoder, reversed(skips[:-1]), strict=True):
             x = layer(x, skip)
-        return self.output(x).squeeze(1)
+        return bound_logits(self.output(x).squeeze(1), self.logit_limit)

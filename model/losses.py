@@ -1,8 +1,13 @@
 """The paper's losses (section 2.3), one value per image so that any sharding can sum them."""
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+Confusion = Literal["top", "true-logit", "true-log-probability"]
 
 
 def corruption_loss(logits: Tensor) -> Tensor:
@@ -14,6 +19,22 @@ def corruption_loss(logits: Tensor) -> Tensor:
     top = logits.amax(dim=1)
     others = (logits.sum(dim=1) - top) / (logits.shape[1] - 1)
     return top - others
+
+
+def confusion_loss(logits: Tensor, labels: Tensor, kind: Confusion) -> Tensor:
+    """What the corruption net minimizes beside the area: float [B, C], int64 [B] -> [B]; 0 where
+    the classifier scores all classes alike.
+
+    top: equation 1, whatever the label. true-logit: the label's logit minus the mean of the
+    others, which has no lower bound. true-log-probability: the logarithm of the label's softmax
+    probability over 1/C. The two with the label are departures from the paper.
+    """
+    if kind == "top":
+        return corruption_loss(logits)
+    if kind == "true-log-probability":
+        return math.log(logits.shape[1]) - classification_loss(logits, labels)
+    true = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    return true - (logits.sum(dim=1) - true) / (logits.shape[1] - 1)
 
 
 def area_penalty(mask: Tensor, power: int) -> Tensor:

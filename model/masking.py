@@ -49,3 +49,10 @@ def bernoulli_straight_through(probability: Tensor, noise: Tensor) -> Tensor:
     p = probability.detach()
     hard = torch.log(p.clamp(min=tiny)) + noise > torch.log((1 - p).clamp(min=tiny))
     return hard.to(probability.dtype) + (probability - p)
+
+
+def pixel_segments(segments: Tensor) -> Tensor:
+    """A superpixel of its own for each pixel: labels 0..HW-1 of the shape int64 [B, H, W]."""
+    _, height, width = segments.shape
+    grid = torch.arange(height * width, device=segments.device).view(1, height, width)
+    return grid.expand_as(segments)

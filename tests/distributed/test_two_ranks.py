@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from jobs.training import apply_gradients, reduce_step
+from jobs.models import ModelConfig
+from jobs.training import apply_gradients, check_ranks, on_first_rank, reduce_step
+from jobs.training_config import TrainConfig
+from jobs.training_state import TrainingError, new_state
 from model.adversarial import Step, adversarial_step, clean_step
 from model.classifier import Classifier
 from model.controller import ControllerConfig, ControllerState, update
@@ -124,3 +127,71 @@ def test_unequal_ranks_take_the_branch_of_the_common_accuracy(tmp_path: Path) ->
     assert two == [(pytest.approx(0.994), pytest.approx(0.4), False)] * 2
     three = run_ranks(3, unequal_accuracy, tmp_path / "three")
     assert three == [(pytest.approx(1.006), pytest.approx(0.25), True)] * 3
+
+
+def agreement(rank: int, ranks: int) -> list[str]:
+    """What each rank is told where all are alike, where rank 1 has another lambda, where the last
+    rank has another bit in one weight, and where rank 0 cannot write."""
+    model = ModelConfig(
+        classes=("a", "b"),
+        class_names=("a", "b"),
+        height=32,
+        width=32,
+        net_width=8,
+        bottleneck=16,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        superpixels=16,
+        compactness=10.0,
+    )
+    device = torch.device("cpu")
+    state = new_state(TrainConfig(data="shards", output=Path("run")), model, device)
+    # unequal accuracies, one reduced number: the controllers stay alike
+    correct = torch.tensor(float(rank))
+    dist.all_reduce(correct)
+    start = ControllerState(area_weight=1.0, accuracy=0.3)
+    state.controller = update(start, ControllerConfig(target=0.4), float(correct), 8)
+    told = []
+
+    def told_by(check: Callable[[], None]) -> None:
+        try:
+            check()
+        except TrainingError as error:
+            told.append(str(error))
+        else:
+            told.append("")
+
+    told_by(lambda: check_ranks(state, device))
+    sound = state.controller
+    if rank == 1:
+        state.controller = ControllerState(area_weight=1.5, accuracy=sound.accuracy)
+    told_by(lambda: check_ranks(state, device))
+    state.controller = sound
+    if rank == ranks - 1:
+        weight = next(state.classifier.parameters()).detach()
+        weight.view(torch.int32)[0, 0, 0, 0] ^= 1
+    told_by(lambda: check_ranks(state, device))
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device", "run/x")
+
+    told_by(lambda: on_first_rank(fail, "the checkpoint of step 3", device))
+    return told
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_no_longer_agree_all_stop_and_show_both_states(
+    ranks: int, tmp_path: Path
+) -> None:
+    told = run_ranks(ranks, agreement, tmp_path / "ranks")
+    assert told == [told[0]] * ranks
+    alike, controller, weight, disk = told[0]
+    assert alike == ""
+    assert "rank 0: step 0, lambda 1.006" in controller or "lambda 0.994" in controller
+    assert "rank 1: step 0, lambda 1.5" in controller
+    hashes = [part.split()[0].strip(";)") for part in weight.split("weights ")[1:]]
+    assert len(hashes) == ranks
+    assert len(set(hashes)) == 2
+    assert disk.startswith(
+        "the checkpoint of step 3 cannot be written: No space left on device (run/x). Make room"
+    )

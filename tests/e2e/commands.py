@@ -1,5 +1,6 @@
 """Running the project's commands as a user would: separate processes in the checkout."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -31,9 +32,9 @@ def run(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[st
     )
 
 
-def kill_when(condition: Callable[[], bool], *arguments: str, timeout: float = 180) -> None:
-    """Start `python <arguments>` and SIGKILL it with all its children once `condition` holds."""
-    process = subprocess.Popen(
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    """`python <arguments>` in a process group of its own, without output."""
+    return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
         env=environment(),
@@ -41,12 +42,47 @@ def kill_when(condition: Callable[[], bool], *arguments: str, timeout: float = 1
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    try:
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert process.poll() is None, f"ended with {process.returncode} before the kill"
-            assert time.monotonic() < deadline, "the moment to kill never came"
-            time.sleep(0.1)
-    finally:
+
+
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[bytes], timeout: float = 180
+) -> None:
+    """Return once `condition` holds, while the process runs."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode} too early"
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.1)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL the process with all its children, where they still run."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
+
+
+def descendant(ancestor: int, words: str) -> int:
+    """Process id of a descendant whose command line holds the words."""
+    parents, lines = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            parents[int(folder.name)] = int(fields[1])
+            lines[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+    for process, line in lines.items():
+        above = process
+        while above in parents and above != ancestor:
+            above = parents[above]
+        if above == ancestor and words in line:
+            return process
+    raise AssertionError(f"no descendant of {ancestor} is named {words}")
+
+
+def kill_when(condition: Callable[[], bool], *arguments: str, timeout: float = 180) -> None:
+    """Start `python <arguments>` and SIGKILL it with all its children once `condition` holds."""
+    process = start(*arguments)
+    try:
+        wait_until(condition, process, timeout)
+    finally:
+        end(process)

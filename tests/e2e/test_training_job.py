@@ -1,14 +1,16 @@
 """`python -m jobs.train` with two Ray Train workers: killed, resumed, and failing clearly."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from jobs.models import load_nets
-from tests.e2e.commands import kill_when, run
+from tests.e2e.commands import descendant, end, kill_when, run, start, wait_until
 
 pytestmark = pytest.mark.e2e
 SMALL = (
@@ -47,6 +49,7 @@ def finished(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run(*train(small_set, output))
     assert result.returncode == 0, result.stderr
     assert "corruption loss" in result.stdout
+    (output / "said.txt").write_text(result.stdout)
     return output
 
 
@@ -57,7 +60,12 @@ def test_a_run_logs_every_step_and_leaves_what_evaluation_needs(finished: Path) 
     last = found[-1]
     needed = {"corruption_loss", "classifier_loss", "accuracy", "area_weight", "area", "phase"}
     assert needed | {"joint_share", "images_per_second", "waiting", "eta_seconds"} <= set(last)
+    assert {"clean_accuracy", "context_accuracy", "corruption_rate"} <= set(last)
     assert list((finished / "tensorboard").iterdir())
+    pictures = sorted(path.name for path in (finished / "examples").iterdir())
+    assert pictures == [f"step-{step:06}.png" for step in (8, 12, 16, 20)]
+    kept = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert kept == ["step-000000016", "step-000000020"]
     record = json.loads((finished / "run.json").read_text())
     assert record["configuration"]["batch_size"] == 16
     assert record["versions"]["ray"]
@@ -69,12 +77,41 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bits(
 ) -> None:
     output = tmp_path / "run"
     kill_when(lambda: past_step_10(output), *train(small_set, output))
-    assert not (output / "model.pt").exists()
+    assert not (output / "model").exists()
     result = run(*train(small_set, output))
     assert result.returncode == 0, result.stderr
     assert "step 1/" not in result.stdout, "started anew"
     assert [values["step"] for values in metrics(output)] == list(range(1, 21))
     assert torch.equal(weights(output), weights(finished))
+
+
+def test_after_a_workers_death_the_others_start_again_from_the_last_checkpoint(
+    finished: Path, small_set: Path, tmp_path: Path
+) -> None:
+    """One process of the two is killed, in the middle of an epoch; nobody gives the command
+    again."""
+    output = tmp_path / "run"
+    process = start(*train(small_set, output, "--checkpoint-interval", "3"))
+    try:
+        wait_until(lambda: any(values["step"] >= 5 for values in metrics(output)), process)
+        os.kill(descendant(process.pid, "RayTrainWorker"), signal.SIGKILL)
+        assert process.wait(timeout=240) == 0
+    finally:
+        end(process)
+    notes = [note for values in metrics(output) for note in values.get("notes", [])]
+    assert [note[:36] for note in notes] == ["went on from the checkpoint of step "]
+    assert [values["step"] for values in metrics(output)] == list(range(1, 21))
+    assert torch.equal(weights(output), weights(finished))
+
+
+def test_elastic_workers_take_what_the_machine_has(
+    finished: Path, small_set: Path, tmp_path: Path
+) -> None:
+    """Twelve would be too many; two cores are left to them, so the bits are those of two."""
+    output = tmp_path / "run"
+    result = run(*train(small_set, output, "--workers", "1:12", "--batch-size", "16"))
+    assert result.returncode == 0, result.stderr
+    torch.testing.assert_close(weights(output), weights(finished), rtol=0.2, atol=0.02)
 
 
 def test_a_run_goes_on_with_another_number_of_workers(
@@ -115,7 +152,7 @@ def test_not_a_number_is_one_line_and_a_failure(small_set: Path, tmp_path: Path)
     assert len(errors) == 1
     assert "became NaN or infinite" in errors[0]
     assert "Traceback" not in result.stderr
-    assert not (tmp_path / "run" / "model.pt").exists()
+    assert not (tmp_path / "run" / "model").exists()
     steps = [values["step"] for values in metrics(tmp_path / "run")]
     assert len(steps) == len(set(steps)) < 10  # one attempt: another would end the same way
 

@@ -365,7 +365,7 @@ def test_the_job_writes_table_metrics_predictions_and_report(
     ("flag", "message"),
     [
         ("--data", "holds no dataset.json"),
-        ("--run", "holds no model.pt"),
+        ("--run", "holds no model/model.json"),
         ("--split", "has no split"),
     ],
 )

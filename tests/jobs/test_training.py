@@ -1,26 +1,39 @@
 import json
 import math
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from jobs.cli import UserError, duration
+from jobs.cli import UserError, duration, parse
+from jobs.examples import load_examples
 from jobs.train import check_data, claim_output
-from jobs.training import LAG, Trainer, model_config
-from jobs.training_log import METRICS_NAME, TrainingLog, line, waiting_summary
+from jobs.training import LAG, Trainer, checkpoint, model_config, resume
+from jobs.training_config import PRESETS, TrainConfig
+from jobs.training_log import (
+    METRICS_NAME,
+    MlflowLog,
+    TrainingLog,
+    line,
+    summary,
+    waiting_summary,
+)
 from jobs.training_state import (
-    TrainConfig,
     TrainingError,
     adversarial_factor,
-    restore_state,
-    save_state,
+    state_numbers,
+    state_tensors,
     warmup_factor,
 )
+from model.controller import ControllerState
 from pipeline.augmentation import Augmentation
 from pipeline.cache import GIB, cached_bytes
-from pipeline.loader import train_batches
+from pipeline.loader import Batch, train_batches
 from pipeline.shards import DataError, read_card
 
 CPU = torch.device("cpu")
@@ -45,9 +58,9 @@ def new_trainer(config: TrainConfig) -> Trainer:
     return Trainer(config, model_config(config, card), card, CPU, ranks=1)
 
 
-def train_epochs(trainer: Trainer, epochs: int) -> None:
+def batches_for(trainer: Trainer) -> Iterator[Batch]:
     config = trainer.config
-    batches = train_batches(
+    return train_batches(
         config.data,
         read_card(config.data),
         batch_size=config.batch_size,
@@ -58,8 +71,16 @@ def train_epochs(trainer: Trainer, epochs: int) -> None:
         augmentation=Augmentation(),
         device=CPU,
     )
-    for _ in range(epochs):
-        trainer.train_epoch(batches)
+
+
+def train_steps(trainer: Trainer, steps: int) -> None:
+    batches = batches_for(trainer)
+    for _ in range(steps):
+        trainer.train_step(batches)
+
+
+def train_epochs(trainer: Trainer, epochs: int) -> None:
+    train_steps(trainer, epochs * trainer.epoch_steps)
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
@@ -67,22 +88,88 @@ def weights(trainer: Trainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for net in nets for p in net.parameters()])
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_resumed_training_equals_the_uninterrupted_one_to_the_last_bit(
-    small_set: Path, tmp_path: Path, stop: int
+def everything(trainer: Trainer) -> tuple[dict[str, torch.Tensor], dict]:
+    """All that a checkpoint holds, but for times."""
+    numbers = state_numbers(trainer.state)
+    for name in ("interval", "epoch"):
+        for time in ("seconds", "waiting", "first_batch"):
+            del numbers[name][time]
+    return state_tensors(trainer.state), numbers
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_set: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    trainer = new_trainer(config_for(small_set))
+    train_steps(trainer, 15)  # of 16: in the middle of an epoch, with numbers still pending
+    return everything(trainer)
+
+
+@pytest.mark.parametrize("stop", range(1, 15))
+def test_a_training_stopped_at_any_step_and_resumed_equals_the_uninterrupted_one_to_the_last_bit(
+    uninterrupted: tuple, small_set: Path, tmp_path: Path, stop: int
 ) -> None:
-    whole = new_trainer(config_for(small_set))
-    train_epochs(whole, 4)
-    first = new_trainer(config_for(small_set))
-    train_epochs(first, stop)
-    save_state(tmp_path, first.state)
-    second = new_trainer(config_for(small_set))
-    restore_state(tmp_path, second.state)
-    train_epochs(second, 4 - stop)
-    assert second.state.step == whole.state.step
-    assert second.state.controller == whole.state.controller
-    assert second.state.target == whole.state.target
-    assert torch.equal(weights(second), weights(whole))
+    config = config_for(small_set, output=tmp_path)
+    first = new_trainer(config)
+    train_steps(first, stop)
+    checkpoint(first)
+    second = new_trainer(config)
+    assert resume(second) == [f"went on from the checkpoint of step {stop}"]
+    train_steps(second, 15 - stop)
+    tensors, numbers = everything(second)
+    assert numbers == uninterrupted[1]
+    assert tensors.keys() == uninterrupted[0].keys()
+    assert all(torch.equal(tensors[name], uninterrupted[0][name]) for name in tensors)
+
+
+def test_writing_checkpoints_changes_no_bit(
+    uninterrupted: tuple, small_set: Path, tmp_path: Path
+) -> None:
+    trainer = new_trainer(config_for(small_set, output=tmp_path, checkpoint_interval=3))
+    batches = batches_for(trainer)
+    kept = []
+    for _ in range(15):
+        trainer.train_step(batches)
+        if trainer.at_checkpoint:
+            checkpoint(trainer)
+            kept.append(trainer.state.step)
+    assert kept == [3, 4, 6, 8, 9, 12, 15]
+    tensors, numbers = everything(trainer)
+    assert numbers == uninterrupted[1]
+    assert all(torch.equal(tensors[name], uninterrupted[0][name]) for name in tensors)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000000012",
+        "step-000000015",
+    ]
+
+
+def test_a_resumed_log_equals_the_uninterrupted_one_but_for_times(
+    small_set: Path, tmp_path: Path
+) -> None:
+    def lines(run: Path) -> list[dict]:
+        timed = {"seconds", "images_per_second", "waiting", "first_batch_seconds", "eta_seconds"}
+        found = [json.loads(text) for text in (run / METRICS_NAME).read_text().splitlines()]
+        return [{k: v for k, v in values.items() if k not in timed} for values in found]
+
+    config = config_for(small_set, output=tmp_path / "stopped", log_interval=3)
+    whole = new_trainer(config)
+    (tmp_path / "whole").mkdir()
+    whole.log = TrainingLog(tmp_path / "whole", 0)
+    train_steps(whole, 16)
+    whole.log.close()
+    first = new_trainer(config)
+    (tmp_path / "stopped").mkdir()
+    first.log = TrainingLog(tmp_path / "stopped", 0)
+    train_steps(first, 9)
+    assert len(first.state.pending) == 1  # so the line of step 9 is not yet written
+    checkpoint(first)
+    train_steps(first, 4)  # lost, but for their lines
+    first.log.close()
+    second = new_trainer(config)
+    resume(second)
+    second.log = TrainingLog(tmp_path / "stopped", second.read_step)
+    train_steps(second, 7)
+    second.log.close()
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
 
 def test_the_same_seed_trains_the_same_nets_and_another_seed_others(small_set: Path) -> None:
@@ -115,9 +202,9 @@ def test_below_the_target_both_nets_train_once_the_first_numbers_are_read(
 ) -> None:
     trainer = new_trainer(config_for(small_set, target=1 - 1e-9))
     train_epochs(trainer, 3)
-    assert trainer.epoch.joint_steps == trainer.epoch_steps - LAG
+    assert trainer.state.epoch.joint_steps == trainer.epoch_steps - LAG
     train_epochs(trainer, 1)
-    assert trainer.epoch.joint_steps == trainer.epoch_steps
+    assert trainer.state.epoch.joint_steps == trainer.epoch_steps
 
 
 def test_above_the_target_the_classifier_stands_still(small_set: Path) -> None:
@@ -130,8 +217,8 @@ def test_above_the_target_the_classifier_stands_still(small_set: Path) -> None:
     before = [p.clone() for p in trainer.state.classifier.parameters()]
     for _ in range(6):
         train_epochs(trainer, 1)
-        assert trainer.epoch.means()["accuracy"] == 0.125
-        assert trainer.epoch.joint_steps == 0
+        assert trainer.state.epoch.means()["accuracy"] == 0.125
+        assert trainer.state.epoch.joint_steps == 0
     after = trainer.state.classifier.parameters()
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -210,19 +297,15 @@ def test_a_line_names_all_that_is_watched() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("area", "words"), [(0.99, "COVER EVERYTHING"), (0.001, "ARE EMPTY"), (0.3, None)]
-)
-def test_collapsed_masks_are_named_with_a_remedy(area: float, words: str | None) -> None:
+def test_notes_end_the_line() -> None:
     values = dict.fromkeys(
-        ("step", "steps", "epoch", "accuracy", "target", "area_weight", "joint_share"), 1
+        ("step", "steps", "epoch", "accuracy", "target", "area_weight", "joint_share", "area"), 1
     )
     values |= dict.fromkeys(
         ("corruption_loss", "classifier_loss", "images_per_second", "waiting", "eta_seconds"), 1
     )
-    text = line(values | {"phase": "adversarial", "area": area})
-    assert ("MASKS" in text) == (words is not None)
-    assert words is None or words in text
+    text = line(values | {"phase": "adversarial", "notes": ["masks are empty", "and more"]})
+    assert text.endswith(" | NOTE: masks are empty | NOTE: and more")
 
 
 def test_durations_under_an_hour_show_minutes() -> None:
@@ -238,7 +321,7 @@ def test_another_configuration_on_the_same_output_is_refused(
     card = read_card(small_set)
     config = config_for(small_set, output=tmp_path / "run")
     claim_output(config, card, record(config))
-    more_workers = config_for(small_set, output=tmp_path / "run", workers=5)
+    more_workers = config_for(small_set, output=tmp_path / "run", workers="3:5")
     claim_output(more_workers, card, record(more_workers))
     for name, value, message in (
         ("seed", 9, r"seed \(there 0, now 9\)"),
@@ -388,3 +471,299 @@ def test_the_waiting_share_leaves_the_loaders_start_apart(tmp_path: Path) -> Non
     assert waiting_summary(tmp_path) == (
         "waiting for data: warmup 5.0%, adversarial 2.0%; for the first batches 2.0 s"
     )
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(
+    small_set: Path, tmp_path: Path
+) -> None:
+    trainer = new_trainer(config_for(small_set, output=tmp_path))
+    for _ in range(2):
+        train_steps(trainer, 3)
+        checkpoint(trainer)
+    newest = tmp_path / "checkpoints" / "step-000000006" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    again = new_trainer(config_for(small_set, output=tmp_path))
+    damaged, went_on = resume(again)
+    assert "step-000000006/state.safetensors has" in damaged
+    assert went_on == "went on from the checkpoint of step 3"
+    assert again.state.step == 3
+    oldest = tmp_path / "checkpoints" / "step-000000003" / "state.json"
+    oldest.write_text("{")
+    with pytest.raises(TrainingError, match=r"no sound checkpoint is left .* another --output"):
+        resume(new_trainer(config_for(small_set, output=tmp_path)))
+
+
+def test_a_full_disk_stops_training_with_the_earlier_checkpoint_untouched(
+    small_set: Path, tmp_path: Path
+) -> None:
+    trainer = new_trainer(config_for(small_set, output=tmp_path))
+    train_steps(trainer, 3)
+    checkpoint(trainer)
+    train_steps(trainer, 3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # no file may grow beyond: a real error
+    try:
+        with pytest.raises(TrainingError, match=r"checkpoint of step 6 cannot .* Make room"):
+            checkpoint(trainer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert resume(new_trainer(config_for(small_set, output=tmp_path)))[0].endswith("step 3")
+
+
+def test_collapse_is_noted_then_stops_training_unless_told_otherwise(
+    small_set: Path, tmp_path: Path
+) -> None:
+    """A classifier that always answers class 0, with a rate that teaches it nothing."""
+    options = {"collapse_steps": 10, "warmup_epochs": 14, "warmup_rate": 1e-9, "log_interval": 1}
+    options |= {"batch_size": 64}  # a step is the whole set, of which an eighth is class 0
+
+    def ignorant(**more: object) -> Trainer:
+        trainer = new_trainer(config_for(small_set, **options, **more))
+        torch.nn.init.zeros_(trainer.state.classifier.head.weight)
+        trainer.state.classifier.head.bias.data = torch.eye(8)[0]
+        return trainer
+
+    trainer = ignorant()
+    trainer.log = TrainingLog(tmp_path, 0)
+    with pytest.raises(TrainingError, match=r"accuracy at chance.* 10 steps on end, up to step 10"):
+        train_epochs(trainer, 14)
+    trainer.log.close()
+    noted = [
+        json.loads(text)["step"]
+        for text in (tmp_path / METRICS_NAME).read_text().splitlines()
+        if any("accuracy at chance" in note for note in json.loads(text).get("notes", []))
+    ]
+    assert noted == list(range(2, 10)), "from a fifth of the steps on"
+    train_epochs(ignorant(stop_on_collapse=False), 14)
+
+
+def test_the_frozen_classifier_keeps_its_weights_and_has_no_gate(small_set: Path) -> None:
+    trainer = new_trainer(config_for(small_set, target=1 - 1e-9, train_classifier=False))
+    train_epochs(trainer, 4)
+    assert trainer.state.epoch.joint_steps == 0
+    assert trainer.state.controller is not None
+    assert trainer.state.controller.joint, "the gate would be open"
+    assert (trainer.state.collapse.joint, trainer.state.collapse.closed) == (None, 0)
+    pairs = zip(
+        trainer.state.classifier.parameters(),
+        trainer.state.clean_classifier.parameters(),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"superpixel_masks": False},
+        {"gumbel_noise": False},
+        {"confusion": "true-log-probability", "complement_weight": 0.5},
+        {"logit_limit": 0.0},
+        {"area_power": 1},
+        {"precision": "bfloat16"},
+    ],
+)
+def test_each_ablation_trains_other_masks_from_the_same_start(
+    small_set: Path, changes: dict
+) -> None:
+    plain, other = (new_trainer(config_for(small_set, **c)) for c in ({}, changes))
+    if "logit_limit" in changes:  # which small nets do not reach
+        for trainer in (plain, other):
+            torch.nn.init.constant_(trainer.state.corruption.output.bias, 8.2)  # type: ignore[arg-type]
+    for trainer in (plain, other):
+        train_epochs(trainer, 3)
+    assert torch.isfinite(weights(other)).all()
+    assert not torch.equal(weights(plain), weights(other))
+
+
+def test_compiled_nets_train_as_uncompiled_ones_up_to_rounding(small_set: Path) -> None:
+    """First a step of the corruption net alone, then joint ones, which go back through the
+    classifier's graph twice."""
+    plain, compiled = (
+        new_trainer(config_for(small_set, compile=c, warmup_epochs=1, batch_size=64, epochs=3))
+        for c in (False, True)
+    )
+    for trainer in (plain, compiled):
+        torch.nn.init.constant_(trainer.state.corruption.output.bias, 5.0)  # type: ignore[arg-type]
+        train_epochs(trainer, 3)  # an epoch is a step
+    assert compiled.state.epoch.means() == pytest.approx(plain.state.epoch.means(), rel=1e-3)
+    torch.testing.assert_close(weights(compiled), weights(plain), rtol=1e-2, atol=1e-3)
+
+
+def test_without_superpixels_pixels_of_one_superpixel_are_masked_apart(small_set: Path) -> None:
+    trainer = new_trainer(config_for(small_set, superpixel_masks=False))
+    segments, labels = trainer._segments(next(batches_for(trainer)))
+    assert labels == 32 * 32
+    assert (segments.flatten(1).diff(dim=1) == 1).all()
+
+
+def test_presets_fill_what_is_not_given_and_flags_win() -> None:
+    def parsed(*flags: str) -> TrainConfig:
+        return parse(TrainConfig, ["--data", "d", "--output", "o", *flags], "", PRESETS)
+
+    assert parsed() == parsed("--preset", "best") == TrainConfig(data="d", output=Path("o"))
+    paper = parsed("--preset", "paper")
+    assert {name: getattr(paper, name) for name in PRESETS["paper"]} == PRESETS["paper"]
+    assert (paper.target, paper.area_power, paper.clean_weight) == (0.1, 1, 0.0)
+    assert parsed("--prese", "paper") == paper, "flags may be shortened"
+    mixed = parsed("--target", "0.3", "--preset=paper", "--clean-weight", "1")
+    assert (mixed.target, mixed.area_power, mixed.clean_weight) == (0.3, 1, 1.0)
+    with pytest.raises(SystemExit):
+        parsed("--preset", "worst")
+
+
+def test_a_target_that_chance_reaches_is_refused(small_set: Path) -> None:
+    with pytest.raises(UserError, match=r"0\.1 is not above chance for 8 classes \(0\.125\)"):
+        check_data(config_for(small_set, target=0.1), read_card(small_set))
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that the host asks a tensor for, but for those of the given tensors."""
+
+    def __init__(self, but: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.but, self.count = {id(tensor) for tensor in but}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        waits = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+        if func in waits and id(args[0]) not in self.but:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def adam_steps(trainer: Trainer) -> list[torch.Tensor]:
+    """Adam's own step counts, which stay on the host on every device."""
+    return [
+        values["step"]
+        for optimizer in trainer.state.optimizers.values()
+        for values in optimizer.state.values()
+    ]
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_no_step_asks_a_fresh_tensor_for_its_value(small_set: Path, joint: bool) -> None:
+    trainer = new_trainer(config_for(small_set, log_interval=1))
+    batches = batches_for(trainer)
+    for _ in range(trainer.warmup_steps):
+        trainer.train_step(batches)
+    batch = next(batches)
+    trainer.state.controller = ControllerState(area_weight=1.0, accuracy=0.5, joint=True)
+    trainer.adversarial_step(batch)
+    trainer.state.controller = ControllerState(area_weight=1.0, accuracy=0.5, joint=joint)
+    with Reads(adam_steps(trainer)) as reads:
+        trainer.warmup_step(batch)
+        trainer.adversarial_step(batch)
+    assert reads.count == 0
+    with Reads(adam_steps(trainer)) as reads:
+        trainer.state.pending[0].values[0].item()
+    assert reads.count == 1, "the counter counts"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_no_step_waits_for_the_gpu(small_set: Path) -> None:
+    config = config_for(small_set)
+    card, device = read_card(config.data), torch.device("cuda")
+    trainer = Trainer(config, model_config(config, card), card, device, ranks=1)
+    batches = train_batches(
+        config.data,
+        card,
+        batch_size=config.batch_size,
+        rank=0,
+        ranks=1,
+        seed=0,
+        start=trainer.position,
+        augmentation=Augmentation(),
+        device=device,
+    )
+    for _ in range(trainer.warmup_steps + LAG):
+        trainer.train_step(batches)
+    batch = next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.warmup_step(batch)
+        trainer.adversarial_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_example_pictures_show_fixed_images_as_their_masks_change(
+    small_set: Path, tmp_path: Path
+) -> None:
+    config = config_for(small_set, output=tmp_path)
+    trainer = new_trainer(config)
+    trainer.log = TrainingLog(tmp_path, 0)
+    trainer.examples = load_examples(config, read_card(small_set), CPU)
+    for _ in range(4):
+        train_epochs(trainer, 1)
+        checkpoint(trainer)
+    trainer.log.close()
+    first, last = (
+        cv2.imread(str(tmp_path / "examples" / f"step-{step:06}.png")) for step in (8, 16)
+    )
+    assert first is not None
+    assert last is not None
+    side = 32 * 4 + 4
+    assert first.shape == last.shape == (3 * side, 8 * side, 3)
+    assert (first[:side] == last[:side]).all(), "the images themselves"
+    assert (first[side:] != last[side:]).any(), "their masks"
+    stored = trainer.examples.images[3].permute(1, 2, 0).numpy()
+    assert (first[2:128:4, 3 * side + 2 : 3 * side + 128 : 4, ::-1] == stored).all()
+
+
+def test_the_summary_tells_each_phase_and_where_it_ended(tmp_path: Path) -> None:
+    def interval(step: int, phase: str, **more: float) -> dict:
+        timed = {"seconds": 10.0, "images_per_second": 64.0 * step}
+        return {"step": step, "phase": phase, "classifier_loss": 1.0, **timed, **more}
+
+    lines = [
+        interval(1, "warmup", accuracy=0.5),
+        interval(2, "warmup", accuracy=0.6),
+        interval(4, "adversarial", accuracy=0.5, context_accuracy=0.25, area=0.3),
+        interval(5, "adversarial", accuracy=0.4, area=0.2),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    rows = [text.split() for text in summary(tmp_path).splitlines()[2:]]
+    assert rows[0][:6] == ["warmup", "2", "0:20", "96", "0.6", "-"]
+    assert rows[1][:7] == ["adversarial", "3", "0:20", "288", "0.4", "-", "0.25"]
+    assert rows[1][8] == "0.2"
+
+
+def test_intervals_reach_rays_metrics(tmp_path: Path, small_set: Path) -> None:
+    log = TrainingLog(tmp_path, 0, gauges=True)
+    log.write({"step": 1, "phase": "warmup", "accuracy": 0.5, "classifier_loss": 2.0})
+    log.close()
+    assert log.gauges is not None
+    assert {gauge.info["name"] for gauge in log.gauges.values()} == {
+        "aln_accuracy",
+        "aln_classifier_loss",
+    }
+
+
+def test_intervals_reach_mlflow_and_a_resumed_run_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="the optional package mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder does without a server
+    uri = (tmp_path / "server").as_uri()
+    for step in (10, 20):
+        log = TrainingLog(tmp_path, step - 10, mlflow=MlflowLog(uri, tmp_path, {"seed": 3}))
+        log.write({"step": step, "phase": "warmup", "accuracy": step / 100})
+        log.close()
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    found = client.search_runs([client.get_experiment_by_name("aln").experiment_id])
+    assert [(run.info.status, run.data.params) for run in found] == [("FINISHED", {"seed": "3"})]
+    history = client.get_metric_history(found[0].info.run_id, "warmup/accuracy")
+    assert [(point.step, point.value) for point in history] == [(10, 0.1), (20, 0.2)]
+
+
+def test_an_mlflow_server_that_does_not_answer_is_noted_and_training_goes_on(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("mlflow", reason="the optional package mlflow is not installed")
+    log = TrainingLog(tmp_path, 0, mlflow=MlflowLog("nowhere://x", tmp_path, {}))
+    log.write({"step": 1, "phase": "warmup", "accuracy": 0.5})
+    log.close()
+    written = json.loads((tmp_path / METRICS_NAME).read_text())
+    assert written["accuracy"] == 0.5
+    assert "MLflow at nowhere://x" in written["notes"][0]

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from model.losses import area_penalty, classification_loss, correct, corruption_loss
+from model.losses import (
+    area_penalty,
+    classification_loss,
+    confusion_loss,
+    correct,
+    corruption_loss,
+)
 
 
 def test_corruption_loss_by_hand() -> None:
@@ -59,3 +65,23 @@ def test_classification_loss_equals_minus_log_softmax() -> None:
 def test_correct_counts_top_classes_that_are_the_label() -> None:
     logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
     assert correct(logits, torch.tensor([1, 1, 1])).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_confusion_by_the_true_class_by_hand() -> None:
+    logits = torch.tensor([[3.0, 1.0, -1.0], [0.0, 2.0, 4.0]], dtype=torch.float64)
+    labels = torch.tensor([1, 2])
+    assert confusion_loss(logits, labels, "top").tolist() == [3.0, 3.0]
+    # 1 - (3 - 1) / 2, and 4 - (0 + 2) / 2
+    assert confusion_loss(logits, labels, "true-logit").tolist() == [0.0, 3.0]
+    shares = np.exp([[3, 1, -1], [0, 2, 4]])
+    shares /= shares.sum(axis=1, keepdims=True)
+    expected = np.log(shares[[0, 1], [1, 2]] / (1 / 3))
+    found = confusion_loss(logits, labels, "true-log-probability").numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["top", "true-logit", "true-log-probability"])
+def test_every_confusion_loss_is_zero_where_all_classes_score_alike(kind: str) -> None:
+    logits = torch.full((2, 5), 3.5, dtype=torch.float64)
+    losses = confusion_loss(logits, torch.tensor([0, 4]), kind)  # type: ignore[arg-type]
+    assert losses.abs().max() < 1e-12

@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from model.masking import bernoulli_straight_through, gumbel_difference, paint, superpixel_mean
+from model.masking import (
+    bernoulli_straight_through,
+    gumbel_difference,
+    paint,
+    pixel_segments,
+    superpixel_mean,
+)
 
 
 def random_segments(
@@ -79,3 +85,11 @@ def test_straight_through_passes_the_gradient_as_if_the_sample_were_p() -> None:
     (bernoulli_straight_through(probability, noise) * weights).sum().backward()
     assert probability.grad is not None
     torch.testing.assert_close(probability.grad, weights)
+
+
+def test_without_superpixels_each_pixel_keeps_its_own_probability() -> None:
+    values = torch.rand(2, 4, 6)
+    segments = pixel_segments(torch.zeros(2, 4, 6, dtype=torch.int64))
+    means = superpixel_mean(values, segments, 24)
+    assert torch.equal(means, values.flatten(1))
+    assert torch.equal(paint(means, segments), values)

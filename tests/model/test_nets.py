@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional
 
 from model.classifier import Classifier
-from model.corruption import CorruptionNet
+from model.corruption import CorruptionNet, bound_logits
 
 
 def test_classifier_has_four_convolutions_and_gives_logits_for_any_size() -> None:
@@ -29,7 +29,7 @@ def test_each_image_is_classified_alone_whatever_the_batch() -> None:
     torch.testing.assert_close(together, alone)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (64, 64), (48, 80), (128, 128)])
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (48, 80), (128, 128), (224, 224)])
 def test_corruption_net_gives_one_logit_per_pixel(size: tuple[int, int]) -> None:
     assert CorruptionNet(size, 8, 16)(torch.randn(2, 3, *size)).shape == (2, *size)
 
@@ -65,3 +65,17 @@ def test_skips_carry_local_detail_past_a_silent_bottleneck() -> None:
     changed[0, :, 20:24, 20:24] += 3
     moved = (net(changed) - net(images)).abs()[0]
     assert moved[20:24, 20:24].mean() > 5 * moved[50:, 50:].mean()
+
+
+def test_bounded_logits_are_the_logits_within_and_the_bound_beyond() -> None:
+    logits = torch.tensor([-30.0, -5.0, -1.5, 0.0, 4.9, 5.0, 1e30])
+    assert bound_logits(logits, 5.0).tolist() == pytest.approx([-5, -5, -1.5, 0, 4.9, 5, 5])
+    assert bound_logits(logits, 0.0) is logits
+
+
+def test_at_a_bound_descent_may_go_back_but_not_on() -> None:
+    logits = torch.tensor([9.0, 9.0, -9.0, -9.0, 1.0, 1.0], requires_grad=True)
+    gradient = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])  # descent goes against it
+    bound_logits(logits, 5.0).backward(gradient)
+    assert logits.grad is not None
+    assert logits.grad.tolist() == [1, 0, 0, -1, 1, -1]

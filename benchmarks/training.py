@@ -1,0 +1,450 @@
+"""`python -m benchmarks.training`: what a training step costs, alone, fed, and on two workers.
+
+Every comparison is made side by side in one run, in turns, each process pinned to one core, and
+reported as a ratio of medians, by the clock and by processor time. The latter says what the work
+itself costs on a machine that others use too; it leaves out waiting, also that of one worker for
+another, so for workers it is an upper bound, and the processes of the plain peer's loader.
+
+Default nets at 64 px, 196 superpixels, 64 images a step over all workers, adversarial steps joint
+with clean images, which is the dearest, unless named otherwise. The peers are:
+
+- DDP: both nets wrapped, the same method and loader; the classifier must be run a second time,
+  outside the corruption net's graph, so that each wrapper sees one backward pass;
+- plain: as this method is usually written at first. DDP, a forward and a backward pass over both
+  nets for either loss, the accuracy read at once, a DataLoader that decodes JPEG files and cuts
+  superpixels on the fly.
+
+On a machine with a GPU, `--device cuda` measures the step alone and fed, and the variants; that has
+not been run yet.
+"""
+
+import json
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import date
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from benchmarks.run import hardware, quiet
+from jobs import cli
+from jobs.training import Trainer, model_config
+from jobs.training_config import TrainConfig
+from model.adversarial import (
+    adversarial_step,
+    apply_mask,
+    clean_step,
+    mask_probability,
+    normalize,
+)
+from model.controller import ControllerState
+from model.losses import area_penalty, classification_loss, correct, corruption_loss
+from model.masking import bernoulli_straight_through, gumbel_difference, paint
+from pipeline.loader import Batch, train_batches
+from pipeline.plan import PreprocessConfig
+from pipeline.preprocess import preprocess
+from pipeline.shards import read_card
+from pipeline.superpixels import superpixels
+from pipeline.synthetic import SyntheticConfig, write_synthetic
+
+SUPERPIXELS = 196
+BATCH = 64
+ROUNDS = 5  # turns that each of the compared takes
+CPU_TIME = ", by CPU time"
+PHASES = ("warm-up", "corruption only", "joint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """How much to measure, and where the result goes."""
+
+    images: int = cli.option(1024, help="generated train images, a multiple of 64")
+    steps: int = cli.option(4, help="steps in a turn")
+    device: str = cli.option("cpu", help="cpu or cuda")
+    output: Path = cli.option(Path("benchmarks/results"), help="folder for the dated JSON")
+
+
+def in_turns(works: dict[str, Callable[[], Any]], images: int) -> dict[str, float]:
+    """Images per second of each work, which handles `images`: the median over rounds in which all
+    take turns, after one that is not counted. Under NAME + CPU_TIME the same by the processor
+    time of this process, which other work on the machine hardly touches."""
+    seconds: dict[str, list[float]] = {name + kind: [] for name in works for kind in ("", CPU_TIME)}
+    for round_number in range(ROUNDS + 1):
+        for name, work in works.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start, used = time.perf_counter(), time.process_time()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+                seconds[name + CPU_TIME].append(time.process_time() - used)
+    return {name: images / statistics.median(values) for name, values in seconds.items()}
+
+
+def new_trainer(data: Path, device: torch.device, ranks: int) -> Trainer:
+    config = TrainConfig(
+        data=str(data),
+        output=data / "no-run",
+        batch_size=BATCH,
+        warmup_epochs=10_000,
+        epochs=10_000,
+        log_interval=10**6,
+        target=1 - 1e-9,
+    )
+    card = read_card(config.data)
+    return Trainer(config, model_config(config, card), card, device, ranks)
+
+
+def loaded(data: Path, device: torch.device, rank: int, ranks: int) -> Iterator[Batch]:
+    config = TrainConfig(data=str(data), output=data)
+    return train_batches(
+        config.data,
+        read_card(config.data),
+        batch_size=BATCH,
+        rank=rank,
+        ranks=ranks,
+        seed=0,
+        start=new_trainer(data, device, ranks).position,
+        augmentation=config.augmentation(),
+        device=device,
+    )
+
+
+def make_steps(trainer: Trainer, phase: str, batches: Iterator[Batch], steps: int) -> None:
+    """Whole steps of a training, as `Trainer.train_step` makes them, in the given phase."""
+    state = trainer.state
+    for _ in range(steps):
+        batch = next(batches)
+        if phase == "warm-up":
+            trainer.warmup_step(batch)
+        else:
+            state.controller = ControllerState(
+                area_weight=1.0, accuracy=0.5, joint=phase == "joint"
+            )
+            trainer.adversarial_step(batch)
+        state.step += 1
+        while len(state.pending) > 1:
+            state.pending.popleft().read()
+    while state.pending:
+        state.pending.popleft().read()
+
+
+def fed_and_unfed(data: Path, device: torch.device, steps: int) -> dict[str, float]:
+    """Each phase with one batch that lies on the device, and with batches from the loader, which
+    shares the core."""
+    trainer = new_trainer(data, device, ranks=1)
+    batches = loaded(data, device, 0, 1)
+    same = repeat(next(batches))
+    rates: dict[str, float] = {}
+
+    def work(phase: str, source: Iterator[Batch]) -> Callable[[], Any]:
+        return lambda: make_steps(trainer, phase, source, steps)
+
+    for phase in PHASES:
+        works = {
+            f"{phase}, {name}": work(phase, source)
+            for name, source in (("unfed", same), ("fed", batches))
+        }
+        rates |= in_turns(works, steps * BATCH)
+    return rates
+
+
+def variants(data: Path, device: torch.device, steps: int) -> dict[str, float]:
+    """The gradients of a joint step and of a warm-up step, data at hand, in each layout and
+    precision, compiled or not."""
+    trainer = new_trainer(data, device, ranks=1)
+    batch = next(loaded(data, device, 0, 1))
+    images = normalize(batch.images, *trainer.colours)
+    noise = gumbel_difference((BATCH, trainer.model.superpixels), trainer.noise)[: len(images)]
+
+    def gradients(layout: torch.memory_format, precision: str, compiled: bool, joint: bool):  # type: ignore[no-untyped-def]
+        state = new_trainer(data, device, ranks=1).state
+        x = images.contiguous(memory_format=layout)
+        for net in (state.corruption, state.classifier):
+            net.to(memory_format=layout)  # type: ignore[call-overload]
+            if compiled:
+                net.compile()
+        half = precision == "bfloat16"
+
+        def work() -> None:
+            with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+                for _ in range(steps):
+                    if not joint:
+                        clean_step(state.classifier, x, batch.labels, BATCH)
+                        continue
+                    adversarial_step(
+                        state.corruption,
+                        state.classifier,
+                        x,
+                        batch.segments,
+                        batch.labels,
+                        noise,
+                        total=BATCH,
+                        joint=True,
+                        area_weight=1.0,
+                        area_power=2,
+                        clean_weight=1.0,
+                    )
+
+        return work
+
+    plain, last = torch.contiguous_format, torch.channels_last
+    kinds = {
+        "contiguous, float32": (plain, "float32", False),
+        "channels last, float32": (last, "float32", False),
+        "channels last, bfloat16": (last, "bfloat16", False),
+        "channels last, float32, compiled": (last, "float32", True),
+        "channels last, bfloat16, compiled": (last, "bfloat16", True),
+    }
+    rates: dict[str, float] = {}
+    for phase, joint in (("joint", True), ("warm-up", False)):
+        works = {f"{phase}, {name}": gradients(*kind, joint) for name, kind in kinds.items()}
+        rates |= in_turns(works, steps * BATCH)
+    return rates
+
+
+class Photos(Dataset[tuple[Tensor, Tensor, int]]):
+    """The plain peer's data: an image file, decoded, cropped, flipped, cut into superpixels."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(folder.glob("*/*.JPEG"))
+        classes = sorted({path.parent.name for path in self.paths})
+        self.labels = [classes.index(path.parent.name) for path in self.paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor, int]:
+        image = cv2.imread(str(self.paths[place]))
+        assert image is not None
+        image, random = image[..., ::-1], np.random.default_rng()
+        side = min(image.shape[:2])
+        cut = int(side * random.uniform(0.84, 1))
+        y, x = (random.integers(0, size - cut + 1) for size in image.shape[:2])
+        image = cv2.resize(image[y : y + cut, x : x + cut], (64, 64), interpolation=cv2.INTER_AREA)
+        if random.random() < 0.5:
+            image = image[:, ::-1]
+        image = np.ascontiguousarray(image)
+        segments = superpixels(image, SUPERPIXELS, 10.0).astype(np.int64)
+        pixels = torch.from_numpy(image).permute(2, 0, 1)
+        return pixels, torch.from_numpy(segments), self.labels[place]
+
+
+def endless(loader: DataLoader[Any]) -> Iterator[list[Tensor]]:
+    while True:
+        yield from loader
+
+
+class Peer:
+    """Both nets in DDP wrappers with optimizers of their own."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        state = trainer.state
+        self.colours, self.superpixels = trainer.colours, trainer.model.superpixels
+        self.corruption = DistributedDataParallel(state.corruption)
+        self.classifier = DistributedDataParallel(state.classifier)
+        self.optimizers = [
+            torch.optim.Adam(net.parameters(), 1e-3) for net in (self.corruption, self.classifier)
+        ]
+
+    def inputs(self, images: Tensor) -> Tensor:
+        x = normalize(images, *self.colours)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def mask(self, x: Tensor, segments: Tensor) -> Tensor:
+        probability = mask_probability(self.corruption, x, segments, self.superpixels)
+        noise = gumbel_difference(tuple(probability.shape), torch.default_generator)
+        return paint(bernoulli_straight_through(probability, noise), segments)
+
+    def classifier_loss(self, masked: Tensor, x: Tensor, labels: Tensor) -> Tensor:
+        both = self.classifier(torch.cat([masked, x]))  # a wrapper may be called once
+        return classification_loss(both, labels.repeat(2)).mean()
+
+    def wrapped_step(self, batch: Batch) -> Tensor:
+        """The same method with one backward pass per net."""
+        x = self.inputs(batch.images)
+        for parameter in self.classifier.parameters():
+            parameter.requires_grad_(False)
+        mask = self.mask(x, batch.segments)
+        masked = apply_mask(x, mask)
+        logits = self.classifier.module(masked)
+        loss = (corruption_loss(logits) + area_penalty(mask, 2)).mean()
+        self.optimizers[0].zero_grad()
+        loss.backward()
+        self.optimizers[0].step()
+        for parameter in self.classifier.parameters():
+            parameter.requires_grad_(True)
+        self.optimizers[1].zero_grad()
+        self.classifier_loss(masked.detach(), x, batch.labels).backward()
+        self.optimizers[1].step()
+        right = correct(logits, batch.labels).sum()
+        dist.all_reduce(right)
+        return right
+
+    def plain_step(self, images: Tensor, segments: Tensor, labels: Tensor) -> float:
+        """A forward and a backward pass over everything for either loss."""
+        x = self.inputs(images)
+        for number in range(2):
+            mask = self.mask(x, segments)
+            masked = apply_mask(x, mask)
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            if number == 0:
+                logits = self.classifier(masked)
+                loss = (corruption_loss(logits) + area_penalty(mask, 2)).mean()
+            else:
+                loss = self.classifier_loss(masked, x, labels)
+            loss.backward()
+            self.optimizers[number].step()
+        right = correct(logits, labels).sum()
+        dist.all_reduce(right)
+        return float(right)
+
+
+def _enter(rank: int, ranks: int, folder: str, steps: int) -> None:
+    """One worker on one core: ours, DDP and plain in turns; rank 0 writes down the rates."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    meet = f"file://{folder}/meet-{ranks}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
+    data, device = Path(folder) / "shards", torch.device("cpu")
+    trainers = {name: new_trainer(data, device, ranks) for name in ("ours", "ddp", "plain")}
+    batches = loaded(data, device, rank, ranks)
+    wrapped, plain = Peer(trainers["ddp"]), Peer(trainers["plain"])
+    photos = Photos(Path(folder) / "images" / "train")
+    sampler: DistributedSampler[Any] = DistributedSampler(photos, ranks, rank)
+    loader = DataLoader(
+        photos, BATCH // ranks, sampler=sampler, num_workers=1, drop_last=True, prefetch_factor=2
+    )
+    stream = endless(loader)
+
+    def ddp_steps() -> None:
+        for _ in range(steps):
+            wrapped.wrapped_step(next(batches))
+
+    def plain_steps() -> None:
+        for _ in range(steps):
+            plain.plain_step(*next(stream))
+
+    works: dict[str, Callable[[], Any]] = {
+        "ours, warm-up": lambda: make_steps(trainers["ours"], "warm-up", batches, steps),
+        "ours, joint": lambda: make_steps(trainers["ours"], "joint", batches, steps),
+        "DDP, joint": ddp_steps,
+        "plain, joint": plain_steps,
+    }
+
+    def together(work: Callable[[], Any]) -> Callable[[], Any]:
+        def begin_and_end_together() -> None:
+            dist.barrier()
+            work()
+            dist.barrier()
+
+        return begin_and_end_together
+
+    rates = in_turns({name: together(work) for name, work in works.items()}, steps * BATCH)
+    if rank == 0:
+        (Path(folder) / f"rates-{ranks}.json").write_text(json.dumps(rates))
+    dist.destroy_process_group()
+
+
+def worker_rates(folder: Path, steps: int) -> dict[str, float]:
+    """Ours, DDP and plain on one and two workers of one core each; the same global batch."""
+    rates: dict[str, float] = {}
+    for ranks in (1, 2):
+        mp.start_processes(_enter, (ranks, str(folder), steps), nprocs=ranks, start_method="spawn")
+        found = json.loads((folder / f"rates-{ranks}.json").read_text())
+        rates |= {f"{name}, workers: {ranks}": rate for name, rate in found.items()}
+    return rates
+
+
+def make_data(folder: Path, images: int) -> Path:
+    """Generated images and their shards."""
+    write_synthetic(folder / "images", SyntheticConfig(train_images=images, val_images=0))
+    config = PreprocessConfig(
+        source=str(folder / "images"), output=str(folder / "shards"), superpixels=SUPERPIXELS
+    )
+    ray.init(address="local", include_dashboard=False, logging_level="warning")
+    preprocess(config, quiet, cli.connect_ray)
+    ray.shutdown()
+    return folder / "shards"
+
+
+def ratios(rates: dict[str, float]) -> dict[str, float]:
+    """What the goals are about."""
+    found = {f"{phase}: fed / unfed": (f"{phase}, fed", f"{phase}, unfed") for phase in PHASES}
+    for phase in ("joint", "warm-up"):
+        base = f"{phase}, contiguous, float32"
+        for name in rates:
+            if name.startswith(f"{phase}, channels") and not name.endswith(CPU_TIME):
+                found[f"{name} / contiguous, float32"] = (name, base)
+    for name in ("ours, warm-up", "ours, joint", "DDP, joint", "plain, joint"):
+        found[f"{name}: 2 workers / 1"] = (f"{name}, workers: 2", f"{name}, workers: 1")
+    for ranks in (1, 2):
+        for peer in ("DDP", "plain"):
+            found[f"ours / {peer}, workers: {ranks}"] = (
+                f"ours, joint, workers: {ranks}",
+                f"{peer}, joint, workers: {ranks}",
+            )
+    return {
+        name + kind: rates[above + kind] / rates[below + kind]
+        for kind in ("", CPU_TIME)
+        for name, (above, below) in found.items()
+        if above in rates and below in rates
+    }
+
+
+def main() -> None:
+    config = cli.parse(BenchConfig, None, __doc__ or "")
+    device = torch.device(config.device)
+    cores, load = os.sched_getaffinity(0), os.getloadavg()[0]  # others' work distorts
+    with tempfile.TemporaryDirectory() as name:
+        data = make_data(Path(name), config.images)
+        rates = worker_rates(Path(name), config.steps) if device.type == "cpu" else {}
+        if device.type == "cpu":
+            os.sched_setaffinity(0, {min(cores)})  # the loader's thread too
+            torch.set_num_threads(1)
+        rates = fed_and_unfed(data, device, config.steps) | rates
+        memory = (
+            torch.cuda.max_memory_allocated(device) / 2**20
+            if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        )
+        rates |= variants(data, device, config.steps)
+    compared = ratios(rates)
+    print(cli.table(["what", "images/s"], [[k, f"{v:.0f}"] for k, v in rates.items()]))
+    print(cli.table(["ratio", ""], [[k, f"{v:.3f}"] for k, v in compared.items()]))
+    print(f"most memory: {memory:.0f} MiB")
+    content = {
+        "hardware": hardware(),
+        "load_average_before": load,
+        "images_per_second": rates,
+        "ratios": compared,
+        "memory_mib": memory,
+    }
+    config.output.mkdir(parents=True, exist_ok=True)
+    path = config.output / f"{date.today().isoformat()}-training.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
