@@ -4,8 +4,9 @@ At 64 and 224 px, raw and JPEG, every loader has one thread and all of them the 
 threads and worker processes do counts too. They take turns for some rounds, so that drift of the
 machine hits all alike; figures are medians over rounds, ratios medians of each round's ratio.
 All shuffle, crop (area 0.7 to 1, aspect up to 1.16 times the image's) and flip images and
-superpixels together; images come out as uint8 [B, H, W, 3] and superpixels as stored, ours as
-int64 and in a global random order, which costs more.
+superpixels together; images come out as uint8 [B, H, W, 3] and superpixels as stored. Ours come
+out as int64, as the nets index by them, in a global random order, from crops in fractions of a
+pixel and with every sample checked, all of which costs more.
 
 Then memory over epochs and over the number of shards, and what windows of shards do to the order.
 """
@@ -316,12 +317,12 @@ def _shuffled(samples: list[Any]) -> Iterator[list[Any]]:
             yield [samples[n] for n in order[first : first + BATCH]]
 
 
-def loop(stored: Stored) -> Batches:
+def loop(stored: Stored, segments_dtype: str) -> Batches:
     """A plain Python loop over memory maps and the index."""
     random = Random(0)
     for batch in _shuffled(_mapped(stored)):
         images = np.empty((BATCH, *stored.size, 3), np.uint8)
-        segments = np.empty((BATCH, *stored.size), stored.card.segments_dtype)
+        segments = np.empty((BATCH, *stored.size), segments_dtype)
         labels = np.empty(BATCH, np.int64)
         for n, (image, labelled, label) in enumerate(batch):
             images[n], segments[n] = _crop(
@@ -356,7 +357,8 @@ def loaders(stored: Stored) -> dict[str, Batches]:
         "DALI, slice + resize + flip": dali(stored, "slice"),
         "DALI, resize of a region": dali(stored, "region"),
         "DALI, as stored": dali(stored, ""),
-        "Python loop + OpenCV": loop(stored),
+        "Python loop + OpenCV": loop(stored, stored.card.segments_dtype),
+        "Python loop + OpenCV, int64 as ours": loop(stored, "int64"),
         "bytes copied alone": floor(stored),
     }
 
