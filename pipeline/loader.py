@@ -180,11 +180,10 @@ def _raw(
     samples: Samples, requests: Iterator[_Request]
 ) -> Iterator[tuple[_Request, Stored, Tensor, Tensor]]:
     """As `_decoded`, for raw pixels on a CPU, which need neither decoding nor moving."""
-    memory = _Memory((samples.card.height, samples.card.width, 3), "uint8")
     for request in requests:
-        images = memory.tensor(len(request.places))
-        stored = samples.read(request.places, images.numpy())
-        yield request, stored, images, torch.from_numpy(stored.segments)
+        stored = samples.read(request.places)
+        assert isinstance(stored.images, np.ndarray)
+        yield request, stored, torch.from_numpy(stored.images), torch.from_numpy(stored.segments)
 
 
 def _batch(

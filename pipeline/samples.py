@@ -223,10 +223,8 @@ class Samples:
         """Which shard each place lies in: int64 [len(places)]."""
         return np.searchsorted(self.starts, places, side="right") - 1
 
-    def read(self, places: np.ndarray, pixels: np.ndarray | None = None) -> Stored:
+    def read(self, places: np.ndarray) -> Stored:
         """The samples at some places, copied out of the shards (JPEG files: views of them).
-
-        pixels: uint8 [B, H, W, 3], where to put raw images; a new array otherwise.
 
         Opens shards as needed. Raises DataError for a sample that is not where the index says,
         that the card does not allow (a class or superpixel label out of range), or whose JPEG
@@ -236,13 +234,12 @@ class Samples:
         numbers = self.shard_numbers(places)
         for number in sorted(set(numbers.tolist()) - self.maps.keys()):
             self.open(number)
+        pixels = card.height * card.width
         segments = np.empty((len(places), card.height, card.width), card.segments_dtype)
         segment_bytes = segments.view(np.uint8).reshape(len(places), -1)
         tails = np.empty((len(places), TAIL), np.uint8)
-        images = None
-        if card.image_format == "rgb":
-            pixels = np.empty((*segments.shape, 3), np.uint8) if pixels is None else pixels
-            images = pixels.reshape(len(places), -1)
+        raw = card.image_format == "rgb"
+        images = np.empty((len(places), 3 * pixels), np.uint8) if raw else None
         files = []
         markers = np.empty((len(places), len(JPEG_END)), np.uint8)
         sizes = self.sizes[places]

@@ -1,5 +1,7 @@
 import json
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -100,19 +102,21 @@ def test_a_checkpoint_whose_writing_was_cut_off_is_as_if_it_were_not_there(tmp_p
     assert steps_kept(tmp_path) == [5, 7], "leftovers go"
 
 
-@pytest.fixture
-def no_room():  # type: ignore[no-untyped-def]
-    """No file of this process may grow past 600 bytes: a write fails as on a full disk."""
+@contextmanager
+def no_room() -> Iterator[None]:
+    """No file of this process, its output too, may grow past 600 bytes: a write fails as on a full
+    disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_where_there_is_no_room_the_older_checkpoint_stays(tmp_path: Path, request) -> None:  # type: ignore[no-untyped-def]
+def test_where_there_is_no_room_the_older_checkpoint_stays(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 5, some_tensors(), {"step": 5}, keep=2)
-    request.getfixturevalue("no_room")
-    with pytest.raises(OSError, match="too large"):
+    with no_room(), pytest.raises(OSError, match="too large"):
         write_checkpoint(tmp_path, 6, some_tensors(), {"step": 6}, keep=2)
     assert steps_kept(tmp_path) == [5]
     found = read_checkpoint(tmp_path)
