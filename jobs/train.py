@@ -22,7 +22,7 @@ from jobs.models import MODEL_NAME
 from jobs.training_config import PRESETS, TrainConfig
 from jobs.training_log import METRICS_NAME, line, summary, waiting_summary
 from model.corruption import STRIDE
-from pipeline.cache import ShardCache
+from pipeline.cache import ShardCache, check_window
 from pipeline.samples import Samples, verify_shard
 from pipeline.shards import Card, card_hash, check_sizes, read_card, write_atomically
 from pipeline.storage import absolute, is_remote
@@ -94,6 +94,14 @@ def check_data(config: TrainConfig, card: Card) -> None:
             f"classes ({1 / len(card.classes):.3f}), so masks would cover everything in vain; give "
             "a higher --target (the paper's 0.1 is for 1000 classes)"
         )
+    check_window(
+        config.data,
+        card,
+        config.cache_bytes(),
+        config.window(card),
+        config.batch_size,
+        config.most_workers,
+    )
     check_sizes(config.data, card, "train")
     if not is_remote(config.data):
         cache = ShardCache(config.data, card, "train", config.cache_folder(), config.cache_bytes())

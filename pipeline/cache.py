@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline import storage
+from pipeline.order import AHEAD, shards_at_once
 from pipeline.shards import Card, DataError, Shard, index_shard, split_of
 
 GIB = 1 << 30
@@ -124,13 +125,8 @@ class ShardCache:
 
     def check_limit(self, numbers: Collection[int]) -> None:
         """Raise DataError where shards that will be in use at once exceed the limit."""
-        needed = sum(cached_bytes(self.shards[number]) for number in set(numbers))
-        if self.remote and needed > self.limit:
-            raise DataError(
-                f"--cache-limit {_gib(self.limit)} is too small: {len(set(numbers))} shards of "
-                f"{storage.join(self.data, self.split)} are needed at once, {_gib(needed)}; give a "
-                "larger one, or copy the set to a local disk and name that as --data."
-            )
+        shards = [self.shards[number] for number in set(numbers)]
+        _check_limit(self.data, self.split, shards, self.limit)
 
     def path(self, number: int) -> Path:
         """The local file of the split's shard `number`, its index beside it; waits until it is
@@ -351,6 +347,34 @@ class ShardCache:
             f"{place} has {found}, dataset.json says {expected} (read {HASH_ATTEMPTS} times): it "
             f"was damaged or replaced; {UPLOAD}"
         )
+
+
+def _check_limit(data: str | Path, split: str, shards: Sequence[Shard], limit: int) -> None:
+    needed = sum(cached_bytes(shard) for shard in shards)
+    if storage.is_remote(data) and needed > limit:
+        raise DataError(
+            f"--cache-limit {_gib(limit)} is too small: {len(shards)} shards of "
+            f"{storage.join(data, split)} are needed at once, {_gib(needed)}; give a larger one, "
+            "or copy the set to a local disk and name that as --data."
+        )
+
+
+def check_window(
+    data: str | Path, card: Card, limit: int, window: int | None, batch_size: int, ranks: int
+) -> None:
+    """Raise DataError where a cache of `limit` bytes, shared by that many ranks, cannot hold all
+    shards of the train split that are in use at once, when `window` are shuffled together.
+
+    The ranks are at the same step, but one may still wait for its batch while another holds the
+    shards of the last one that it made ahead. Without room for both, each would wait for the other.
+    """
+    shards = split_of(card, "train").shards
+    if window is None or window >= len(shards):
+        return
+    reach = batch_size * (1 + AHEAD if ranks > 1 else 1)
+    count = shards_at_once([shard.images for shard in shards], window, reach)
+    largest = sorted(shards, key=cached_bytes, reverse=True)[:count]
+    _check_limit(data, "train", largest, limit)
 
 
 def cached_bytes(shard: Shard) -> int:

@@ -13,6 +13,9 @@ MAX_PIXELS = 2**26  # 67 million: above any ILSVRC image, and 200 MB once decode
 # Pillow's other formats include PostScript, which it hands to an interpreter.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 DECODE_FACTOR = 2  # JPEGs are decoded to at least this many times the stored size, then averaged
+# Of the eighths in which JPEGs can be decoded. The others have no vectorized transform: 3/8 takes
+# as long as 4/8, and 5/8 to 7/8 longer than the whole (benchmarks/image_stages.py).
+EIGHTHS = (1, 2, 4, 8)
 
 # Images are spread over processes; threads inside one would only fight for the same cores.
 cv2.setNumThreads(1)
@@ -54,7 +57,7 @@ def read_image(data: bytes, height: int, width: int) -> DecodedImage:
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """uint8 [h, w, 3] -> uint8 [height, width, 3]: areas averaged where an axis shrinks, linear
     interpolation where it grows."""
-    from pipeline.shrinking import shrink  # compiles: only where images are made
+    from pipeline.pixels import shrink  # compiles: only where images are made
 
     h, w = pixels.shape[:2]
     shrunk = (min(w, width), min(h, height))
@@ -73,14 +76,24 @@ def _decode(data: bytes, height: int, width: int) -> tuple[np.ndarray, int, int,
             colours = "unknown"
         if colours in ("YCbCr", "Gray", "RGB"):
             _check_size(full_height, full_width)
-            pixels, note = _decode_jpeg(data, height, width)
+            least = decoded_size((full_height, full_width), (height, width))
+            pixels, note = _decode_jpeg(data, *least)
             return pixels, full_height, full_width, note
     pixels = _decode_with_pillow(data)
     return pixels, *pixels.shape[:2], None
 
 
+def decoded_size(full: tuple[int, int], stored: tuple[int, int]) -> tuple[int, int]:
+    """Height and width at which a JPEG of the size `full` is decoded to be stored at `stored`: the
+    smallest of its EIGHTHS that is DECODE_FACTOR times as large, or the whole."""
+    wanted = [8 * DECODE_FACTOR * side for side in stored]
+    fits = (n for n in EIGHTHS if n * full[0] >= wanted[0] and n * full[1] >= wanted[1])
+    eighths = next(fits, EIGHTHS[-1])
+    return -(-full[0] * eighths // 8), -(-full[1] * eighths // 8)
+
+
 def _decode_jpeg(data: bytes, height: int, width: int) -> tuple[np.ndarray, str | None]:
-    size = {"min_height": DECODE_FACTOR * height, "min_width": DECODE_FACTOR * width}
+    size = {"min_height": height, "min_width": width}
     try:
         return simplejpeg.decode_jpeg(data, **size), None
     except ValueError as error:

@@ -21,20 +21,19 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from pipeline.augmentation import Augmentation, Draw, augment, draw
-from pipeline.cache import DEFAULT_LIMIT, GIB, ShardCache, default_folder
+from pipeline.cache import DEFAULT_LIMIT, GIB, ShardCache, check_window, default_folder
 from pipeline.order import (
+    AHEAD,
     Position,
     epoch_order,
     rank_range,
-    shards_at_once,
     step_range,
     steps_per_epoch,
 )
 from pipeline.samples import Samples, Stored
-from pipeline.shards import Card, DataError
+from pipeline.shards import Card, DataError, split_of
 
 THREADS = 1  # of DALI's own on the CPU; a training worker has one core
-AHEAD = 2  # batches made before they are asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,9 +268,6 @@ def _training_requests(
             f"there is no step {start.step} to start from: an epoch of {total} images in batches "
             f"of {batch_size} has {steps} steps. The position is of another batch size or set."
         )
-    if window is not None and window < len(images):
-        largest = sorted(range(len(images)), key=lambda n: samples.shards[n].bytes, reverse=True)
-        samples.cache.check_limit(largest[: shards_at_once(images, window, batch_size)])
     epoch, first_step = start.epoch, start.step
     order = epoch_order(images, seed, epoch, window)
     while True:
@@ -339,6 +335,7 @@ def train_batches(
     where the set is local, for fewer samples than ranks, for a `start` that is no step of an
     epoch, and for a cache that cannot hold the shards of every batch.
     """
+    check_window(data, card, cache_bytes, window, batch_size, ranks)
     with closing(
         ShardCache(data, card, "train", cache_folder or default_folder(), cache_bytes)
     ) as cache:
@@ -375,7 +372,14 @@ def evaluation_batches(
 
     A batch is the same whatever range it is asked for in, so any sharding computes the same. Only
     the shards of the range are opened. data, cache_folder, cache_bytes: as in `train_batches`.
+    Raises ValueError for batches that the split does not have.
     """
+    batches = -(-split_of(card, split).images // batch_size)
+    if not 0 <= first <= stop <= batches:
+        raise ValueError(
+            f"batches {first} to {stop} (exclusive) were asked for; split {split!r} has {batches} "
+            f"of {batch_size} images."
+        )
     with closing(
         ShardCache(data, card, split, cache_folder or default_folder(), cache_bytes)
     ) as cache:

@@ -12,6 +12,8 @@ import numpy as np
 
 from pipeline.shards import DataError
 
+AHEAD = 2  # batches that each rank's loader makes before they are asked for
+
 
 @dataclass(frozen=True, kw_only=True)
 class Position:

@@ -7,7 +7,9 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ CARD_NAME = "dataset.json"
 JPEG_QUALITY = 95
 INDEX_VERSION = "v1.2"  # of DALI's webdataset index files
 MAX_KEY = 90  # bytes; with its extension a name must fit into the 100 of a header
+
+META_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=True)
 
 # A member's header but for name, size and checksum, and what it adds to the checksum.
 HEADER = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
@@ -115,23 +119,28 @@ def _members(sample: Sample, image_format: str) -> list[tuple[str, bytes]]:
         ("seg", sample.segments.astype(sample.segments.dtype.newbyteorder("<")).tobytes()),
         ("cls", int(sample.label).to_bytes(4, "little", signed=True)),
         ("row", int(sample.row).to_bytes(8, "little", signed=True)),
-        ("json", json.dumps(sample.meta, sort_keys=True, ensure_ascii=True).encode()),
+        ("json", META_JSON.encode(sample.meta).encode()),
     ]
 
 
-def _header(name: bytes, size: int) -> bytes:
-    """A member's USTAR header as tarfile writes it, in a fifth of the time."""
-    octal = b"%011o" % size
-    checksum = b"%06o\0 " % (HEADER_SUM + sum(name) + sum(octal))
-    return b"".join(
-        [
-            name.ljust(100, b"\0"),
-            HEADER[100:124],
-            octal,
-            HEADER[135:148],
-            checksum,
-            HEADER[156:],
-        ]
+def _header(key: bytes, key_sum: int, extension: str, size: int) -> bytes:
+    """The USTAR header of a sample's member as tarfile writes it, in a tenth of the time.
+
+    key_sum: of the bytes of `key`.
+    """
+    ending, before, after, ending_sum = _header_parts(len(key), extension, size)
+    return b"%b%b%b%06o\0 %b" % (key, ending, before, key_sum + ending_sum, after)
+
+
+@lru_cache(4096)
+def _header_parts(key_bytes: int, extension: str, size: int) -> tuple[bytes, bytes, bytes, int]:
+    """What a header holds beside the key and the checksum, and what it adds to the checksum."""
+    ending, octal = b"." + extension.encode(), b"%011o" % size
+    return (
+        ending.ljust(100 - key_bytes, b"\0"),
+        bytes(HEADER[100:124] + octal + HEADER[135:148]),
+        bytes(HEADER[156:]),
+        HEADER_SUM + sum(ending) + sum(octal),
     )
 
 
@@ -159,11 +168,11 @@ def pack_shard(samples: Iterable[Sample], image_format: str) -> PackedShard:
                 "bytes; tar readers split a sample at the first dot. Use letters, digits, '-' and "
                 "'_' only."
             )
-        fields = []
+        fields, key = [], sample.key.encode()
+        key_sum = sum(key)
         for extension, data in _members(sample, image_format):
-            name = f"{sample.key}.{extension}"
-            content += _header(name.encode(), len(data))
-            fields.append(f"{extension} {len(content)} {len(data)} {name}")
+            content += _header(key, key_sum, extension, len(data))
+            fields.append(f"{extension} {len(content)} {len(data)} {sample.key}.{extension}")
             content += data
             content += bytes(-len(data) % tarfile.BLOCKSIZE)
         index_lines.append(" ".join(fields))
@@ -175,14 +184,17 @@ def pack_shard(samples: Iterable[Sample], image_format: str) -> PackedShard:
 
 def write_shard(place: str | Path, packed: PackedShard) -> Shard:
     """Write a packed shard and its index beside it, both atomically."""
-    write_atomically(storage.with_suffix(place, ".idx"), packed.index)
-    write_atomically(place, memoryview(packed.content))
-    return Shard(
-        name=storage.name(place),
-        images=packed.images,
-        bytes=len(packed.content),
-        sha256=hashlib.sha256(packed.content).hexdigest(),
-    )
+    with ThreadPoolExecutor(2) as threads:  # the disk and the hash take their time side by side
+        hashed = threads.submit(hashlib.sha256, packed.content)
+        index = threads.submit(write_atomically, storage.with_suffix(place, ".idx"), packed.index)
+        write_atomically(place, memoryview(packed.content))
+        index.result()
+        return Shard(
+            name=storage.name(place),
+            images=packed.images,
+            bytes=len(packed.content),
+            sha256=hashed.result().hexdigest(),
+        )
 
 
 def _index_members(words: list[str]) -> dict[str, tuple[int, int]]:

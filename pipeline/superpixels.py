@@ -11,7 +11,7 @@ MAX_COUNT = 65533  # fast-slic refuses more; labels are uint16
 # Ten iterations and a quarter are fast-slic's own. With a tenth, more pieces that lie apart stay
 # superpixels instead of joining a neighbour of another colour, and the count comes nearer to what
 # was asked for: so fewer iterations explain no less variance (benchmarks/image_stages.py).
-ITERATIONS = 7
+ITERATIONS = 6
 MIN_SIZE = 0.1  # of a superpixel's mean size, below which a piece joins its neighbour
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jobs.cli import UserError, duration, parse
 from jobs.examples import load_examples
 from jobs.train import check_data, claim_output
+from jobs.train import train as train_job
 from jobs.training import LAG, Trainer, checkpoint, model_config, resume
 from jobs.training_config import PRESETS, TrainConfig
 from jobs.training_log import (
@@ -354,6 +355,23 @@ def test_a_remote_set_beyond_the_cache_is_shuffled_in_windows_that_a_run_keeps(
     claim_output(whole, card, {"configuration": {}})
     with pytest.raises(UserError, match=r"there all, now 1, which follows from --cache-limit"):
         claim_output(tight, card, {"configuration": {}})
+
+
+def test_a_cache_too_small_for_the_workers_is_refused_before_a_run_begins(
+    remote_set: str, tmp_path: Path
+) -> None:
+    card = read_card(remote_set)
+    taken = sum(cached_bytes(shard) for shard in card.splits["train"].shards)
+    for workers, limit in (("1", 0.97), ("2", 0.97), ("1:2", 0.97), ("2", 1.0)):
+        config = config_for(
+            remote_set, output=tmp_path / "run", workers=workers, cache_limit=limit * taken / GIB
+        )
+        if workers == "1" or limit == 1:
+            check_data(config, card)
+            continue
+        with pytest.raises(DataError, match=r"too small: 4 shards .* are needed at once"):
+            train_job(config)
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.images import MAX_PIXELS, ImageError, read_image, resize
+from pipeline.images import MAX_PIXELS, ImageError, decoded_size, read_image, resize
+from pipeline.pixels import add_moments
 
 
 def encoded(pixels: np.ndarray, format: str, mode: str | None = None, **options: object) -> bytes:
@@ -102,6 +103,38 @@ def test_a_scaled_jpeg_is_close_to_the_average_of_the_whole_one() -> None:
     decoded = read_image(data, 64, 64)
     assert close(decoded.pixels, resize(simplejpeg.decode_jpeg(data), 64, 64), 2.0)
     assert (decoded.height, decoded.width) == (600, 800)
+
+
+@pytest.mark.parametrize(
+    ("full", "stored", "expected"),
+    [
+        ((375, 500), (64, 64), (188, 250)),  # 3/8 would do, and takes as long
+        ((375, 500), (224, 224), (375, 500)),  # never enlarged
+        ((256, 256), (64, 64), (128, 128)),
+        ((255, 257), (64, 64), (255, 257)),  # a half would be 127.5
+        ((1100, 1000), (64, 64), (275, 250)),
+        ((9000, 4096), (256, 32), (1125, 512)),
+        ((64, 9000), (32, 32), (64, 9000)),
+    ],
+)
+def test_the_size_to_decode_to_by_hand(
+    full: tuple[int, int], stored: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert decoded_size(full, stored) == expected
+    data = encoded(np.zeros((*full, 3), np.uint8), "JPEG")
+    decoded = simplejpeg.decode_jpeg(data, min_height=expected[0], min_width=expected[1])
+    assert decoded.shape[:2] == expected
+
+
+def test_moments_are_exact_sums_over_images_of_any_size() -> None:
+    moments, random = np.zeros((2, 3), np.int64), np.random.default_rng(0)
+    expected = np.zeros((2, 3), np.int64)
+    bright = np.full((512, 512, 3), 255, np.uint8)
+    for pixels in (*(random.integers(0, 256, (7, n, 3), np.uint8) for n in range(1, 30)), bright):
+        add_moments(pixels, moments)
+        levels = pixels.reshape(-1, 3).astype(np.int64)
+        expected += [levels.sum(axis=0), (levels**2).sum(axis=0)]
+    assert np.array_equal(moments, expected)
 
 
 def test_exif_orientation_is_ignored() -> None:

@@ -14,11 +14,12 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from pipeline import cache as cache_module
 from pipeline import loader
 from pipeline.augmentation import Augmentation, augment, draw
 from pipeline.cache import ShardCache, cached_bytes
-from pipeline.loader import AHEAD, Batch, evaluation_batches, train_batches
-from pipeline.order import Position, steps_per_epoch
+from pipeline.loader import Batch, evaluation_batches, train_batches
+from pipeline.order import AHEAD, Position, steps_per_epoch
 from pipeline.samples import JPEG_END, Samples, Stored
 from pipeline.shards import Card, DataError, Sample, read_shard
 from tests import remote
@@ -487,6 +488,15 @@ def test_an_error_in_the_thread_reaches_the_caller_and_ends_it(
     assert list(batches) == []
 
 
+@pytest.mark.parametrize(("first", "stop"), [(5, 7), (-1, 2), (3, 2), (6, 7)])
+def test_batches_that_a_split_does_not_have_are_refused(
+    sets: dict[str, tuple[Path, Card]], first: int, stop: int
+) -> None:
+    with pytest.raises(ValueError, match=r"split 'train' has 6 of 10 images"):
+        evaluated(*sets["rgb"], first=first, stop=stop)
+    assert evaluated(*sets["rgb"], first=6, stop=6) == []
+
+
 @pytest.fixture(scope="module")
 def remote_raw(s3_endpoint: str, sets: dict[str, tuple[Path, Card]]) -> str:
     return remote.upload(sets["rgb"][0], s3_endpoint, "made")
@@ -511,10 +521,45 @@ def test_a_closed_iterator_of_a_remote_set_brings_no_more_shards(
         cache_bytes=limit,
     )
     assert rows([next(batches)]) == [1000, 1001, 1002, 1003, 1004]
-    batches.close()  # type: ignore[attr-defined]
     deadline = time.monotonic() + 10
+    while len(list(tmp_path.glob("*.tar"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    batches.close()  # type: ignore[attr-defined]
     while threads() != before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threads() == before
     again = ShardCache(remote_raw, card, "train", tmp_path, limit)
     assert all(again._evict(shard.sha256) > 0 for shard in card.splits["train"].shards[:2])
+
+
+def test_ranks_in_step_that_share_the_smallest_allowed_cache_do_not_wait_for_each_other(
+    s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank's loader is always ahead, with shards of a later window in use, when the other's
+    asks for those of an earlier one."""
+    monkeypatch.setattr(cache_module, "ROOM_WAIT", 1.0)
+    card = write_set(tmp_path / "set", make_samples(100), counts=[20] * 5)
+    data = remote.upload(tmp_path / "set", s3_endpoint, "in-step")
+    space = cached_bytes(card.splits["train"].shards[0])
+
+    def two_ranks(shards: int) -> list[Iterator[Batch]]:
+        return [
+            stream(
+                data,
+                card,
+                ranks=2,
+                rank=rank,
+                window=1,
+                cache_folder=tmp_path / f"cache-{shards}",
+                cache_bytes=shards * space,
+            )
+            for rank in (0, 1)
+        ]
+
+    with pytest.raises(DataError, match=r"4 shards .* are needed at once"):
+        next(two_ranks(3)[0])
+    slow, fast = two_ranks(4)
+    for _ in range(16):  # batches: two epochs and more
+        next(fast)
+        time.sleep(0.05)  # it makes those after this one meanwhile
+        next(slow)
