@@ -75,6 +75,27 @@ def claim_output(config: TrainConfig, card: Card, record: dict[str, Any]) -> Non
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def check_warmup(config: TrainConfig) -> None:
+    """Raise UserError where the run of --warmup-from does not fit: another set or other nets."""
+    run = config.warmup_from
+    if run is None:
+        return
+    if not (run / RUN_NAME).is_file():
+        raise cli.UserError(f"--warmup-from {run} holds no {RUN_NAME}: it is no run of jobs.train")
+    other = json.loads((run / RUN_NAME).read_text())
+    width = other["configuration"]["net_width"]
+    if other["data_sha256"] != card_hash(config.data):
+        raise cli.UserError(
+            f"--warmup-from {run} was trained on another set (its dataset.json differs from that "
+            f"of {config.data}): its classifier may know other classes. Warm up on this one"
+        )
+    if width != config.net_width:
+        raise cli.UserError(
+            f"--warmup-from {run} has nets of --net-width {width}, not {config.net_width}; give "
+            "that width, or warm up anew"
+        )
+
+
 def check_data(config: TrainConfig, card: Card) -> None:
     """Raise DataError or UserError, before anything starts, for shards that are damaged or that
     the nets cannot be trained on. Those of a remote set are checked by their hash as they come."""
@@ -157,9 +178,15 @@ def follow(path: Path, stop: threading.Event) -> None:
 def train(config: TrainConfig) -> None:
     """Train to the end, from the last checkpoint where there is one. Raises UserError with the
     cause where training cannot go on."""
-    config = replace(config, data=absolute(config.data), output=config.output.resolve())
+    config = replace(
+        config,
+        data=absolute(config.data),
+        output=config.output.resolve(),
+        warmup_from=config.warmup_from and config.warmup_from.resolve(),
+    )
     card = read_card(config.data)
     check_data(config, card)
+    check_warmup(config)
     record = cli.record(config)
     claim_output(config, card, record)
     if config.mlflow is not None and importlib.util.find_spec("mlflow") is None:

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -22,7 +23,7 @@ from torch._functorch import config as functorch_config
 from jobs.checkpoints import read_checkpoint, write_checkpoint
 from jobs.examples import Examples, draw_examples, load_examples
 from jobs.grid import png
-from jobs.models import ModelConfig, colour_statistics, save_nets
+from jobs.models import ModelConfig, colour_statistics, load_net_tensors, save_nets
 from jobs.training_config import TrainConfig
 from jobs.training_log import MlflowLog, TrainingLog
 from jobs.training_state import (
@@ -95,7 +96,8 @@ class Trainer:
         self.config, self.model, self.device = config, model, device
         samples = split_of(card, "train").images
         self.epoch_steps = steps_per_epoch(samples, config.batch_size, ranks)
-        self.warmup_steps = config.warmup_epochs * self.epoch_steps
+        warmup_epochs = 0 if config.warmup_from else config.warmup_epochs
+        self.warmup_steps = warmup_epochs * self.epoch_steps
         self.steps = self.warmup_steps + config.epochs * self.epoch_steps
         self.state = new_state(config, model, device)
         self.loading = False  # whether the loader has given its first batch
@@ -174,11 +176,32 @@ class Trainer:
         state.pending.append(send(state.step + 1, batch, step.sums, joint=False))
 
     def _finish_warmup(self) -> None:
-        """Keep the clean classifier; set the target from its accuracy in its last epoch."""
-        state, config = self.state, self.config
+        """Keep the clean classifier and its accuracy in its last epoch."""
+        state = self.state
         state.clean_classifier.load_state_dict(state.classifier.state_dict())
         state.clean_accuracy = state.epoch.means()["accuracy"]
         state.collapse = CollapseState()
+        self._set_target()
+
+    def take_warmup(self, run: Path) -> None:
+        """Begin with the clean classifier of another run on the same set. Raises TrainingError
+        where that run holds none yet."""
+        try:
+            checkpoint = read_checkpoint(run)
+        except DamagedError as error:
+            raise TrainingError(str(error)) from error
+        if checkpoint is None or not checkpoint.numbers["clean_accuracy"]:
+            raise TrainingError(
+                f"--warmup-from {run} holds no checkpoint past its warm-up: there is no clean "
+                "classifier to begin with. Let that run get further, or leave the flag out"
+            )
+        for net in (self.state.classifier, self.state.clean_classifier):
+            load_net_tensors({"clean_classifier": net}, checkpoint.tensors)
+        self.state.clean_accuracy = checkpoint.numbers["clean_accuracy"]
+        self._set_target()
+
+    def _set_target(self) -> None:
+        state, config = self.state, self.config
         chance = 1 / len(self.model.classes)
         relative = relative_target(chance, state.clean_accuracy, config.target_share)
         state.target = config.target if config.target is not None else relative
@@ -512,6 +535,9 @@ def _train(config: TrainConfig, record: dict[str, Any], rank: int, ranks: int) -
     model = model_config(config, card)
     trainer = Trainer(config, model, card, device, ranks)
     notes = resume(trainer)
+    if config.warmup_from is not None and not notes:
+        trainer.take_warmup(config.warmup_from)
+        notes = [f"began with the clean classifier of {config.warmup_from}"]
     check_ranks(trainer.state, device)
     if rank == 0:
         _open_log(trainer, card, notes)

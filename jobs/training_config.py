@@ -42,6 +42,11 @@ class TrainConfig(LoadingConfig):
     )
     device: str = option("auto", help="cpu, cuda, or auto: cuda where the cluster has GPUs")
     warmup_epochs: int = option(25, help="epochs of the classifier alone, on clean images")
+    warmup_from: Path | None = option(
+        None,
+        help="a run on the same set, past its warm-up, whose clean classifier to begin with: no "
+        "warm-up then, whatever --warmup-epochs",
+    )
     epochs: int = option(10, help="epochs of adversarial training after that")
     batch_size: int = option(64, help="images per step over all workers")
     seed: int = option(0, help="of weights, order, crops and mask samples")

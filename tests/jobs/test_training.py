@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jobs.cli import UserError, duration, parse
 from jobs.examples import load_examples
-from jobs.train import check_data, claim_output
+from jobs.train import check_data, check_warmup, claim_output
 from jobs.train import train as train_job
 from jobs.training import LAG, Trainer, checkpoint, model_config, resume
 from jobs.training_config import PRESETS, TrainConfig
@@ -296,6 +296,58 @@ def test_a_line_names_all_that_is_watched() -> None:
         "masked accuracy 0.510 (target 0.500) | lambda 4.25 | area 0.210 | 812 images/s | "
         "waiting 1.2% | ETA 1:02:03"
     )
+
+
+def test_a_run_begins_with_the_clean_classifier_of_another_run_and_resumes_as_any(
+    small_set: Path, tmp_path: Path
+) -> None:
+    source = new_trainer(config_for(small_set, output=tmp_path / "source", target=None))
+    train_epochs(source, 1)
+    checkpoint(source)
+    config = config_for(
+        small_set, output=tmp_path / "run", target=None, warmup_from=tmp_path / "source", seed=1
+    )
+    with pytest.raises(TrainingError, match="no checkpoint past its warm-up"):
+        new_trainer(config).take_warmup(tmp_path / "source")
+    train_epochs(source, 2)
+    checkpoint(source)
+
+    trainer = new_trainer(config)
+    trainer.take_warmup(tmp_path / "source")
+    assert (trainer.steps, trainer.warming_up) == (2 * trainer.epoch_steps, False)
+    assert trainer.state.clean_accuracy == source.state.clean_accuracy > 0
+    assert trainer.state.target == source.state.target
+    clean = source.state.clean_classifier.state_dict()
+    for net in (trainer.state.classifier, trainer.state.clean_classifier):
+        assert all(torch.equal(value, clean[name]) for name, value in net.state_dict().items())
+
+    train_steps(trainer, 3)
+    checkpoint(trainer)
+    train_steps(trainer, 3)
+    resumed = new_trainer(config)
+    assert resume(resumed) == ["went on from the checkpoint of step 3"]
+    train_steps(resumed, 3)
+    assert torch.equal(weights(resumed), weights(trainer))
+    assert not torch.equal(
+        trainer.state.classifier.head.weight, trainer.state.clean_classifier.head.weight
+    )
+
+
+def test_a_warm_up_of_another_set_or_of_other_nets_is_refused(
+    small_set: Path, tmp_path: Path
+) -> None:
+    source = config_for(small_set, output=tmp_path / "source")
+    claim_output(source, read_card(small_set), {"configuration": {"net_width": 8}})
+    check_warmup(config_for(small_set, warmup_from=tmp_path / "source"))
+    with pytest.raises(UserError, match=r"has nets of --net-width 8, not 16"):
+        check_warmup(config_for(small_set, warmup_from=tmp_path / "source", net_width=16))
+    with pytest.raises(UserError, match=r"holds no run\.json"):
+        check_warmup(config_for(small_set, warmup_from=tmp_path))
+    shutil.copytree(small_set, tmp_path / "shards")
+    card = tmp_path / "shards" / "dataset.json"
+    card.write_text(card.read_text() + " ")
+    with pytest.raises(UserError, match="was trained on another set"):
+        check_warmup(config_for(tmp_path / "shards", warmup_from=tmp_path / "source"))
 
 
 def test_notes_end_the_line() -> None:
