@@ -11,7 +11,7 @@ from pipeline.storage import UnreachableError
 
 POLL_SECONDS = 1.0
 ATTEMPTS = 4  # at a task whose worker process or node dies, or that meets an error of the disk
-PASSING = [OSError, UnreachableError]  # errors in a task that may be gone at the next attempt
+PASSING = (OSError, UnreachableError)  # errors in a task that may be gone at the next attempt
 PER_CPU = 2  # tasks in flight for each CPU: the next one waits beside the one that runs
 
 Item = TypeVar("Item")
@@ -40,23 +40,32 @@ def run_tasks(
     Ray must be initialized.
     """
     limit = limit or PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    remote = ray.remote(max_retries=ATTEMPTS - 1, retry_exceptions=PASSING)(function)
-    waiting, in_flight = iter(items), dict[ray.ObjectRef, Item]()
+    # Ray's own retries would go on for ever where it is Ray that ends the process, for its memory.
+    remote = ray.remote(max_retries=0)(function)
+    waiting, in_flight = iter(items), dict[ray.ObjectRef, tuple[Item, int]]()
     while True:
         for item in itertools.islice(waiting, limit - len(in_flight)):
-            in_flight[remote.remote(*arguments(item))] = item
+            in_flight[remote.remote(*arguments(item))] = item, 1
         if not in_flight:
             return
         finished, _ = ray.wait(list(in_flight), timeout=POLL_SECONDS)
         for reference in finished:
-            item = in_flight.pop(reference)
+            item, attempt = in_flight.pop(reference)
             try:
                 result = ray.get(reference)
             except ray.exceptions.RayError as error:
-                yield item, Failure(reason=_reason(error))
+                if attempt < ATTEMPTS and _may_pass(error):
+                    in_flight[remote.remote(*arguments(item))] = item, attempt + 1
+                else:
+                    yield item, Failure(reason=_reason(error))
             else:
                 yield item, result
         tick()
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another attempt may do better: the process or its node ended, or the disk failed."""
+    return not isinstance(error, ray.exceptions.RayTaskError) or isinstance(error.cause, PASSING)
 
 
 def _reason(error: Exception) -> str:

@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,29 @@ def test_no_more_tasks_are_made_than_the_limit_allows(tmp_path: Path) -> None:
     for _ in run_tasks(tally, iter(range(30)), arguments, 3, lambda: None):
         ended += 1
     assert (made, ended, most) == (30, 30, 3)
+
+
+SHORT_OF_MEMORY = """
+import time, ray
+from pipeline.tasks import run_tasks
+limits = {"memory_usage_threshold": 0.001, "memory_monitor_refresh_ms": 50}
+ray.init(address="local", num_cpus=1, include_dashboard=False, _system_config=limits)
+def nap(seconds):
+    time.sleep(seconds)
+for _, result in run_tasks(nap, [60], lambda seconds: (seconds,), 1):
+    print(result.reason)
+"""
+
+
+@pytest.mark.e2e
+def test_a_task_that_ray_ends_for_its_memory_is_not_repeated_for_ever() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "its worker process ended 4 times (" in found.stdout
+    assert "low on memory" in found.stdout
