@@ -1,6 +1,5 @@
 """A set on an S3 server gives training and evaluation the bytes that the local set gives."""
 
-import dataclasses
 from itertools import islice
 from pathlib import Path
 
@@ -14,21 +13,11 @@ from pipeline.order import Position, shuffle_window
 from pipeline.shards import read_card
 from tests import remote
 from tests.e2e.commands import run
+from tests.pipeline.made_set import assert_same
 from tests.remote import Proxy
 
 pytestmark = pytest.mark.e2e
 CPU = torch.device("cpu")
-
-
-def assert_same(found: list[Batch], expected: list[Batch]) -> None:
-    assert len(found) == len(expected) > 0
-    for one, other in zip(found, expected, strict=True):
-        for field in dataclasses.fields(Batch):
-            values = getattr(one, field.name), getattr(other, field.name)
-            if isinstance(values[0], torch.Tensor):
-                assert torch.equal(*values), field.name
-            else:
-                assert values[0] == values[1], field.name
 
 
 def train(

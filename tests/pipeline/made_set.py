@@ -1,10 +1,13 @@
 """Small sets of made-up samples, written as shards without any preprocessing."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from pipeline.loader import Batch
 from pipeline.shards import Card, Sample, Split, pack_shard, write_shard
 
 CLASSES = tuple("abcdefg")
@@ -65,3 +68,15 @@ def write_set(
         std=(1.0, 1.0, 1.0),
         splits={"train": split},
     )
+
+
+def assert_same(found: list[Batch], expected: list[Batch]) -> None:
+    """Every tensor equal to the last bit, and the numbers too."""
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        for field in dataclasses.fields(Batch):
+            values = getattr(one, field.name), getattr(other, field.name)
+            if isinstance(values[0], torch.Tensor):
+                assert torch.equal(*values), field.name
+            else:
+                assert values[0] == values[1], field.name

@@ -1,4 +1,3 @@
-import dataclasses
 import io
 import threading
 import time
@@ -23,7 +22,7 @@ from pipeline.order import AHEAD, Position, steps_per_epoch
 from pipeline.samples import JPEG_END, Samples, Stored
 from pipeline.shards import Card, DataError, Sample, read_shard
 from tests import remote
-from tests.pipeline.made_set import COUNTS, MEAN, make_samples, write_set
+from tests.pipeline.made_set import COUNTS, MEAN, assert_same, make_samples, write_set
 
 CPU = torch.device("cpu")
 STEPS = 4  # of an epoch of 53 samples in batches of 16
@@ -68,17 +67,6 @@ def evaluated(data: Path, card: Card, batch_size: int = 10, **changes: Any) -> l
     settings: dict[str, Any] = {"first": 0, "stop": -(-sum(COUNTS) // batch_size), "device": CPU}
     options = settings | changes
     return list(evaluation_batches(data, card, "train", batch_size=batch_size, **options))
-
-
-def assert_same(found: list[Batch], expected: list[Batch]) -> None:
-    assert len(found) == len(expected) > 0
-    for one, other in zip(found, expected, strict=True):
-        for field in dataclasses.fields(Batch):
-            values = getattr(one, field.name), getattr(other, field.name)
-            if isinstance(values[0], torch.Tensor):
-                assert torch.equal(*values), field.name
-            else:
-                assert values[0] == values[1], field.name
 
 
 def pixels(batch: Batch) -> np.ndarray:
