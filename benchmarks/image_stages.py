@@ -1,9 +1,9 @@
 """`python -m benchmarks.image_stages --images FOLDER`: what each choice in making a sample buys.
 
 Side by side in one run and one thread, the versions of a stage taking turns image by image:
-decoding JPEGs whole, to the least sufficient eighths or to ours, OpenCV's area interpolation or
-ours, a channel's sums from OpenCV's histogram or ours, and fast-slic's own settings or ours, with
-the colour variance that the superpixels explain and how many there are.
+decoding JPEGs to each number of eighths, to the least sufficient one or to ours, OpenCV's area
+interpolation or ours, a channel's sums from OpenCV's histogram or ours, and fast-slic's settings or
+ours, with the colour variance that the superpixels explain and how many there are.
 """
 
 import json
@@ -23,12 +23,15 @@ from benchmarks.run import hardware
 from jobs import cli
 from pipeline.images import DECODE_FACTOR, decoded_size, read_image, resize
 from pipeline.pixels import add_moments
-from pipeline.superpixels import superpixels
+from pipeline.superpixels import ITERATIONS, MIN_SIZE, superpixels
 
 Figures = dict[str, float]  # microseconds by version
 
 ROUNDS = 5
-SETTINGS = {"fast-slic's own": (10, 0.25), "ours": (6, 0.1)}  # iterations, smallest piece
+SETTINGS = {
+    "fast-slic's own": (10, 0.25),
+    "ours": (ITERATIONS, MIN_SIZE),
+}  # iterations, smallest piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,13 @@ def decode(data: bytes, side: int, ours: bool) -> np.ndarray:
     return simplejpeg.decode_jpeg(data, min_height=least[0], min_width=least[1], strict=False)
 
 
+def decode_eighths(data: bytes, eighths: int) -> np.ndarray:
+    """A JPEG at so many eighths of its size."""
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    least = {"min_height": -(-height * eighths // 8), "min_width": -(-width * eighths // 8)}
+    return simplejpeg.decode_jpeg(data, **least, strict=False)
+
+
 def histogram_sums(image: np.ndarray) -> np.ndarray:
     """Sums of levels and of their squares by channel, int64 [2, 3], from histograms."""
     counts = [cv2.calcHist([image], [channel], None, [256], [0, 256]) for channel in range(3)]
@@ -109,7 +119,7 @@ def measure(config: StagesConfig) -> dict[str, Any]:
     area = partial(cv2.resize, dsize=(side, side), interpolation=cv2.INTER_AREA)
     ours = partial(resize, height=side, width=side)
     decoders = {
-        "whole": partial(simplejpeg.decode_jpeg, strict=False),
+        **{f"{n}/8": partial(decode_eighths, eighths=n) for n in range(1, 9)},
         "least eighths": partial(decode, side=side, ours=False),
         "ours": partial(decode, side=side, ours=True),
     }
