@@ -14,13 +14,15 @@ with clean images, which is the dearest, unless named otherwise. The peers are:
   nets for either loss, the accuracy read at once, a DataLoader that decodes JPEG files and cuts
   superpixels on the fly.
 
+Shares of peak: the floating-point operations of convolutions and matrix products per second, over
+those of a large matrix product or convolution in the same precision in the same run.
+
 On a machine with a GPU, `--device cuda` measures the step alone and fed, and the variants; that has
 not been run yet.
 """
 
 import json
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -28,6 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -39,8 +42,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.run import hardware, quiet
 from jobs import cli
@@ -68,6 +73,7 @@ BATCH = 64
 ROUNDS = 5  # turns that each of the compared takes
 CPU_TIME = ", by CPU time"
 PHASES = ("warm-up", "corruption only", "joint")
+PEAK_SIDE = 2048  # of the matrices whose product says what the device can do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +153,75 @@ def make_steps(trainer: Trainer, phase: str, batches: Iterator[Batch], steps: in
         state.pending.popleft().read()
 
 
-def fed_and_unfed(data: Path, device: torch.device, steps: int) -> dict[str, float]:
+def forget_memory(device: torch.device) -> None:
+    """Let `most_memory` count from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def most_memory(device: torch.device) -> float:
+    """The most memory since `forget_memory`, in MiB: allocated on a GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+
+
+def operations_per_image(data: Path, device: torch.device) -> dict[str, float]:
+    """Floating-point operations of a step of each phase, of convolutions and matrix products."""
+    trainer, batch = new_trainer(data, device, ranks=1), next(loaded(data, device, 0, 1))
+    found = {}
+    for phase in PHASES:
+        with FlopCounterMode(display=False) as counter:
+            make_steps(trainer, phase, repeat(batch), 1)
+        found[phase] = counter.get_total_flops() / BATCH
+    return found
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """Floating-point operations per second of a large matrix product or a large convolution,
+    whichever is faster: on a CPU they come from different libraries."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.rand((PEAK_SIDE, PEAK_SIDE), device=device).to(dtype)
+        x = torch.rand((64, 64, 64, 64), device=device).to(dtype)  # images, channels, pixels
+        kernel = torch.rand((64, 64, 3, 3), device=device).to(dtype)
+        x = x.contiguous(memory_format=torch.channels_last)
+        works: dict[str, Callable[[], Any]] = {
+            "product": partial(torch.matmul, a, a),
+            "convolution": partial(functional.conv2d, x, kernel, padding=1),
+        }
+        operations = {"product": 2 * a.numel() * PEAK_SIDE, "convolution": 2 * x.numel() * 64 * 9}
+        rates = in_turns(works, 1)
+        name = str(dtype).removeprefix("torch.")
+        found[name] = max(rates[work] * operations[work] for work in works)
+    return found
+
+
+def shares_of_peak(
+    rates: dict[str, float], operations: dict[str, float], peak: dict[str, float]
+) -> dict[str, float]:
+    """Of each rate of one process by the clock, the share of the peak of its precision."""
+    return {
+        name: rate * operations[name.partition(", ")[0]] / peak[precision]
+        for name, rate in rates.items()
+        for precision in ["bfloat16" if "bfloat16" in name else "float32"]
+        if name.partition(", ")[0] in operations and not name.endswith(CPU_TIME)
+    }
+
+
+def fed_and_unfed(
+    data: Path, device: torch.device, steps: int
+) -> tuple[dict[str, float], dict[str, float]]:
     """Each phase with one batch that lies on the device, and with batches from the loader, which
-    shares the core."""
+    shares the core: rates, and the most memory by phase."""
     trainer = new_trainer(data, device, ranks=1)
     batches = loaded(data, device, 0, 1)
     same = repeat(next(batches))
     rates: dict[str, float] = {}
+    memory: dict[str, float] = {}
 
     def work(phase: str, source: Iterator[Batch]) -> Callable[[], Any]:
         return lambda: make_steps(trainer, phase, source, steps)
@@ -163,8 +231,10 @@ def fed_and_unfed(data: Path, device: torch.device, steps: int) -> dict[str, flo
             f"{phase}, {name}": work(phase, source)
             for name, source in (("unfed", same), ("fed", batches))
         }
+        forget_memory(device)
         rates |= in_turns(works, steps * BATCH)
-    return rates
+        memory[phase] = most_memory(device)
+    return rates, memory
 
 
 def variants(data: Path, device: torch.device, steps: int) -> dict[str, float]:
@@ -372,7 +442,9 @@ def worker_rates(folder: Path, steps: int) -> dict[str, float]:
     for ranks in (1, 2):
         mp.start_processes(_enter, (ranks, str(folder), steps), nprocs=ranks, start_method="spawn")
         found = json.loads((folder / f"rates-{ranks}.json").read_text())
-        rates |= {f"{name}, workers: {ranks}": rate for name, rate in found.items()}
+        for name, rate in found.items():
+            what, kind, _ = name.partition(CPU_TIME)
+            rates[f"{what}, workers: {ranks}{kind}"] = rate
     return rates
 
 
@@ -422,22 +494,25 @@ def main() -> None:
         if device.type == "cpu":
             os.sched_setaffinity(0, {min(cores)})  # the loader's thread too
             torch.set_num_threads(1)
-        rates = fed_and_unfed(data, device, config.steps) | rates
-        memory = (
-            torch.cuda.max_memory_allocated(device) / 2**20
-            if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        )
-        rates |= variants(data, device, config.steps)
+        operations, peak = operations_per_image(data, device), peaks(device)
+        alone, memory = fed_and_unfed(data, device, config.steps)
+        alone |= variants(data, device, config.steps)
+        shares = shares_of_peak(alone, operations, peak)
+        rates = alone | rates
     compared = ratios(rates)
-    print(cli.table(["what", "images/s"], [[k, f"{v:.0f}"] for k, v in rates.items()]))
+    rows = [[k, f"{v:.0f}", f"{shares[k]:.3f}" if k in shares else "-"] for k, v in rates.items()]
+    print(cli.table(["what", "images/s", "of peak"], rows))
     print(cli.table(["ratio", ""], [[k, f"{v:.3f}"] for k, v in compared.items()]))
-    print(f"most memory: {memory:.0f} MiB")
+    for phase in PHASES:
+        print(f"{phase}: {operations[phase] / 1e6:.0f} MFLOP an image, {memory[phase]:.0f} MiB")
     content = {
         "hardware": hardware(),
         "load_average_before": load,
         "images_per_second": rates,
         "ratios": compared,
+        "operations_per_image": operations,
+        "peak_operations_per_second": peak,
+        "shares_of_peak": shares,
         "memory_mib": memory,
     }
     config.output.mkdir(parents=True, exist_ok=True)

@@ -28,13 +28,15 @@ class Examples:
     segments: Tensor
 
 
-def load_examples(config: LoadingConfig, card: Card, device: torch.device) -> Examples:
+def load_examples(
+    config: LoadingConfig, card: Card, device: torch.device, count: int = COUNT
+) -> Examples:
     """A few images, as stored, evenly spaced over the val split, or train where that is empty.
     Their boxes are not looked at, and nothing is chosen by them."""
     val = card.splits.get("val")
     split = "val" if val is not None and val.images else "train"
     total = card.splits[split].images
-    places = sorted({total * number // COUNT for number in range(COUNT)})
+    places = sorted({total * number // count for number in range(count)})
     batches = [
         next(
             evaluation_batches(

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from model.localization import RULE_TEXTS
+from model.localization import RULE_TEXTS, RULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +30,19 @@ PAPER: dict[str, tuple[float | None, float | None]] = {
     "aln": (0.565, 0.455),
 }
 MAP_TITLES = {"gradient": "Gradient saliency", "lrp": "LRP", "cam": "CAM"}
+OTHER_RULES = tuple(rule for rule in RULES if rule != "paper")
 ORDER = (
     "whole_image",
     "centred_box",
     "mean_map",
-    "gradient",
-    "lrp",
-    "cam",
-    "network_gradient",
-    "network_lrp",
-    "network_cam",
+    *(
+        f"{network}{name}{rule}"
+        for network in ("", "network_")
+        for name in MAP_TITLES
+        for rule in ("", *(f"_{rule}" for rule in OTHER_RULES))
+    ),
     "aln",
-    "aln_mean",
-    "aln_quantile",
+    *(f"aln_{rule}" for rule in OTHER_RULES),
     "aln_clean_class",
     "aln_network_class",
     "aln_other_class",
@@ -57,21 +57,32 @@ def suffix(run: int) -> str:
     return "" if run == 0 else f"_{run + 1}"
 
 
+def _by_each_rule(method: Method, name: str, end: str = "") -> dict[str, Method]:
+    """A map's row by the paper's box rule, NAME, and those by the others, NAME_RULE; then `end`."""
+    others = {
+        f"{name}_{rule}{end}": replace(
+            method,
+            title=f"{method.title}, {RULE_TEXTS[rule]}",
+            box=f"{method.box}_{rule}",
+            paper=None,
+        )
+        for rule in OTHER_RULES
+    }
+    return {f"{name}{end}": method} | others
+
+
 def run_methods(
     run: int, label: str, *, baselines: bool, others: dict[str, str]
 ) -> dict[str, Method]:
     """The rows of one run: ALN with its own classes, the clean classifier's and those of `others`
-    (name in `Predictions.classes` -> what it is called); by each other box rule; the baselines.
+    (name in `Predictions.classes` -> what it is called); the baselines; all by each box rule.
 
     label: stands behind the titles where two runs are compared.
     """
     end = suffix(run)
     clean, own, aln = f"clean_classifier{end}", f"classifier{end}", f"aln{end}"
-    rows = {aln: Method(title="ALN", box=aln, classes=own, map=aln, paper=PAPER["aln"])}
-    for rule in ("mean", "quantile"):
-        rows[f"aln_{rule}{end}"] = Method(
-            title=f"ALN, {RULE_TEXTS[rule]}", box=f"{aln}_{rule}", classes=own, map=aln
-        )
+    method = Method(title="ALN", box=aln, classes=own, map=aln, paper=PAPER["aln"])
+    rows = _by_each_rule(method, "aln", end)
     classes = {"clean": (clean, "clean classifier")} | {n: (n, t) for n, t in others.items()}
     for name, (source, text) in classes.items():
         rows[f"aln_{name}_class{end}"] = Method(
@@ -79,23 +90,20 @@ def run_methods(
         )
     if baselines:
         for name, title in MAP_TITLES.items():
-            rows[name + end] = Method(
-                title=title, box=name + end, classes=clean, map=name + end, paper=PAPER[name]
-            )
+            box = name + end
+            method = Method(title=title, box=box, classes=clean, map=box, paper=PAPER[name])
+            rows |= _by_each_rule(method, name, end)
     return {n: replace(m, title=m.title + label, run=run) for n, m in rows.items()}
 
 
 def network_methods(network: str) -> dict[str, Method]:
     """The rows of a network from elsewhere."""
-    return {
-        f"network_{name}": Method(
-            title=f"{title}, {network}",
-            box=f"network_{name}",
-            classes="network",
-            map=f"network_{name}",
-        )
-        for name, title in MAP_TITLES.items()
-    }
+    rows: dict[str, Method] = {}
+    for name, title in MAP_TITLES.items():
+        box = f"network_{name}"
+        method = Method(title=f"{title}, {network}", box=box, classes="network", map=box)
+        rows |= _by_each_rule(method, box)
+    return rows
 
 
 def ordered(methods: dict[str, Method]) -> dict[str, Method]:

@@ -173,9 +173,8 @@ def predict_range(
             for name, values in columns.items():
                 scored.add(_with_suffix(name, end), values)
             for name, values in maps.items():
-                rules = tuple(RULES) if name == "aln" else ("paper",)
                 try:
-                    score_maps(scored, name + end, values, images, truth, rules=rules)
+                    score_maps(scored, name + end, values, images, truth, rules=tuple(RULES))
                 except ValueError as error:
                     raise UserError(
                         f"ledger rows {rows[0]} to {rows[-1]} of {config.data}: {error}"

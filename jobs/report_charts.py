@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs.methods import OTHER_RULES
 from jobs.report_tables import CONSTANT, OWN, percent
 from model.protocols import IOU_THRESHOLD
 
@@ -216,14 +217,21 @@ def _iou_chart(metrics: dict[str, Any], names: list[str], title: str) -> Chart:
 
 
 def iou_charts(metrics: dict[str, Any]) -> list[Chart]:
-    """CorLoc over IoU of all rows with figures, in charts that can be read: the methods, ALN's box
-    rules, and the second run beside the first one's ALN."""
+    """CorLoc over IoU of the rows with figures, in charts that can be read: the methods by the
+    paper's box rule, ALN by all rules, and the second run beside the first one's ALN. The other
+    rows by the other rules are in the table alone."""
     names = [name for name, row in metrics["methods"].items() if row["gt_known"] is not None]
     second = [name for name in names if name.endswith("_2")]
-    rules = [name for name in names if name.startswith("aln_") and name not in second]
-    main = [name for name in names if name not in second + rules]
-    charts = [(main, "Methods"), (["aln", *rules], "ALN by box rule")]
-    charts.append((["aln", *second], "Run 2, beside ALN of run 1"))
+    own = [name for name in names if name.startswith("aln_") and name not in second]
+    other_rules = [
+        name
+        for name in names
+        if name.removesuffix("_2").endswith(OTHER_RULES) and not name.startswith("aln_")
+    ]
+    main = [name for name in names if name not in second + own + other_rules]
+    beside = [name for name in second if name not in other_rules]
+    charts = [(main, "Methods"), (["aln", *own], "ALN by box rule")]
+    charts.append((["aln", *beside], "Run 2, beside ALN of run 1"))
     drawn = [_iou_chart(metrics, names, title) for names, title in charts if len(names) > 1]
     return [chart for chart in drawn if len(chart.lines) > 1]
 

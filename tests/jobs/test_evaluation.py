@@ -182,13 +182,10 @@ def test_metrics_follow_from_the_predictions(small_set: Path, evaluation: Evalua
         "whole_image",
         "centred_box",
         "mean_map",
-        "gradient",
-        "lrp",
-        "cam",
-        "aln",
-        "aln_mean",
-        "aln_quantile",
-        "aln_clean_class",
+        *("gradient", "gradient_mean", "gradient_quantile"),
+        *("lrp", "lrp_mean", "lrp_quantile"),
+        *("cam", "cam_mean", "cam_quantile"),
+        *("aln", "aln_mean", "aln_quantile", "aln_clean_class"),
     ]
     rows = evaluation.predictions.to_pylist()
     for name, row in metrics["methods"].items():
@@ -390,7 +387,7 @@ def test_two_runs_stand_side_by_side_and_the_same_run_twice_is_the_same(
     both = evaluate(config, quiet)
     methods = both.metrics["methods"]
     assert both.metrics["runs"] == [str(random_run), str(copied)]
-    for name in ("aln", "aln_mean", "aln_clean_class", "cam", "gradient", "lrp"):
+    for name in ("aln", "aln_mean", "aln_clean_class", "cam", "cam_quantile", "gradient", "lrp"):
         first, second = methods[name], methods[f"{name}_2"]
         assert (first["run"], second["run"]) == (0, 1)
         assert first["gt_known"] == evaluation.metrics["methods"][name]["gt_known"]

@@ -17,7 +17,17 @@ import pytest
 from jobs.evaluation import EvaluateConfig
 from jobs.overlay import heat
 from jobs.report import PER_GROUP, Picture, choose, most_different, render, report_pictures
-from jobs.report_charts import BOTTOM, LEFT, RIGHT, TOP, Series, line_chart, place_labels, short
+from jobs.report_charts import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    TOP,
+    Series,
+    iou_charts,
+    line_chart,
+    place_labels,
+    short,
+)
 from jobs.report_tables import (
     agreement,
     class_rows,
@@ -371,6 +381,17 @@ def test_the_tiles_compare_with_the_best_constant_and_the_best_other_row_of_the_
     assert [c["value"] for c in found] == ["+15.0", "−10.0"]
     assert found[0]["text"] == "Centred box: 45.0 % GT-known"
     assert found[1]["text"] == "Gradient saliency, blurred: 70.0 % GT-known"
+
+
+def test_curves_of_baselines_are_drawn_by_the_papers_box_rule_alone() -> None:
+    metrics = made_metrics(runs=2)
+    methods = metrics["methods"]
+    for name in ("cam", "cam_2"):
+        other = "cam_quantile" + name.removeprefix("cam")
+        methods[other] = methods["gradient"] | {"title": f"{methods[name]['title']}, by quantile"}
+    drawn = [series.name for chart in iou_charts(metrics) for series in chart.legend]
+    assert {"CAM", "CAM, run 2", "ALN, area quantile"} <= set(drawn)
+    assert not any("by quantile" in name for name in drawn)
 
 
 def test_rows_are_grouped_by_where_they_come_from() -> None:
