@@ -5,8 +5,8 @@ reported as a ratio of medians, by the clock and by processor time. The latter s
 itself costs on a machine that others use too; it leaves out waiting, also that of one worker for
 another, so for workers it is an upper bound, and the processes of the plain peer's loader.
 
-Default nets at 64 px, 196 superpixels, 64 images a step over all workers, adversarial steps joint
-with clean images, which is the dearest, unless named otherwise. The peers are:
+Default nets at 64 px, 196 superpixels, --batch-size images a step over all workers; adversarial
+steps joint with clean images, the dearest, unless named otherwise. The peers are:
 
 - DDP: both nets wrapped, the same method and loader; the classifier must be run a second time,
   outside the corruption net's graph, so that each wrapper sees one backward pass;
@@ -69,7 +69,6 @@ from pipeline.superpixels import superpixels
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 SUPERPIXELS = 196
-BATCH = 64
 ROUNDS = 5  # turns that each of the compared takes
 CPU_TIME = ", by CPU time"
 PHASES = ("warm-up", "corruption only", "joint")
@@ -80,8 +79,9 @@ PEAK_SIDE = 2048  # of the matrices whose product says what the device can do
 class BenchConfig:
     """How much to measure, and where the result goes."""
 
-    images: int = cli.option(1024, help="generated train images, a multiple of 64")
+    images: int = cli.option(1024, help="generated train images, a multiple of the batch size")
     steps: int = cli.option(4, help="steps in a turn")
+    batch_size: int = cli.option(64, help="images per step over all workers")
     device: str = cli.option("cpu", help="cpu or cuda")
     output: Path = cli.option(Path("benchmarks/results"), help="folder for the dated JSON")
 
@@ -105,11 +105,11 @@ def in_turns(works: dict[str, Callable[[], Any]], images: int) -> dict[str, floa
     return {name: images / statistics.median(values) for name, values in seconds.items()}
 
 
-def new_trainer(data: Path, device: torch.device, ranks: int) -> Trainer:
+def new_trainer(data: Path, batch_size: int, device: torch.device, ranks: int) -> Trainer:
     config = TrainConfig(
         data=str(data),
         output=data / "no-run",
-        batch_size=BATCH,
+        batch_size=batch_size,
         warmup_epochs=10_000,
         epochs=10_000,
         log_interval=10**6,
@@ -119,16 +119,18 @@ def new_trainer(data: Path, device: torch.device, ranks: int) -> Trainer:
     return Trainer(config, model_config(config, card), card, device, ranks)
 
 
-def loaded(data: Path, device: torch.device, rank: int, ranks: int) -> Iterator[Batch]:
+def loaded(
+    data: Path, batch_size: int, device: torch.device, rank: int, ranks: int
+) -> Iterator[Batch]:
     config = TrainConfig(data=str(data), output=data)
     return train_batches(
         config.data,
         read_card(config.data),
-        batch_size=BATCH,
+        batch_size=batch_size,
         rank=rank,
         ranks=ranks,
         seed=0,
-        start=new_trainer(data, device, ranks).position,
+        start=new_trainer(data, batch_size, device, ranks).position,
         augmentation=config.augmentation(),
         device=device,
     )
@@ -169,14 +171,15 @@ def most_memory(device: torch.device) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
-def operations_per_image(data: Path, device: torch.device) -> dict[str, float]:
+def operations_per_image(data: Path, batch_size: int, device: torch.device) -> dict[str, float]:
     """Floating-point operations of a step of each phase, of convolutions and matrix products."""
-    trainer, batch = new_trainer(data, device, ranks=1), next(loaded(data, device, 0, 1))
+    trainer = new_trainer(data, batch_size, device, ranks=1)
+    batch = next(loaded(data, batch_size, device, 0, 1))
     found = {}
     for phase in PHASES:
         with FlopCounterMode(display=False) as counter:
             make_steps(trainer, phase, repeat(batch), 1)
-        found[phase] = counter.get_total_flops() / BATCH
+        found[phase] = counter.get_total_flops() / batch_size
     return found
 
 
@@ -213,12 +216,12 @@ def shares_of_peak(
 
 
 def fed_and_unfed(
-    data: Path, device: torch.device, steps: int
+    data: Path, batch_size: int, device: torch.device, steps: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Each phase with one batch that lies on the device, and with batches from the loader, which
     shares the core: rates, and the most memory by phase."""
-    trainer = new_trainer(data, device, ranks=1)
-    batches = loaded(data, device, 0, 1)
+    trainer = new_trainer(data, batch_size, device, ranks=1)
+    batches = loaded(data, batch_size, device, 0, 1)
     same = repeat(next(batches))
     rates: dict[str, float] = {}
     memory: dict[str, float] = {}
@@ -232,21 +235,21 @@ def fed_and_unfed(
             for name, source in (("unfed", same), ("fed", batches))
         }
         forget_memory(device)
-        rates |= in_turns(works, steps * BATCH)
+        rates |= in_turns(works, steps * batch_size)
         memory[phase] = most_memory(device)
     return rates, memory
 
 
-def variants(data: Path, device: torch.device, steps: int) -> dict[str, float]:
+def variants(data: Path, batch_size: int, device: torch.device, steps: int) -> dict[str, float]:
     """The gradients of a joint step and of a warm-up step, data at hand, in each layout and
     precision, compiled or not."""
-    trainer = new_trainer(data, device, ranks=1)
-    batch = next(loaded(data, device, 0, 1))
+    trainer = new_trainer(data, batch_size, device, ranks=1)
+    batch = next(loaded(data, batch_size, device, 0, 1))
     images = normalize(batch.images, *trainer.colours)
-    noise = gumbel_difference((BATCH, trainer.model.superpixels), trainer.noise)[: len(images)]
+    noise = gumbel_difference((batch_size, trainer.model.superpixels), trainer.noise)[: len(images)]
 
     def gradients(layout: torch.memory_format, precision: str, compiled: bool, joint: bool):  # type: ignore[no-untyped-def]
-        state = new_trainer(data, device, ranks=1).state
+        state = new_trainer(data, batch_size, device, ranks=1).state
         x = images.contiguous(memory_format=layout)
         for net in (state.corruption, state.classifier):
             net.to(memory_format=layout)  # type: ignore[call-overload]
@@ -258,7 +261,7 @@ def variants(data: Path, device: torch.device, steps: int) -> dict[str, float]:
             with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
                 for _ in range(steps):
                     if not joint:
-                        clean_step(state.classifier, x, batch.labels, BATCH)
+                        clean_step(state.classifier, x, batch.labels, batch_size)
                         continue
                     adversarial_step(
                         state.corruption,
@@ -267,7 +270,7 @@ def variants(data: Path, device: torch.device, steps: int) -> dict[str, float]:
                         batch.segments,
                         batch.labels,
                         noise,
-                        total=BATCH,
+                        total=batch_size,
                         joint=True,
                         area_weight=1.0,
                         area_power=2,
@@ -287,7 +290,7 @@ def variants(data: Path, device: torch.device, steps: int) -> dict[str, float]:
     rates: dict[str, float] = {}
     for phase, joint in (("joint", True), ("warm-up", False)):
         works = {f"{phase}, {name}": gradients(*kind, joint) for name, kind in kinds.items()}
-        rates |= in_turns(works, steps * BATCH)
+        rates |= in_turns(works, steps * batch_size)
     return rates
 
 
@@ -389,7 +392,7 @@ class Peer:
         return float(right)
 
 
-def _enter(rank: int, ranks: int, folder: str, steps: int) -> None:
+def _enter(rank: int, ranks: int, folder: str, batch_size: int, steps: int) -> None:
     """One worker on one core: ours, DDP and plain in turns; rank 0 writes down the rates."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
@@ -397,13 +400,20 @@ def _enter(rank: int, ranks: int, folder: str, steps: int) -> None:
     meet = f"file://{folder}/meet-{ranks}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
     data, device = Path(folder) / "shards", torch.device("cpu")
-    trainers = {name: new_trainer(data, device, ranks) for name in ("ours", "ddp", "plain")}
-    batches = loaded(data, device, rank, ranks)
+    trainers = {
+        name: new_trainer(data, batch_size, device, ranks) for name in ("ours", "ddp", "plain")
+    }
+    batches = loaded(data, batch_size, device, rank, ranks)
     wrapped, plain = Peer(trainers["ddp"]), Peer(trainers["plain"])
     photos = Photos(Path(folder) / "images" / "train")
     sampler: DistributedSampler[Any] = DistributedSampler(photos, ranks, rank)
     loader = DataLoader(
-        photos, BATCH // ranks, sampler=sampler, num_workers=1, drop_last=True, prefetch_factor=2
+        photos,
+        batch_size // ranks,
+        sampler=sampler,
+        num_workers=1,
+        drop_last=True,
+        prefetch_factor=2,
     )
     stream = endless(loader)
 
@@ -430,17 +440,18 @@ def _enter(rank: int, ranks: int, folder: str, steps: int) -> None:
 
         return begin_and_end_together
 
-    rates = in_turns({name: together(work) for name, work in works.items()}, steps * BATCH)
+    rates = in_turns({name: together(work) for name, work in works.items()}, steps * batch_size)
     if rank == 0:
         (Path(folder) / f"rates-{ranks}.json").write_text(json.dumps(rates))
     dist.destroy_process_group()
 
 
-def worker_rates(folder: Path, steps: int) -> dict[str, float]:
+def worker_rates(folder: Path, batch_size: int, steps: int) -> dict[str, float]:
     """Ours, DDP and plain on one and two workers of one core each; the same global batch."""
     rates: dict[str, float] = {}
     for ranks in (1, 2):
-        mp.start_processes(_enter, (ranks, str(folder), steps), nprocs=ranks, start_method="spawn")
+        arguments = (ranks, str(folder), batch_size, steps)
+        mp.start_processes(_enter, arguments, nprocs=ranks, start_method="spawn")
         found = json.loads((folder / f"rates-{ranks}.json").read_text())
         for name, rate in found.items():
             what, kind, _ = name.partition(CPU_TIME)
@@ -486,17 +497,17 @@ def ratios(rates: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     config = cli.parse(BenchConfig, None, __doc__ or "")
-    device = torch.device(config.device)
+    device, size = torch.device(config.device), config.batch_size
     cores, load = os.sched_getaffinity(0), os.getloadavg()[0]  # others' work distorts
     with tempfile.TemporaryDirectory() as name:
         data = make_data(Path(name), config.images)
-        rates = worker_rates(Path(name), config.steps) if device.type == "cpu" else {}
+        rates = worker_rates(Path(name), size, config.steps) if device.type == "cpu" else {}
         if device.type == "cpu":
             os.sched_setaffinity(0, {min(cores)})  # the loader's thread too
             torch.set_num_threads(1)
-        operations, peak = operations_per_image(data, device), peaks(device)
-        alone, memory = fed_and_unfed(data, device, config.steps)
-        alone |= variants(data, device, config.steps)
+        operations, peak = operations_per_image(data, size, device), peaks(device)
+        alone, memory = fed_and_unfed(data, size, device, config.steps)
+        alone |= variants(data, size, device, config.steps)
         shares = shares_of_peak(alone, operations, peak)
         rates = alone | rates
     compared = ratios(rates)
@@ -508,6 +519,7 @@ def main() -> None:
     content = {
         "hardware": hardware(),
         "load_average_before": load,
+        "batch_size": size,
         "images_per_second": rates,
         "ratios": compared,
         "operations_per_image": operations,
@@ -516,7 +528,7 @@ def main() -> None:
         "memory_mib": memory,
     }
     config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"{date.today().isoformat()}-training.json"
+    path = config.output / f"{date.today().isoformat()}-training-{size}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path}")
 

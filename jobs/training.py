@@ -44,6 +44,7 @@ from jobs.weights import DamagedError
 from model.adversarial import Step, adversarial_step, clean_step, normalize
 from model.collapse import TEXTS, CollapseState, watch
 from model.controller import ControllerConfig, ControllerState, relative_target, update
+from model.losses import confusion_loss
 from model.masking import gumbel_difference, pixel_segments
 from pipeline.loader import Batch, train_batches
 from pipeline.order import Position, steps_per_epoch
@@ -244,22 +245,34 @@ class Trainer:
         return reduce_step(step)
 
     def _first_controller(self, batch: Batch) -> ControllerState:
-        """lambda in proportion to the first corruption loss, which depends on the classifier."""
-        sums = self._gradients(batch, joint=False, area_weight=0.0).sums
-        loss, accuracy = (
-            float(sums[name]) / batch.total for name in ("corruption_loss", "correct")
+        """lambda in proportion to the corruption loss on the first batch without masks.
+
+        That loss says how large the classifier's logits are. Under the first random masks the true
+        class may already seem improbable, and a lambda in proportion to that let masks run off
+        over everything.
+        """
+        accuracy = self._gradients(batch, joint=False, area_weight=0.0).sums["correct"]
+        with torch.no_grad(), self._autocast():
+            images = self._inputs(batch)
+            logits = self.state.classifier(images).to(images.dtype)
+            confused = confusion_loss(logits, batch.labels, self.config.confusion).sum()
+        local = Step(
+            corruption_gradients=None, classifier_gradients=None, sums={"confusion": confused}
         )
+        loss = float(reduce_step(local).sums["confusion"]) / batch.total
         if not loss > 0:
             raise TrainingError(
-                f"the first corruption loss is {loss}: the warmed-up classifier scores all "
+                f"the corruption loss without masks is {loss}: the warmed-up classifier scores all "
                 "classes alike or not at all; look at the warm-up's loss in the log, and lower "
                 "--warmup-rate or raise --warmup-epochs"
             )
-        return ControllerState(area_weight=self.config.area_start * loss, accuracy=accuracy)
+        return ControllerState(
+            area_weight=self.config.area_start * loss, accuracy=float(accuracy) / batch.total
+        )
 
     def adversarial_step(self, batch: Batch) -> None:
         """Both nets, or the corruption net alone. On a GPU nothing here waits for it, but in the
-        run's first such step, which reads the first corruption loss."""
+        run's first such step, which reads the corruption loss without masks."""
         state, config = self.state, self.config
         if state.controller is None:
             state.controller = self._first_controller(batch)

@@ -66,7 +66,8 @@ class TrainConfig(LoadingConfig):
     )
     area_power: int = option(2, help="power of the masked area in the loss (paper: 1)")
     area_start: float = option(
-        1.0, help="first weight of the area, as a multiple of the first corruption loss"
+        1.0,
+        help="first weight of the area, as a multiple of the corruption loss without masks",
     )
     controller_rate: float = option(0.006, help="relative change of the area weight per step")
     averaging: float = option(

@@ -175,6 +175,7 @@ def summary(run: Path) -> str:
     """The table at the end of training: each phase's steps, time and rate, and where it ended."""
     columns = (
         *(("accuracy", "accuracy"), ("clean_accuracy", "clean"), ("context_accuracy", "context")),
+        ("swapped_accuracy", "swapped"),
         *(("target", "target"), ("area", "area"), ("area_weight", "lambda")),
         *(("joint_share", "joint"), ("corruption_loss", "corruption loss")),
         ("classifier_loss", "classifier loss"),
@@ -212,6 +213,7 @@ def line(values: dict[str, Any]) -> str:
         if "clean_accuracy" in values:
             parts += [f"clean {values['clean_accuracy']:.3f}"]
             parts += [f"context {values['context_accuracy']:.3f}"]
+            parts += [f"swapped masks {values['swapped_accuracy']:.3f}"]
         parts += [f"lambda {values['area_weight']:.3g}", f"area {values['area']:.3f}"]
     parts += [f"{values['images_per_second']:.0f} images/s", f"waiting {values['waiting']:.1%}"]
     parts += [f"ETA {duration(values['eta_seconds'])}"]

@@ -96,8 +96,10 @@ def adversarial_step(
     only.
 
     With a `clean_classifier` the sums also hold "clean_correct", the classifier's right answers on
-    the clean images, and "context_correct", those of the clean classifier on the masked ones: what
-    the context alone tells where the masks hide the objects.
+    the clean images, "context_correct", those of the clean classifier on the masked ones: what
+    the context alone tells where the masks hide the objects, and "swapped_correct", the same with
+    each mask on the batch's next image: as many as "context_correct" where masks do not depend on
+    the image, more where they hide its own object. In a batch of one image they are equal.
     """
     probability = mask_probability(corruption, images, segments, noise.shape[1])
     chosen = probability if soft else bernoulli_straight_through(probability, noise)
@@ -134,7 +136,9 @@ def adversarial_step(
     if clean_classifier is not None:
         with torch.no_grad():
             sums["clean_correct"] = correct(classifier(images), labels).sum()
-            sums["context_correct"] = correct(clean_classifier(masked.detach()), labels).sum()
+            sums["context_correct"] = correct(clean_classifier(masked), labels).sum()
+            swapped = apply_mask(images, mask.roll(1, 0))
+            sums["swapped_correct"] = correct(clean_classifier(swapped), labels).sum()
     return Step(
         corruption_gradients=corruption_gradients,
         classifier_gradients=classifier_gradients,

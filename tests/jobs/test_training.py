@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -465,17 +466,29 @@ def test_intervals_hold_steps_of_one_phase_and_miss_none(small_set: Path, tmp_pa
     assert found[4]["area"] == pytest.approx(sum(areas[9:12]) / 3)
 
 
-def test_first_lambda_is_the_stated_multiple_of_the_first_corruption_loss(
-    small_set: Path,
+@pytest.mark.parametrize("confusion", ["top", "true-log-probability"])
+def test_first_lambda_is_the_stated_multiple_of_the_loss_on_the_first_batch_without_masks(
+    small_set: Path, confusion: str
 ) -> None:
-    weights_at_start = []
-    for multiple in (0.5, 2.0):
-        trainer = new_trainer(config_for(small_set, area_start=multiple, controller_rate=1e-12))
-        train_epochs(trainer, 3)
-        assert trainer.state.controller is not None
-        weights_at_start.append(trainer.state.controller.area_weight / multiple)
-    assert weights_at_start[0] == pytest.approx(weights_at_start[1], rel=1e-6)
-    assert weights_at_start[0] > 0
+    config = config_for(small_set, area_start=0.7, controller_rate=1e-12, confusion=confusion)
+    trainer = new_trainer(config)
+    batches = batches_for(trainer)
+    for _ in range(trainer.warmup_steps):
+        trainer.train_step(batches)
+    batch = next(batches)
+    mean, std = (np.array(v)[:, None, None] for v in (trainer.model.mean, trainer.model.std))
+    images = torch.from_numpy((batch.images.numpy() - mean) / std).float()
+    with torch.no_grad():
+        logits = trainer.state.clean_classifier(images).double().numpy()
+    top, classes = logits.max(axis=1), logits.shape[1]
+    if confusion == "top":
+        losses = top - (logits.sum(axis=1) - top) / (classes - 1)
+    else:
+        own = np.exp(logits)[np.arange(len(logits)), batch.labels.numpy()]
+        losses = np.log(classes * own / np.exp(logits).sum(axis=1))
+    trainer.train_step(iter([batch]))
+    assert trainer.state.controller is not None
+    assert trainer.state.controller.area_weight == pytest.approx(0.7 * losses.mean(), rel=1e-4)
 
 
 def test_the_average_follows_the_corruption_net_by_hand(small_set: Path) -> None:
@@ -789,14 +802,16 @@ def test_the_summary_tells_each_phase_and_where_it_ended(tmp_path: Path) -> None
     lines = [
         interval(1, "warmup", accuracy=0.5),
         interval(2, "warmup", accuracy=0.6),
-        interval(4, "adversarial", accuracy=0.5, context_accuracy=0.25, area=0.3),
+        interval(
+            4, "adversarial", accuracy=0.5, context_accuracy=0.25, swapped_accuracy=0.35, area=0.3
+        ),
         interval(5, "adversarial", accuracy=0.4, area=0.2),
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     rows = [text.split() for text in summary(tmp_path).splitlines()[2:]]
     assert rows[0][:6] == ["warmup", "2", "0:20", "96", "0.6", "-"]
-    assert rows[1][:7] == ["adversarial", "3", "0:20", "288", "0.4", "-", "0.25"]
-    assert rows[1][8] == "0.2"
+    assert rows[1][:8] == ["adversarial", "3", "0:20", "288", "0.4", "-", "0.25", "0.35"]
+    assert rows[1][9] == "0.2"
 
 
 def test_intervals_reach_rays_metrics(tmp_path: Path, small_set: Path) -> None:

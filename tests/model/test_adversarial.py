@@ -194,7 +194,7 @@ def test_the_complement_term_asks_for_the_label_where_only_the_masked_part_is_sh
     assert_close(result.classifier_gradients, list(step(setting).classifier_gradients))
 
 
-def test_clean_and_context_accuracy_are_of_the_stated_nets_on_the_stated_images(
+def test_clean_context_and_swapped_accuracy_are_of_the_stated_nets_on_the_stated_images(
     setting: dict,
 ) -> None:
     torch.manual_seed(1)
@@ -207,8 +207,11 @@ def test_clean_and_context_accuracy_are_of_the_stated_nets_on_the_stated_images(
     with torch.no_grad():
         clean = setting["classifier"](setting["images"]).argmax(dim=1)
         context = clean_net(setting["images"] * (1 - mask).unsqueeze(1)).argmax(dim=1)
+        others = torch.stack([mask[i - 1] for i in range(len(mask))])
+        swapped = clean_net(setting["images"] * (1 - others).unsqueeze(1)).argmax(dim=1)
     assert result.sums["clean_correct"] == (clean == setting["labels"]).sum()
     assert result.sums["context_correct"] == (context == setting["labels"]).sum()
+    assert result.sums["swapped_correct"] == (swapped == setting["labels"]).sum()
     plain = step(setting)
     assert all(
         torch.equal(a, b)
