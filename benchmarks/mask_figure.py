@@ -2,7 +2,7 @@
 
 Columns: the image with its true boxes (green), then for each run the probability of masking each
 superpixel with the box by the paper's rule (pink), and the image faded by it. The images are those
-of val, evenly spaced: none is chosen by what the masks make of it.
+of val, or train where that is empty, evenly spaced: none is chosen by what the masks make of it.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from jobs.overlay import heat
 from model.adversarial import normalize
 from model.localization import localize, mask_map, scale_boxes
 from pipeline.ledger import read_ledger
-from pipeline.shards import read_card, split_of, write_atomically
+from pipeline.shards import read_card, write_atomically
 
 SIDE = 128  # pixels of an image in the picture, at least
 GAP, TITLE = 6, 26
@@ -62,13 +62,12 @@ def draw(config: FigureConfig) -> np.ndarray:
     card = read_card(config.data)
     examples = load_examples(config, card, torch.device("cpu"), config.images)
     columns = ["row", "key", "id", "label", "width", "height", "boxes"]
-    truth = ground_truth_of(read_ledger(config.data, "val", columns), card)
+    truth = ground_truth_of(read_ledger(config.data, examples.split, columns), card)
     assert truth.sizes is not None
     pixels = examples.images.permute(0, 2, 3, 1).numpy()
-    total, size = split_of(card, "val").images, np.array([card.height, card.width])
-    places = [total * number // len(pixels) for number in range(len(pixels))]
+    size = np.array([card.height, card.width])
     rows = []
-    for place, image in zip(places, pixels, strict=True):
+    for place, image in zip(examples.places, pixels, strict=True):
         boxes = truth.boxes[truth.starts[place] : truth.starts[place + 1]]
         rows.append([boxed(image, scale_boxes(boxes, truth.sizes[place], size), TRUE_COLOUR)])
     for run in config.run:
@@ -80,7 +79,9 @@ def draw(config: FigureConfig) -> np.ndarray:
         faded = maps[..., None] * np.array(nets.config.mean) + (1 - maps[..., None]) * pixels
         for row, values, box, kept in zip(rows, maps, localize(maps)[0], faded, strict=True):
             row.append(boxed(heat(values), box[None], BOX_COLOUR))
-            row.append(boxed(np.rint(kept).astype(np.uint8), box[:0].reshape(0, 4), BOX_COLOUR))
+            row.append(
+                boxed(np.rint(kept).astype(np.uint8), np.empty((0, 4), np.int64), BOX_COLOUR)
+            )
     height, width = rows[0][0].shape[:2]
     sheet = Image.new(
         "RGB",
@@ -99,7 +100,9 @@ def draw(config: FigureConfig) -> np.ndarray:
 
 def main() -> None:
     config = cli.parse(FigureConfig, None, __doc__ or "")
-    write_atomically(config.output, png(draw(config)))
+    picture = png(draw(config))
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output, picture)
     print(f"written to {config.output}")
 
 

@@ -22,10 +22,13 @@ GAP = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """images: uint8 [N, 3, H, W]; segments: int64 [N, H, W]; both on the training's device."""
+    """images: uint8 [N, 3, H, W]; segments: int64 [N, H, W]; both on the training's device.
+    places: of the images in their split, in its order."""
 
     images: Tensor
     segments: Tensor
+    split: str
+    places: list[int]
 
 
 def load_examples(
@@ -56,6 +59,8 @@ def load_examples(
     return Examples(
         images=torch.cat([batch.images for batch in batches]),
         segments=torch.cat([batch.segments for batch in batches]),
+        split=split,
+        places=places,
     )
 
 
