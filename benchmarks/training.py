@@ -17,8 +17,9 @@ steps joint with clean images, the dearest, unless named otherwise. The peers ar
 Shares of peak: the floating-point operations of convolutions and matrix products per second, over
 those of a large matrix product or convolution in the same precision in the same run.
 
-On a machine with a GPU, `--device cuda` measures the step alone and fed, and the variants; that has
-not been run yet.
+On a machine with a GPU, `--device cuda` measures one process: the step alone and fed, in either
+precision, its kernels replayed or launched one by one; and it profiles joint steps. Nothing is
+pinned there.
 """
 
 import json
@@ -26,11 +27,11 @@ import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.run import hardware, quiet
 from jobs import cli
+from jobs.cuda_graphs import Recordings
 from jobs.training import Trainer, model_config
 from jobs.training_config import TrainConfig
 from model.adversarial import (
+    Step,
     adversarial_step,
     apply_mask,
     clean_step,
@@ -72,7 +75,7 @@ SUPERPIXELS = 196
 ROUNDS = 5  # turns that each of the compared takes
 CPU_TIME = ", by CPU time"
 PHASES = ("warm-up", "corruption only", "joint")
-PEAK_SIDE = 2048  # of the matrices whose product says what the device can do
+NETS = {"net_width": 24, "residual_blocks": 0}  # as jobs.train makes them by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,9 @@ class BenchConfig:
     steps: int = cli.option(4, help="steps in a turn")
     batch_size: int = cli.option(64, help="images per step over all workers")
     device: str = cli.option("cpu", help="cpu or cuda")
+    net_width: int = cli.option(24, help="channels of the nets' first layers")
+    residual_blocks: int = cli.option(0, help="of the classifier, as in jobs.train")
+    compiled: bool = cli.option(True, help="off: leave out compiled nets, which take a minute")
     output: Path = cli.option(Path("benchmarks/results"), help="folder for the dated JSON")
 
 
@@ -105,7 +111,10 @@ def in_turns(works: dict[str, Callable[[], Any]], images: int) -> dict[str, floa
     return {name: images / statistics.median(values) for name, values in seconds.items()}
 
 
-def new_trainer(data: Path, batch_size: int, device: torch.device, ranks: int) -> Trainer:
+def new_trainer(
+    data: Path, batch_size: int, device: torch.device, ranks: int, **flags: Any
+) -> Trainer:
+    """flags: of jobs.train."""
     config = TrainConfig(
         data=str(data),
         output=data / "no-run",
@@ -114,6 +123,7 @@ def new_trainer(data: Path, batch_size: int, device: torch.device, ranks: int) -
         epochs=10_000,
         log_interval=10**6,
         target=1 - 1e-9,
+        **flags,
     )
     card = read_card(config.data)
     return Trainer(config, model_config(config, card), card, device, ranks)
@@ -171,9 +181,12 @@ def most_memory(device: torch.device) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
-def operations_per_image(data: Path, batch_size: int, device: torch.device) -> dict[str, float]:
-    """Floating-point operations of a step of each phase, of convolutions and matrix products."""
-    trainer = new_trainer(data, batch_size, device, ranks=1)
+def operations_per_image(
+    data: Path, batch_size: int, device: torch.device, nets: dict[str, int]
+) -> dict[str, float]:
+    """Floating-point operations of a step of each phase, of convolutions and matrix products.
+    nets: flags of jobs.train."""
+    trainer = new_trainer(data, batch_size, device, ranks=1, graphs=False, **nets)
     batch = next(loaded(data, batch_size, device, 0, 1))
     found = {}
     for phase in PHASES:
@@ -186,20 +199,30 @@ def operations_per_image(data: Path, batch_size: int, device: torch.device) -> d
 def peaks(device: torch.device) -> dict[str, float]:
     """Floating-point operations per second of a large matrix product or a large convolution,
     whichever is faster: on a CPU they come from different libraries."""
+    gpu = device.type == "cuda"
+    side, channels, calls = (8192, 256, 10) if gpu else (2048, 64, 1)  # a GPU has more to fill
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.rand((PEAK_SIDE, PEAK_SIDE), device=device).to(dtype)
-        x = torch.rand((64, 64, 64, 64), device=device).to(dtype)  # images, channels, pixels
-        kernel = torch.rand((64, 64, 3, 3), device=device).to(dtype)
+        a = torch.rand((side, side), device=device).to(dtype)
+        x = torch.rand((64, channels, 64, 64), device=device).to(dtype)
+        kernel = torch.rand((channels, channels, 3, 3), device=device).to(dtype)
         x = x.contiguous(memory_format=torch.channels_last)
-        works: dict[str, Callable[[], Any]] = {
-            "product": partial(torch.matmul, a, a),
-            "convolution": partial(functional.conv2d, x, kernel, padding=1),
+
+        def product(a: Tensor = a) -> None:
+            for _ in range(calls):
+                torch.matmul(a, a)
+
+        def convolution(x: Tensor = x, kernel: Tensor = kernel) -> None:
+            for _ in range(calls):
+                functional.conv2d(x, kernel, padding=1)
+
+        operations = {
+            "product": calls * 2 * a.numel() * side,
+            "convolution": calls * 2 * x.numel() * channels * 9,
         }
-        operations = {"product": 2 * a.numel() * PEAK_SIDE, "convolution": 2 * x.numel() * 64 * 9}
-        rates = in_turns(works, 1)
+        rates = in_turns({"product": product, "convolution": convolution}, 1)
         name = str(dtype).removeprefix("torch.")
-        found[name] = max(rates[work] * operations[work] for work in works)
+        found[name] = max(rates[work] * operations[work] for work in operations)
     return found
 
 
@@ -216,23 +239,37 @@ def shares_of_peak(
 
 
 def fed_and_unfed(
-    data: Path, batch_size: int, device: torch.device, steps: int
+    data: Path, batch_size: int, device: torch.device, steps: int, nets: dict[str, int]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Each phase with one batch that lies on the device, and with batches from the loader, which
-    shares the core: rates, and the most memory by phase."""
-    trainer = new_trainer(data, batch_size, device, ranks=1)
+    shares the core: rates, and the most memory by phase. On a GPU also in bfloat16, and with
+    kernels launched one by one. nets: flags of jobs.train."""
     batches = loaded(data, batch_size, device, 0, 1)
     same = repeat(next(batches))
+    kinds: dict[str, tuple[dict[str, Any], Iterator[Batch]]] = {
+        "unfed": ({}, same),
+        "fed": ({}, batches),
+    }
+    if device.type == "cuda":
+        half = {"precision": "bfloat16"}
+        kinds |= {
+            "unfed, one by one": ({"graphs": False}, same),
+            "unfed, bfloat16": (half, same),
+            "fed, bfloat16": (half, batches),
+            "unfed, bfloat16, one by one": (half | {"graphs": False}, same),
+        }
     rates: dict[str, float] = {}
     memory: dict[str, float] = {}
 
-    def work(phase: str, source: Iterator[Batch]) -> Callable[[], Any]:
+    def work(phase: str, trainer: Trainer, source: Iterator[Batch]) -> Callable[[], Any]:
         return lambda: make_steps(trainer, phase, source, steps)
 
     for phase in PHASES:
         works = {
-            f"{phase}, {name}": work(phase, source)
-            for name, source in (("unfed", same), ("fed", batches))
+            f"{phase}, {name}": work(
+                phase, new_trainer(data, batch_size, device, ranks=1, **nets, **flags), source
+            )
+            for name, (flags, source) in kinds.items()
         }
         forget_memory(device)
         rates |= in_turns(works, steps * batch_size)
@@ -240,42 +277,90 @@ def fed_and_unfed(
     return rates, memory
 
 
-def variants(data: Path, batch_size: int, device: torch.device, steps: int) -> dict[str, float]:
+def profile(
+    data: Path, batch_size: int, device: torch.device, steps: int, nets: dict[str, int]
+) -> dict[str, Any]:
+    """What the host asked of the GPU in joint steps, and for what share of them the GPU worked.
+
+    The batch lies on the device, so the loader's thread asks for nothing. nets: flags of
+    jobs.train.
+    """
+    trainer = new_trainer(data, batch_size, device, ranks=1, **nets)
+    same = repeat(next(loaded(data, batch_size, device, 0, 1)))
+    make_steps(trainer, "joint", same, 2)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        make_steps(trainer, "joint", same, steps)
+    events = found.events() or []
+    calls = Counter(event.name for event in events if event.name.startswith("cuda"))
+    busy, kernels, end = 0.0, 0, 0.0
+    spans = [e.time_range for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    for span in sorted(spans, key=lambda span: span.start):
+        busy += max(0.0, span.end - max(span.start, end))
+        end, kernels = max(end, span.end), kernels + 1
+    first = min((span.start for span in spans), default=0.0)
+    return {
+        "steps": steps,
+        "host_calls": dict(calls.most_common()),
+        "kernels_and_copies_per_step": kernels / steps,
+        "gpu_busy_share": busy / (end - first) if spans else 0.0,
+    }
+
+
+def variants(
+    data: Path,
+    batch_size: int,
+    device: torch.device,
+    steps: int,
+    nets: dict[str, int],
+    compiled: bool,
+) -> dict[str, float]:
     """The gradients of a joint step and of a warm-up step, data at hand, in each layout and
-    precision, compiled or not."""
-    trainer = new_trainer(data, batch_size, device, ranks=1)
+    precision, and where asked for compiled; replayed on a GPU. nets: flags of jobs.train."""
+    trainer = new_trainer(data, batch_size, device, ranks=1, **nets)
     batch = next(loaded(data, batch_size, device, 0, 1))
     images = normalize(batch.images, *trainer.colours)
     noise = gumbel_difference((batch_size, trainer.model.superpixels), trainer.noise)[: len(images)]
 
-    def gradients(layout: torch.memory_format, precision: str, compiled: bool, joint: bool):  # type: ignore[no-untyped-def]
-        state = new_trainer(data, batch_size, device, ranks=1).state
+    def gradients(
+        layout: torch.memory_format, precision: str, compiled: bool, joint: bool
+    ) -> Callable[[], Any]:
+        state = new_trainer(data, batch_size, device, ranks=1, **nets).state
         x = images.contiguous(memory_format=layout)
         for net in (state.corruption, state.classifier):
             net.to(memory_format=layout)  # type: ignore[call-overload]
             if compiled:
                 net.compile()
         half = precision == "bfloat16"
+        recordings = Recordings()
+
+        def step(x: Tensor, segments: Tensor, labels: Tensor, noise: Tensor) -> Step:
+            with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+                if not joint:
+                    return clean_step(state.classifier, x, labels, batch_size)
+                return adversarial_step(
+                    state.corruption,
+                    state.classifier,
+                    x,
+                    segments,
+                    labels,
+                    noise,
+                    total=batch_size,
+                    joint=True,
+                    area_weight=1.0,
+                    area_power=2,
+                    clean_weight=1.0,
+                )
+
+        inputs = (x, batch.segments, batch.labels, noise)
 
         def work() -> None:
-            with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
-                for _ in range(steps):
-                    if not joint:
-                        clean_step(state.classifier, x, batch.labels, batch_size)
-                        continue
-                    adversarial_step(
-                        state.corruption,
-                        state.classifier,
-                        x,
-                        batch.segments,
-                        batch.labels,
-                        noise,
-                        total=batch_size,
-                        joint=True,
-                        area_weight=1.0,
-                        area_power=2,
-                        clean_weight=1.0,
-                    )
+            for _ in range(steps):
+                if device.type == "cuda":
+                    recordings.compute("step", step, inputs)
+                else:
+                    step(*inputs)
 
         return work
 
@@ -283,10 +368,14 @@ def variants(data: Path, batch_size: int, device: torch.device, steps: int) -> d
     kinds = {
         "contiguous, float32": (plain, "float32", False),
         "channels last, float32": (last, "float32", False),
+        "contiguous, bfloat16": (plain, "bfloat16", False),
         "channels last, bfloat16": (last, "bfloat16", False),
-        "channels last, float32, compiled": (last, "float32", True),
-        "channels last, bfloat16, compiled": (last, "bfloat16", True),
     }
+    if compiled:
+        kinds |= {
+            "channels last, float32, compiled": (last, "float32", True),
+            "channels last, bfloat16, compiled": (last, "bfloat16", True),
+        }
     rates: dict[str, float] = {}
     for phase, joint in (("joint", True), ("warm-up", False)):
         works = {f"{phase}, {name}": gradients(*kind, joint) for name, kind in kinds.items()}
@@ -474,6 +563,15 @@ def make_data(folder: Path, images: int) -> Path:
 def ratios(rates: dict[str, float]) -> dict[str, float]:
     """What the goals are about."""
     found = {f"{phase}: fed / unfed": (f"{phase}, fed", f"{phase}, unfed") for phase in PHASES}
+    for phase in PHASES:
+        for kind in ("", ", bfloat16"):
+            unfed = f"{phase}, unfed{kind}"
+            found[f"{phase}{kind}: replayed / one by one"] = (unfed, f"{unfed}, one by one")
+        half = f"{phase}, fed, bfloat16", f"{phase}, unfed, bfloat16"
+        found |= {
+            f"{phase}: bfloat16 / float32, unfed": (half[1], f"{phase}, unfed"),
+            f"{phase}, bfloat16: fed / unfed": half,
+        }
     for phase in ("joint", "warm-up"):
         base = f"{phase}, contiguous, float32"
         for name in rates:
@@ -505,9 +603,11 @@ def main() -> None:
         if device.type == "cpu":
             os.sched_setaffinity(0, {min(cores)})  # the loader's thread too
             torch.set_num_threads(1)
-        operations, peak = operations_per_image(data, size, device), peaks(device)
-        alone, memory = fed_and_unfed(data, size, device, config.steps)
-        alone |= variants(data, size, device, config.steps)
+        nets = {"net_width": config.net_width, "residual_blocks": config.residual_blocks}
+        operations, peak = operations_per_image(data, size, device, nets), peaks(device)
+        alone, memory = fed_and_unfed(data, size, device, config.steps, nets)
+        seen = profile(data, size, device, config.steps, nets) if device.type == "cuda" else None
+        alone |= variants(data, size, device, config.steps, nets, config.compiled)
         shares = shares_of_peak(alone, operations, peak)
         rates = alone | rates
     compared = ratios(rates)
@@ -526,9 +626,16 @@ def main() -> None:
         "peak_operations_per_second": peak,
         "shares_of_peak": shares,
         "memory_mib": memory,
+        "nets": nets,
+        "profile_of_joint_steps": seen,
     }
+    if seen is not None:
+        print(json.dumps(seen, indent=1))
     config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"{date.today().isoformat()}-training-{size}.json"
+    shape = f"-width-{config.net_width}-blocks-{config.residual_blocks}"
+    kind = f"{size}{shape if any(nets[n] != default for n, default in NETS.items()) else ''}"
+    kind += "-gpu" if device.type == "cuda" else ""
+    path = config.output / f"{date.today().isoformat()}-training-{kind}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path}")
 

@@ -20,7 +20,8 @@ MODEL_FORMAT = 2
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of the nets, and how images are normalized (mean and std per channel, in 0..255).
-    logit_limit: bound of the corruption net's logits, 0 for none."""
+    logit_limit: bound of the corruption net's logits, 0 for none. residual_blocks: of the
+    classifier, after each layer but the first."""
 
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -33,6 +34,7 @@ class ModelConfig:
     superpixels: int
     compactness: float
     logit_limit: float = LOGIT_LIMIT
+    residual_blocks: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ def new_corruption(config: ModelConfig) -> CorruptionNet:
 
 def new_classifier(config: ModelConfig) -> Classifier:
     """A classifier with random weights from torch's global generator."""
-    return Classifier(len(config.classes), config.net_width)
+    return Classifier(len(config.classes), config.net_width, config.residual_blocks)
 
 
 def net_tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:

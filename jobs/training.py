@@ -8,7 +8,7 @@ drives the controller travel in one vector per step. The controller reads a step
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
 from jobs.checkpoints import read_checkpoint, write_checkpoint
+from jobs.cuda_graphs import Recordings
 from jobs.examples import Examples, draw_examples, load_examples
 from jobs.grid import png
 from jobs.models import ModelConfig, colour_statistics, load_net_tensors, save_nets
@@ -83,6 +84,8 @@ def apply_gradients(
 ) -> None:
     """One optimizer step with the given, already reduced gradients."""
     for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        if gradient.is_cuda:  # the one kernel for all wants gradients laid out as their weights
+            gradient = torch.empty_like(parameter).copy_(gradient)
         parameter.grad = gradient
     set_rate(optimizer, rate)
     optimizer.step()
@@ -106,6 +109,7 @@ class Trainer:
         self.examples: Examples | None = None
         self.noise = torch.Generator(device)
         self.colours = colour_statistics(model, device)
+        self.recordings = Recordings() if config.graphs and device.type == "cuda" else None
         if config.compile:
             # both losses go back through the classifier's one graph, which must outlive the first
             functorch_config.donated_buffer = False
@@ -156,9 +160,15 @@ class Trainer:
         if state.step == self.warmup_steps:
             self._finish_warmup()
 
-    def _inputs(self, batch: Batch) -> Tensor:
-        images = normalize(batch.images, *self.colours)
-        return images.contiguous(memory_format=torch.channels_last)
+    def _inputs(self, images: Tensor) -> Tensor:
+        return normalize(images, *self.colours).contiguous(memory_format=torch.channels_last)
+
+    def _compute(
+        self, kind: Hashable, work: Callable[..., Step], inputs: tuple[Tensor, ...]
+    ) -> Step:
+        """This rank's `work(*inputs)`, added up over all ranks. kind: see `Recordings.compute`."""
+        local = self.recordings.compute(kind, work, inputs) if self.recordings else work(*inputs)
+        return reduce_step(local)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.precision == "bfloat16"
@@ -167,9 +177,12 @@ class Trainer:
     def warmup_step(self, batch: Batch) -> None:
         """The classifier alone, on clean images. On a GPU nothing here waits for it."""
         state, config = self.state, self.config
-        with self._autocast():
-            local = clean_step(state.classifier, self._inputs(batch), batch.labels, batch.total)
-        step = reduce_step(local)
+
+        def work(images: Tensor, labels: Tensor) -> Step:
+            with self._autocast():
+                return clean_step(state.classifier, self._inputs(images), labels, batch.total)
+
+        step = self._compute(("warm-up", batch.total), work, (batch.images, batch.labels))
         assert step.classifier_gradients is not None
         rate = config.warmup_rate * warmup_factor(state.step, self.warmup_steps)
         optimizer = state.optimizers["warmup"]
@@ -222,27 +235,35 @@ class Trainer:
     def _gradients(
         self, batch: Batch, *, joint: bool, area_weight: float, probe: bool = False
     ) -> Step:
-        config = self.config
+        state, config = self.state, self.config
         segments, superpixels = self._segments(batch)
-        with self._autocast():
-            step = adversarial_step(
-                self.state.corruption,
-                self.state.classifier,
-                self._inputs(batch),
-                segments,
-                batch.labels,
-                self._mask_noise(batch, superpixels),
-                total=batch.total,
-                joint=joint,
-                area_weight=area_weight,
-                area_power=config.area_power,
-                clean_weight=config.clean_weight,
-                confusion=config.confusion,
-                complement_weight=config.complement_weight,
-                soft=not config.gumbel_noise,
-                clean_classifier=self.state.clean_classifier if probe else None,
-            )
-        return reduce_step(step)
+
+        def work(
+            images: Tensor, segments: Tensor, labels: Tensor, noise: Tensor, weight: Tensor
+        ) -> Step:
+            with self._autocast():
+                return adversarial_step(
+                    state.corruption,
+                    state.classifier,
+                    self._inputs(images),
+                    segments,
+                    labels,
+                    noise,
+                    total=batch.total,
+                    joint=joint,
+                    area_weight=weight,
+                    area_power=config.area_power,
+                    clean_weight=config.clean_weight,
+                    confusion=config.confusion,
+                    complement_weight=config.complement_weight,
+                    soft=not config.gumbel_noise,
+                    clean_classifier=state.clean_classifier if probe else None,
+                )
+
+        noise = self._mask_noise(batch, superpixels)
+        weight = torch.full((), area_weight, device=self.device)
+        inputs = (batch.images, segments, batch.labels, noise, weight)
+        return self._compute(("adversarial", batch.total, joint, probe), work, inputs)
 
     def _first_controller(self, batch: Batch) -> ControllerState:
         """lambda in proportion to the corruption loss on the first batch without masks.
@@ -251,9 +272,10 @@ class Trainer:
         class may already seem improbable, and a lambda in proportion to that let masks run off
         over everything.
         """
-        accuracy = self._gradients(batch, joint=False, area_weight=0.0).sums["correct"]
+        sums = self._gradients(batch, joint=False, area_weight=0.0).sums
+        accuracy = float(sums["correct"]) / batch.total
         with torch.no_grad(), self._autocast():
-            images = self._inputs(batch)
+            images = self._inputs(batch.images)
             logits = self.state.classifier(images).to(images.dtype)
             confused = confusion_loss(logits, batch.labels, self.config.confusion).sum()
         local = Step(
@@ -266,9 +288,7 @@ class Trainer:
                 "classes alike or not at all; look at the warm-up's loss in the log, and lower "
                 "--warmup-rate or raise --warmup-epochs"
             )
-        return ControllerState(
-            area_weight=self.config.area_start * loss, accuracy=float(accuracy) / batch.total
-        )
+        return ControllerState(area_weight=self.config.area_start * loss, accuracy=accuracy)
 
     def adversarial_step(self, batch: Batch) -> None:
         """Both nets, or the corruption net alone. On a GPU nothing here waits for it, but in the
@@ -299,11 +319,10 @@ class Trainer:
                 config.classifier_rate * factor,
             )
         with torch.no_grad():
-            pairs = zip(
-                state.corruption_average.parameters(), state.corruption.parameters(), strict=True
+            averages: list[Tensor] = list(state.corruption_average.parameters())
+            torch._foreach_lerp_(
+                averages, list(state.corruption.parameters()), 1 - config.averaging
             )
-            for average, parameter in pairs:
-                average.lerp_(parameter, 1 - config.averaging)
         state.pending.append(send(state.step + 1, batch, step.sums, joint))
 
     def _read(self) -> None:
@@ -417,6 +436,7 @@ def model_config(config: TrainConfig, card: Card) -> ModelConfig:
         height=card.height,
         width=card.width,
         net_width=config.net_width,
+        residual_blocks=config.residual_blocks,
         bottleneck=config.bottleneck,
         mean=card.mean,
         std=card.std,

@@ -51,6 +51,9 @@ class TrainConfig(LoadingConfig):
     batch_size: int = option(64, help="images per step over all workers")
     seed: int = option(0, help="of weights, order, crops and mask samples")
     net_width: int = option(24, help="channels of the nets' first layers, a multiple of 8")
+    residual_blocks: int = option(
+        0, help="residual blocks after each of the classifier's layers but the first (paper: 0)"
+    )
     bottleneck: int = option(256, help="units of the corruption net's fully connected layer")
     warmup_rate: float = option(1e-3, help="peak learning rate of the warm-up")
     corruption_rate: float = option(2e-3, help="learning rate of the corruption net")
@@ -99,6 +102,11 @@ class TrainConfig(LoadingConfig):
         "float32", help="of the nets' convolutions; weights and sums stay float32"
     )
     compile: bool = option(False, help="compile the nets (a C++ compiler, and a minute at start)")
+    graphs: bool = option(
+        True,
+        help="on a GPU: record each kind of step once and replay it; off: launch its kernels one "
+        "by one",
+    )
     verify_shards: bool = option(
         False, help="first check every byte of a local set's train shards by SHA-256"
     )
@@ -133,6 +141,7 @@ class TrainConfig(LoadingConfig):
             "batch_size": (self.batch_size >= 1, "from 1"),
             "log_interval": (self.log_interval >= 1, "from 1"),
             "bottleneck": (self.bottleneck >= 1, "from 1"),
+            "residual_blocks": (self.residual_blocks >= 0, "from 0"),
             "seed": (self.seed >= 0, "from 0"),
             "max_failures": (self.max_failures >= 0, "from 0"),
             "checkpoint_interval": (self.checkpoint_interval >= 1, "from 1"),

@@ -177,14 +177,20 @@ def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> 
         classifier=classifier,
         clean_classifier=copy.deepcopy(classifier).requires_grad_(False),
     )
+    fused = device.type == "cuda"  # one kernel each
     state.optimizers["warmup"] = torch.optim.AdamW(
-        classifier.parameters(), config.warmup_rate, weight_decay=WARMUP_WEIGHT_DECAY
+        classifier.parameters(),
+        config.warmup_rate,
+        weight_decay=WARMUP_WEIGHT_DECAY,
+        fused=fused,
     )
     for name, net, rate in (
         ("corruption", corruption, config.corruption_rate),
         ("classifier", classifier, config.classifier_rate),
     ):
-        state.optimizers[name] = torch.optim.Adam(net.parameters(), rate, ADVERSARIAL_BETAS)
+        state.optimizers[name] = torch.optim.Adam(
+            net.parameters(), rate, ADVERSARIAL_BETAS, fused=fused
+        )
     return state
 
 

@@ -77,7 +77,7 @@ def adversarial_step(
     *,
     total: int,
     joint: bool,
-    area_weight: float,
+    area_weight: float | Tensor,
     area_power: int,
     clean_weight: float,
     confusion: Confusion = "top",

@@ -3,6 +3,8 @@ import math
 import resource
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -742,9 +744,9 @@ def test_no_step_asks_a_fresh_tensor_for_its_value(small_set: Path, joint: bool)
     assert reads.count == 1, "the counter counts"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-def test_no_step_waits_for_the_gpu(small_set: Path) -> None:
+@pytest.fixture
+def on_gpu(small_set: Path) -> tuple[Trainer, Iterator[Batch]]:
+    """A trainer on a GPU just past its warm-up, and its further batches."""
     config = config_for(small_set)
     card, device = read_card(config.data), torch.device("cuda")
     trainer = Trainer(config, model_config(config, card), card, device, ranks=1)
@@ -761,13 +763,69 @@ def test_no_step_waits_for_the_gpu(small_set: Path) -> None:
     )
     for _ in range(trainer.warmup_steps + LAG):
         trainer.train_step(batches)
+    return trainer, batches
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_no_step_waits_for_the_gpu(on_gpu: tuple[Trainer, Iterator[Batch]]) -> None:
+    trainer, batches = on_gpu
     batch = next(batches)
+    balance = ControllerState(area_weight=1.0, accuracy=0.5)
+
+    def each_kind_of_step() -> None:
+        trainer.warmup_step(batch)
+        for joint in (True, False):
+            trainer.state.controller = replace(balance, joint=joint)
+            trainer.adversarial_step(batch)
+
+    each_kind_of_step()  # recorded
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.warmup_step(batch)
-        trainer.adversarial_step(batch)
+        each_kind_of_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_a_replayed_step_is_the_launched_one_with_the_weights_and_the_batch_of_now(
+    on_gpu: tuple[Trainer, Iterator[Batch]],
+) -> None:
+    trainer, batches = on_gpu
+    recordings = trainer.recordings
+    assert recordings is not None
+    last = 0.0
+    for number, batch in enumerate(islice(batches, 6)):
+        joint, weight = number % 2 == 0, 1.0 + number
+        steps = []
+        for trainer.recordings in (recordings, None):
+            steps.append(trainer._gradients(batch, joint=joint, area_weight=weight, probe=True))
+        replayed, launched = steps
+        pairs = [
+            *zip(
+                replayed.corruption_gradients or (),
+                launched.corruption_gradients or (),
+                strict=True,
+            )
+        ]
+        pairs += zip(
+            replayed.classifier_gradients or (), launched.classifier_gradients or (), strict=True
+        )
+        assert len(pairs) == len(list(trainer.state.corruption.parameters())) + joint * len(
+            list(trainer.state.classifier.parameters())
+        )
+        for one, two in pairs:
+            assert float((one - two).norm()) <= 1e-3 * float(two.norm()) + 1e-7
+        assert set(replayed.sums) == set(launched.sums)
+        for name, value in launched.sums.items():
+            near = 1.0 if "correct" in name else 1e-6  # a logit may fall on the other side
+            assert float(replayed.sums[name]) == pytest.approx(float(value), rel=1e-3, abs=near)
+        now = float(replayed.sums["corruption_loss"])
+        assert now != last, "another batch, other weights"
+        last = now
+        trainer.recordings = recordings
+        trainer.adversarial_step(batch)
 
 
 def test_example_pictures_show_fixed_images_as_their_masks_change(

@@ -22,6 +22,22 @@ def test_logits_are_the_head_applied_to_the_mean_feature_so_class_activation_map
     torch.testing.assert_close(net(images), expected)
 
 
+def test_residual_blocks_begin_as_identities_and_then_learn() -> None:
+    plain, deep = Classifier(5, 8), Classifier(5, 8, residual_blocks=2)
+    assert len([m for m in deep.modules() if isinstance(m, torch.nn.Conv2d)]) == 4 + 3 * 2 * 2
+    layers = [layer for layer in deep.layers if isinstance(layer, torch.nn.Sequential)]
+    for own, other in zip(layers, plain.layers, strict=True):
+        own.load_state_dict(other.state_dict())
+    deep.head.load_state_dict(plain.head.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(deep(images), plain(images))
+    loss = functional.cross_entropy(deep(images), torch.arange(4))
+    gradients = torch.autograd.grad(loss, list(deep.parameters()), allow_unused=True)
+    named = zip(deep.named_parameters(), gradients, strict=True)
+    moved = {name for (name, _), gradient in named if gradient is not None and gradient.any()}
+    assert {name for name in moved if "body.2" in name}, "the norm that is 0 at first"
+
+
 def test_each_image_is_classified_alone_whatever_the_batch() -> None:
     net, images = Classifier(5, 8), torch.randn(6, 3, 32, 32)
     together = net(images)
