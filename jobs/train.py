@@ -83,17 +83,19 @@ def check_warmup(config: TrainConfig) -> None:
     if not (run / RUN_NAME).is_file():
         raise cli.UserError(f"--warmup-from {run} holds no {RUN_NAME}: it is no run of jobs.train")
     other = json.loads((run / RUN_NAME).read_text())
-    width = other["configuration"]["net_width"]
+    given = other["configuration"]
     if other["data_sha256"] != card_hash(config.data):
         raise cli.UserError(
             f"--warmup-from {run} was trained on another set (its dataset.json differs from that "
             f"of {config.data}): its classifier may know other classes. Warm up on this one"
         )
-    if width != config.net_width:
-        raise cli.UserError(
-            f"--warmup-from {run} has nets of --net-width {width}, not {config.net_width}; give "
-            "that width, or warm up anew"
-        )
+    for name in ("net_width", "residual_blocks"):
+        flag, here = f"--{name.replace('_', '-')}", getattr(config, name)
+        if given.get(name, 0) != here:  # runs of earlier versions had no residual blocks
+            raise cli.UserError(
+                f"--warmup-from {run} has nets of {flag} {given.get(name, 0)}, not {here}; give "
+                "the same, or warm up anew"
+            )
 
 
 def check_data(config: TrainConfig, card: Card) -> None:

@@ -344,6 +344,8 @@ def test_a_warm_up_of_another_set_or_of_other_nets_is_refused(
     check_warmup(config_for(small_set, warmup_from=tmp_path / "source"))
     with pytest.raises(UserError, match=r"has nets of --net-width 8, not 16"):
         check_warmup(config_for(small_set, warmup_from=tmp_path / "source", net_width=16))
+    with pytest.raises(UserError, match=r"has nets of --residual-blocks 0, not 2"):
+        check_warmup(config_for(small_set, warmup_from=tmp_path / "source", residual_blocks=2))
     with pytest.raises(UserError, match=r"holds no run\.json"):
         check_warmup(config_for(small_set, warmup_from=tmp_path))
     shutil.copytree(small_set, tmp_path / "shards")
@@ -646,6 +648,7 @@ def test_the_frozen_classifier_keeps_its_weights_and_has_no_gate(small_set: Path
         {"logit_limit": 0.0},
         {"area_power": 1},
         {"precision": "bfloat16"},
+        {"residual_blocks": 1},
     ],
 )
 def test_each_ablation_trains_other_masks_from_the_same_start(
