@@ -34,6 +34,7 @@ from jobs.training_state import (
     adversarial_factor,
     fill_state,
     finished_nets,
+    memory_layout,
     new_state,
     send,
     set_rate,
@@ -161,7 +162,8 @@ class Trainer:
             self._finish_warmup()
 
     def _inputs(self, images: Tensor) -> Tensor:
-        return normalize(images, *self.colours).contiguous(memory_format=torch.channels_last)
+        layout = memory_layout(self.device)
+        return normalize(images, *self.colours).contiguous(memory_format=layout)
 
     def _compute(
         self, kind: Hashable, work: Callable[..., Step], inputs: tuple[Tensor, ...]

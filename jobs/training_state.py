@@ -164,13 +164,18 @@ class TrainingState:
         }
 
 
+def memory_layout(device: torch.device) -> torch.memory_format:
+    """Of images and convolutions' weights: whichever was measured to be faster on the device.
+    Channels last is 1.13 times as fast on CPUs, and .90 to .95 times on a GPU (H200)."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
+
+
 def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> TrainingState:
     """The state before the first step: the same weights on every rank, from the seed."""
     torch.manual_seed(config.seed)
-    # convolutions are faster on channels-last weights, on CPUs (1.13 x measured) as on GPUs
     corruption, classifier = new_corruption(model).to(device), new_classifier(model).to(device)
     for net in (corruption, classifier):
-        convert_conv2d_weight_memory_format(net, torch.channels_last)
+        convert_conv2d_weight_memory_format(net, memory_layout(device))
     state = TrainingState(
         corruption=corruption,
         corruption_average=copy.deepcopy(corruption).requires_grad_(False),
