@@ -1,5 +1,6 @@
 """`python -m jobs.train`: adversarial training on Ray Train, resumable by the same command."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -24,7 +25,7 @@ from jobs.training_log import METRICS_NAME, line, summary, waiting_summary
 from model.corruption import STRIDE
 from pipeline.cache import ShardCache, check_window
 from pipeline.samples import Samples, verify_shard
-from pipeline.shards import Card, card_hash, check_sizes, read_card, write_atomically
+from pipeline.shards import Card, card_hash, check_sizes, read_card, split_of, write_atomically
 from pipeline.storage import absolute, is_remote
 
 RUN_NAME = "run.json"
@@ -32,9 +33,17 @@ RAY_NAME = "ray"  # Ray Train's own record of the run; checkpoints are ours
 COLLECTIVE_TIMEOUT = 300  # seconds that ranks wait for one that died
 FREE_TO_CHANGE = (
     *("output", "data", "cache", "cache_limit", "verify_shards"),
-    *("workers", "device", "log_interval", "max_failures", "preset"),
+    *("workers", "device", "graphs", "log_interval", "max_failures", "preset"),
     *("checkpoint_interval", "keep_checkpoints", "collapse_steps", "stop_on_collapse", "mlflow"),
 )
+
+
+def images_hash(card: Card) -> str:
+    """Hexadecimal SHA-256 of what a clean classifier depends on: classes, size, colour statistics
+    and number of the train images. Sets that differ in their superpixels alone have the same."""
+    images = split_of(card, "train").images
+    seen = (card.classes, card.height, card.width, card.mean, card.std, images)
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
 def claim_output(config: TrainConfig, card: Card, record: dict[str, Any]) -> None:
@@ -47,7 +56,12 @@ def claim_output(config: TrainConfig, card: Card, record: dict[str, Any]) -> Non
     """
     path = config.output / RUN_NAME
     hashed, window = card_hash(config.data), config.window(card)
-    content = {**record, "data_sha256": hashed, "shuffle_window": window}
+    content = {
+        **record,
+        "data_sha256": hashed,
+        "images_sha256": images_hash(card),
+        "shuffle_window": window,
+    }
     if path.exists():
         before = json.loads(path.read_text())
         old, new = before["configuration"], content["configuration"]
@@ -75,8 +89,8 @@ def claim_output(config: TrainConfig, card: Card, record: dict[str, Any]) -> Non
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def check_warmup(config: TrainConfig) -> None:
-    """Raise UserError where the run of --warmup-from does not fit: another set or other nets."""
+def check_warmup(config: TrainConfig, card: Card) -> None:
+    """Raise UserError where the run of --warmup-from does not fit: other images or other nets."""
     run = config.warmup_from
     if run is None:
         return
@@ -84,10 +98,11 @@ def check_warmup(config: TrainConfig) -> None:
         raise cli.UserError(f"--warmup-from {run} holds no {RUN_NAME}: it is no run of jobs.train")
     other = json.loads((run / RUN_NAME).read_text())
     given = other["configuration"]
-    if other["data_sha256"] != card_hash(config.data):
+    if other.get("images_sha256") != images_hash(card):
         raise cli.UserError(
-            f"--warmup-from {run} was trained on another set (its dataset.json differs from that "
-            f"of {config.data}): its classifier may know other classes. Warm up on this one"
+            f"--warmup-from {run} was trained on other images than {config.data} holds (classes, "
+            "size, mean, deviation or number differ): its classifier may know other classes. Warm "
+            "up on this set"
         )
     for name in ("net_width", "residual_blocks"):
         flag, here = f"--{name.replace('_', '-')}", getattr(config, name)
@@ -188,7 +203,7 @@ def train(config: TrainConfig) -> None:
     )
     card = read_card(config.data)
     check_data(config, card)
-    check_warmup(config)
+    check_warmup(config, card)
     record = cli.record(config)
     claim_output(config, card, record)
     if config.mlflow is not None and importlib.util.find_spec("mlflow") is None:

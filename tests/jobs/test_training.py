@@ -336,23 +336,29 @@ def test_a_run_begins_with_the_clean_classifier_of_another_run_and_resumes_as_an
     )
 
 
-def test_a_warm_up_of_another_set_or_of_other_nets_is_refused(
+def test_a_warm_up_on_other_images_or_of_other_nets_is_refused_one_on_other_superpixels_taken(
     small_set: Path, tmp_path: Path
 ) -> None:
-    source = config_for(small_set, output=tmp_path / "source")
-    claim_output(source, read_card(small_set), {"configuration": {"net_width": 8}})
-    check_warmup(config_for(small_set, warmup_from=tmp_path / "source"))
+    source, card = config_for(small_set, output=tmp_path / "source"), read_card(small_set)
+    claim_output(source, card, {"configuration": {"net_width": 8}})
+    from_source = config_for(small_set, warmup_from=tmp_path / "source")
+    check_warmup(from_source, card)
+    finer = replace(card, max_superpixels=400, ledger="0" * 64, versions={"numpy": "3"})
+    check_warmup(from_source, finer)
+    others = [
+        replace(card, classes=(*card.classes[1:], card.classes[0])),
+        replace(card, width=card.width + 16),
+        replace(card, mean=(1.0, *card.mean[1:])),
+    ]
+    for other in others:
+        with pytest.raises(UserError, match="was trained on other images than"):
+            check_warmup(from_source, other)
     with pytest.raises(UserError, match=r"has nets of --net-width 8, not 16"):
-        check_warmup(config_for(small_set, warmup_from=tmp_path / "source", net_width=16))
+        check_warmup(replace(from_source, net_width=16), card)
     with pytest.raises(UserError, match=r"has nets of --residual-blocks 0, not 2"):
-        check_warmup(config_for(small_set, warmup_from=tmp_path / "source", residual_blocks=2))
+        check_warmup(replace(from_source, residual_blocks=2), card)
     with pytest.raises(UserError, match=r"holds no run\.json"):
-        check_warmup(config_for(small_set, warmup_from=tmp_path))
-    shutil.copytree(small_set, tmp_path / "shards")
-    card = tmp_path / "shards" / "dataset.json"
-    card.write_text(card.read_text() + " ")
-    with pytest.raises(UserError, match="was trained on another set"):
-        check_warmup(config_for(tmp_path / "shards", warmup_from=tmp_path / "source"))
+        check_warmup(replace(from_source, warmup_from=tmp_path), card)
 
 
 def test_notes_end_the_line() -> None:
