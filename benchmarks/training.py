@@ -75,7 +75,10 @@ SUPERPIXELS = 196
 ROUNDS = 5  # turns that each of the compared takes
 CPU_TIME = ", by CPU time"
 PHASES = ("warm-up", "corruption only", "joint")
-NETS = {"net_width": 24, "residual_blocks": 0}  # as jobs.train makes them by default
+NETS = {  # as jobs.train makes them by default
+    "net_width": TrainConfig.net_width,
+    "residual_blocks": TrainConfig.residual_blocks,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +89,10 @@ class BenchConfig:
     steps: int = cli.option(4, help="steps in a turn")
     batch_size: int = cli.option(64, help="images per step over all workers")
     device: str = cli.option("cpu", help="cpu or cuda")
-    net_width: int = cli.option(24, help="channels of the nets' first layers")
-    residual_blocks: int = cli.option(0, help="of the classifier, as in jobs.train")
+    net_width: int = cli.option(TrainConfig.net_width, help="channels of the nets' first layers")
+    residual_blocks: int = cli.option(
+        TrainConfig.residual_blocks, help="of the classifier, as in jobs.train"
+    )
     compiled: bool = cli.option(True, help="off: leave out compiled nets, which take a minute")
     output: Path = cli.option(Path("benchmarks/results"), help="folder for the dated JSON")
 
@@ -481,7 +486,9 @@ class Peer:
         return float(right)
 
 
-def _enter(rank: int, ranks: int, folder: str, batch_size: int, steps: int) -> None:
+def _enter(
+    rank: int, ranks: int, folder: str, batch_size: int, steps: int, nets: dict[str, int]
+) -> None:
     """One worker on one core: ours, DDP and plain in turns; rank 0 writes down the rates."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
@@ -490,7 +497,8 @@ def _enter(rank: int, ranks: int, folder: str, batch_size: int, steps: int) -> N
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
     data, device = Path(folder) / "shards", torch.device("cpu")
     trainers = {
-        name: new_trainer(data, batch_size, device, ranks) for name in ("ours", "ddp", "plain")
+        name: new_trainer(data, batch_size, device, ranks, **nets)
+        for name in ("ours", "ddp", "plain")
     }
     batches = loaded(data, batch_size, device, rank, ranks)
     wrapped, plain = Peer(trainers["ddp"]), Peer(trainers["plain"])
@@ -535,11 +543,14 @@ def _enter(rank: int, ranks: int, folder: str, batch_size: int, steps: int) -> N
     dist.destroy_process_group()
 
 
-def worker_rates(folder: Path, batch_size: int, steps: int) -> dict[str, float]:
-    """Ours, DDP and plain on one and two workers of one core each; the same global batch."""
+def worker_rates(
+    folder: Path, batch_size: int, steps: int, nets: dict[str, int]
+) -> dict[str, float]:
+    """Ours, DDP and plain on one and two workers of one core each; the same global batch. nets:
+    flags of jobs.train."""
     rates: dict[str, float] = {}
     for ranks in (1, 2):
-        arguments = (ranks, str(folder), batch_size, steps)
+        arguments = (ranks, str(folder), batch_size, steps, nets)
         mp.start_processes(_enter, arguments, nprocs=ranks, start_method="spawn")
         found = json.loads((folder / f"rates-{ranks}.json").read_text())
         for name, rate in found.items():
@@ -597,13 +608,13 @@ def main() -> None:
     config = cli.parse(BenchConfig, None, __doc__ or "")
     device, size = torch.device(config.device), config.batch_size
     cores, load = os.sched_getaffinity(0), os.getloadavg()[0]  # others' work distorts
+    nets = {"net_width": config.net_width, "residual_blocks": config.residual_blocks}
     with tempfile.TemporaryDirectory() as name:
         data = make_data(Path(name), config.images)
-        rates = worker_rates(Path(name), size, config.steps) if device.type == "cpu" else {}
+        rates = worker_rates(Path(name), size, config.steps, nets) if device.type == "cpu" else {}
         if device.type == "cpu":
             os.sched_setaffinity(0, {min(cores)})  # the loader's thread too
             torch.set_num_threads(1)
-        nets = {"net_width": config.net_width, "residual_blocks": config.residual_blocks}
         operations, peak = operations_per_image(data, size, device, nets), peaks(device)
         alone, memory = fed_and_unfed(data, size, device, config.steps, nets)
         seen = profile(data, size, device, config.steps, nets) if device.type == "cuda" else None
@@ -633,7 +644,7 @@ def main() -> None:
         print(json.dumps(seen, indent=1))
     config.output.mkdir(parents=True, exist_ok=True)
     shape = f"-width-{config.net_width}-blocks-{config.residual_blocks}"
-    kind = f"{size}{shape if any(nets[n] != default for n, default in NETS.items()) else ''}"
+    kind = f"{size}{shape if nets != NETS else ''}"
     kind += "-gpu" if device.type == "cuda" else ""
     path = config.output / f"{date.today().isoformat()}-training-{kind}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
