@@ -101,15 +101,15 @@ def check_warmup(config: TrainConfig, card: Card) -> None:
     if other.get("images_sha256") != images_hash(card):
         raise cli.UserError(
             f"--warmup-from {run} was trained on other images than {config.data} holds (classes, "
-            "size, mean, deviation or number differ): its classifier may know other classes. Warm "
-            "up on this set"
+            "size, mean, deviation or number differ, or the run is of an earlier version): its "
+            "classifier may know other classes. Warm up on this set"
         )
     for name in ("net_width", "residual_blocks"):
         flag, here = f"--{name.replace('_', '-')}", getattr(config, name)
-        if given.get(name, 0) != here:  # runs of earlier versions had no residual blocks
+        if given[name] != here:
             raise cli.UserError(
-                f"--warmup-from {run} has nets of {flag} {given.get(name, 0)}, not {here}; give "
-                "the same, or warm up anew"
+                f"--warmup-from {run} has nets of {flag} {given[name]}, not {here}; give the same, "
+                "or warm up anew"
             )
 
 
