@@ -1,7 +1,7 @@
 """CUDA graphs: the kernels of a step, recorded once and launched together from then on.
 
-At 64 px a step is about a thousand short kernels, which a host launches more slowly than a GPU runs
-them.
+At 64 px a joint step is 660 to 980 short kernels and copies (measured, by the nets' size), which a
+host launches more slowly than a GPU runs them.
 """
 
 from collections.abc import Callable, Hashable
