@@ -82,6 +82,11 @@ class EvaluateConfig:
     baselines: bool = option(
         True, help="also CAM, gradient saliency and LRP, from the clean classifier"
     )
+    ten_crops: bool = option(
+        False,
+        help="classes (not maps) from ten crops of each image, their probabilities averaged: "
+        "corners and centre, 7/8 of the sides, each also mirrored",
+    )
     score_maps: Path | None = option(
         None, help="folder of score maps ID.npy in [0, 1], all of one size, scored as a row"
     )
@@ -285,6 +290,7 @@ def _add_nets(
         cache_bytes=round(config.cache_limit * GIB),
         batch_size=config.batch_size,
         baselines=config.baselines,
+        ten_crops=config.ten_crops,
         export=None if config.export is None else config.export / "score_maps",
     )
     gpus, workers = gpus_and_workers(config.workers)

@@ -21,7 +21,8 @@ MODEL_FORMAT = 2
 class ModelConfig:
     """Shape of the nets, and how images are normalized (mean and std per channel, in 0..255).
     logit_limit: bound of the corruption net's logits, 0 for none. residual_blocks: of the
-    classifier, after each layer but the first."""
+    classifier, after each layer but the first. guide: whether the corruption net holds the clean
+    classifier and sees its last feature map."""
 
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -35,6 +36,7 @@ class ModelConfig:
     compactness: float
     logit_limit: float = LOGIT_LIMIT
     residual_blocks: int = 0
+    guide: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,8 @@ def colour_statistics(config: ModelConfig, device: torch.device) -> tuple[Tensor
 def new_corruption(config: ModelConfig) -> CorruptionNet:
     """A corruption net with random weights from torch's global generator."""
     size = (config.height, config.width)
-    return CorruptionNet(size, config.net_width, config.bottleneck, config.logit_limit)
+    guide = new_classifier(config) if config.guide else None
+    return CorruptionNet(size, config.net_width, config.bottleneck, config.logit_limit, guide)
 
 
 def new_classifier(config: ModelConfig) -> Classifier:

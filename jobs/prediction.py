@@ -26,6 +26,7 @@ from jobs.models import Nets, colour_statistics, load_nets
 from jobs.networks import Network, load_network, network_logits, network_maps, prepare
 from model.adversarial import normalize
 from model.baselines import blur, class_activation_map, gradient_saliency, layerwise_relevance
+from model.classifier import class_probabilities
 from model.localization import RULES, mask_map
 from model.sweep import stretch
 from pipeline.shards import DataError, read_card
@@ -61,29 +62,38 @@ class PredictConfig:
     network: NetworkConfig | None
     batch_size: int
     baselines: bool
+    ten_crops: bool
     export: Path | None
 
 
-def top_classes(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def top_classes(probabilities: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Up to five best classes [B, 5] and their probabilities; equal ones in index order."""
-    scores, classes = torch.softmax(logits, dim=1).sort(dim=1, descending=True, stable=True)
+    scores, classes = probabilities.sort(dim=1, descending=True, stable=True)
     return classes[:, :TOP].cpu().numpy(), scores[:, :TOP].cpu().numpy()
 
 
 def net_maps(
-    nets: Nets, images: Tensor, segments: Tensor, labels: Tensor, superpixels: int, baselines: bool
+    nets: Nets,
+    images: Tensor,
+    segments: Tensor,
+    labels: Tensor,
+    superpixels: int,
+    *,
+    baselines: bool,
+    crops: bool = False,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What the nets say of one batch: (columns of classes and scores, maps float [B, H, W]).
 
     images: uint8 [B, 3, H, W]; segments: int64 [B, H, W]; labels: int64 [B], whose class the
-    baselines' maps are of (see model/baselines.py).
+    baselines' maps are of (see model/baselines.py). crops: see `class_probabilities`.
     """
     x = normalize(images, *colour_statistics(nets.config, images.device))
     x = x.contiguous(memory_format=torch.channels_last)  # on a CPU a quarter faster
     columns: dict[str, np.ndarray] = {}
     with torch.no_grad():
         for name in ("classifier", "clean_classifier"):
-            classes, scores = top_classes(getattr(nets, name)(x))
+            found = class_probabilities(getattr(nets, name), x, crops=crops)
+            classes, scores = top_classes(found)
             columns |= {f"{name}_classes": classes, f"{name}_scores": scores}
         maps = {"aln": mask_map(nets.corruption, x, segments, superpixels).cpu().numpy()}
     if baselines:
@@ -95,11 +105,14 @@ def net_maps(
 
 
 def network_says(
-    network: Network, images: Tensor, labels: Tensor
+    network: Network, images: Tensor, labels: Tensor, *, crops: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The same of a network from elsewhere."""
     with torch.no_grad():
-        classes, scores = top_classes(network_logits(network, prepare(network, images)))
+        found = class_probabilities(
+            lambda views: network_logits(network, views), prepare(network, images), crops=crops
+        )
+    classes, scores = top_classes(found)
     columns = {"network_classes": classes, "network_scores": scores}
     maps = network_maps(network, images, labels)
     return columns, {f"network_{name}": values for name, values in maps.items()}
@@ -161,13 +174,16 @@ def predict_range(
                     batch.segments,
                     batch.labels,
                     card.max_superpixels,
-                    config.baselines,
+                    baselines=config.baselines,
+                    crops=config.ten_crops,
                 ),
             )
             for i, nets in enumerate(runs)
         ]
         if network is not None:
-            said.append(("", network_says(network, batch.images, batch.labels)))
+            said.append(
+                ("", network_says(network, batch.images, batch.labels, crops=config.ten_crops))
+            )
         scored.add("row", rows)
         for end, (columns, maps) in said:
             for name, values in columns.items():

@@ -43,9 +43,10 @@ from jobs.training_state import (
     warmup_factor,
 )
 from jobs.weights import DamagedError
-from model.adversarial import Step, adversarial_step, clean_step, normalize
+from model.adversarial import Step, adversarial_step, clean_step, normalize, trainable
 from model.collapse import TEXTS, CollapseState, watch
 from model.controller import ControllerConfig, ControllerState, relative_target, update
+from model.evidence import evidence
 from model.losses import confusion_loss
 from model.masking import gumbel_difference, pixel_segments
 from pipeline.loader import Batch, train_batches
@@ -84,7 +85,7 @@ def apply_gradients(
     net: nn.Module, optimizer: torch.optim.Optimizer, gradients: tuple[Tensor, ...], rate: float
 ) -> None:
     """One optimizer step with the given, already reduced gradients."""
-    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+    for parameter, gradient in zip(trainable(net), gradients, strict=True):
         if gradient.is_cuda:  # the one kernel for all wants gradients laid out as their weights
             gradient = torch.empty_like(parameter).copy_(gradient)
         parameter.grad = gradient
@@ -195,6 +196,7 @@ class Trainer:
         """Keep the clean classifier and its accuracy in its last epoch."""
         state = self.state
         state.clean_classifier.load_state_dict(state.classifier.state_dict())
+        self._guide()
         state.clean_accuracy = state.epoch.means()["accuracy"]
         state.collapse = CollapseState()
         self._set_target()
@@ -213,8 +215,15 @@ class Trainer:
             )
         for net in (self.state.classifier, self.state.clean_classifier):
             load_net_tensors({"clean_classifier": net}, checkpoint.tensors)
+        self._guide()
         self.state.clean_accuracy = checkpoint.numbers["clean_accuracy"]
         self._set_target()
+
+    def _guide(self) -> None:
+        """Let the corruption nets, where they are guided, see what the clean classifier sees."""
+        for net in (self.state.corruption, self.state.corruption_average):
+            if net.guide is not None:
+                net.guide.load_state_dict(self.state.clean_classifier.state_dict())
 
     def _set_target(self) -> None:
         state, config = self.state, self.config
@@ -244,10 +253,14 @@ class Trainer:
             images: Tensor, segments: Tensor, labels: Tensor, noise: Tensor, weight: Tensor
         ) -> Step:
             with self._autocast():
+                x = self._inputs(images)
+                found = None
+                if config.imitation_weight:
+                    found = evidence(state.clean_classifier, x, labels, segments, superpixels)
                 return adversarial_step(
                     state.corruption,
                     state.classifier,
-                    self._inputs(images),
+                    x,
                     segments,
                     labels,
                     noise,
@@ -259,6 +272,8 @@ class Trainer:
                     confusion=config.confusion,
                     complement_weight=config.complement_weight,
                     soft=not config.gumbel_noise,
+                    evidence=found,
+                    imitation_weight=config.imitation_weight,
                     clean_classifier=state.clean_classifier if probe else None,
                 )
 
@@ -439,6 +454,7 @@ def model_config(config: TrainConfig, card: Card) -> ModelConfig:
         width=card.width,
         net_width=config.net_width,
         residual_blocks=config.residual_blocks,
+        guide=config.guide,
         bottleneck=config.bottleneck,
         mean=card.mean,
         std=card.std,

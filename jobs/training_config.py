@@ -54,6 +54,10 @@ class TrainConfig(LoadingConfig):
     residual_blocks: int = option(
         0, help="residual blocks after each of the classifier's layers but the first (paper: 0)"
     )
+    guide: bool = option(
+        False,
+        help="the corruption net also sees the clean classifier's last feature map (paper: no)",
+    )
     bottleneck: int = option(256, help="units of the corruption net's fully connected layer")
     warmup_rate: float = option(1e-3, help="peak learning rate of the warm-up")
     corruption_rate: float = option(2e-3, help="learning rate of the corruption net")
@@ -90,6 +94,11 @@ class TrainConfig(LoadingConfig):
         0.0,
         help="weight, in the corruption net's loss, of the classifier's cross-entropy where only "
         "the masked part is shown (paper: 0)",
+    )
+    imitation_weight: float = option(
+        0.0,
+        help="weight, in the corruption net's loss, of its distance from what the clean "
+        "classifier's CAM and gradient say of the label (paper: 0)",
     )
     train_classifier: bool = option(
         True, help="off: the classifier stays frozen after the warm-up (the paper's section 3.4)"
@@ -152,6 +161,7 @@ class TrainConfig(LoadingConfig):
             "collapse_steps": (self.collapse_steps >= 5, "from 5"),
             "logit_limit": (0 <= self.logit_limit < math.inf, "a number from 0"),
             "complement_weight": (0 <= self.complement_weight < math.inf, "a number from 0"),
+            "imitation_weight": (0 <= self.imitation_weight < math.inf, "a number from 0"),
             "net_width": (self.net_width >= 8 and self.net_width % 8 == 0, "a multiple of 8"),
             "warmup_epochs": (
                 self.warmup_epochs >= 1,

@@ -21,6 +21,7 @@ from jobs.models import (
     new_corruption,
 )
 from jobs.training_config import TrainConfig
+from model.adversarial import trainable
 from model.classifier import Classifier
 from model.collapse import CollapseState
 from model.controller import ControllerState
@@ -194,7 +195,7 @@ def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> 
         ("classifier", classifier, config.classifier_rate),
     ):
         state.optimizers[name] = torch.optim.Adam(
-            net.parameters(), rate, ADVERSARIAL_BETAS, fused=fused
+            trainable(net), rate, ADVERSARIAL_BETAS, fused=fused
         )
     return state
 

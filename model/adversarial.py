@@ -15,6 +15,7 @@ from model.losses import (
     classification_loss,
     confusion_loss,
     correct,
+    imitation_loss,
 )
 from model.masking import bernoulli_straight_through, paint, superpixel_mean
 
@@ -23,8 +24,9 @@ Gradients = tuple[Tensor, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one rank computed: gradients in the order of the nets' parameters (None for a net
-    that does not train in this step) and sums over its images, float32 scalars on the device."""
+    """What one rank computed: gradients in the order of the nets' `trainable` parameters (None for
+    a net that does not train in this step) and sums over its images, float32 scalars on the
+    device."""
 
     corruption_gradients: Gradients | None
     classifier_gradients: Gradients | None
@@ -54,15 +56,16 @@ def apply_mask(images: Tensor, mask: Tensor) -> Tensor:
     return images * (1 - mask).unsqueeze(1)
 
 
-def _parameters(net: nn.Module) -> list[nn.Parameter]:
-    return list(net.parameters())
+def trainable(net: nn.Module) -> list[nn.Parameter]:
+    """The net's parameters but for those of a frozen part."""
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
 def clean_step(classifier: nn.Module, images: Tensor, labels: Tensor, total: int) -> Step:
     """Warm-up: the classifier on clean images. total: number of images over all ranks."""
     logits = classifier(images).to(images.dtype)
     loss = classification_loss(logits, labels)
-    gradients = torch.autograd.grad(loss.sum() / total, _parameters(classifier))
+    gradients = torch.autograd.grad(loss.sum() / total, trainable(classifier))
     sums = {"classifier_loss": loss.detach().sum(), "correct": correct(logits, labels).sum()}
     return Step(corruption_gradients=None, classifier_gradients=gradients, sums=sums)
 
@@ -83,6 +86,8 @@ def adversarial_step(
     confusion: Confusion = "top",
     complement_weight: float = 0.0,
     soft: bool = False,
+    evidence: Tensor | None = None,
+    imitation_weight: float = 0.0,
     clean_classifier: nn.Module | None = None,
 ) -> Step:
     """The corruption net's step and, where `joint`, the classifier's on the same masked images.
@@ -92,8 +97,9 @@ def adversarial_step(
     clean_weight: weight of the classifier's loss on the clean images in a joint step (0: the
     paper's). confusion: which loss, see `confusion_loss`. complement_weight: weight, in the
     corruption net's loss, of the classifier's cross-entropy on the masked part alone. soft: the
-    mask is the probability itself, without sampling. Each loss's gradient reaches its own net
-    only.
+    mask is the probability itself, without sampling. evidence: float [B, H, W], which
+    the corruption net imitates as well, see `imitation_loss`, with that weight in its loss. Each
+    loss's gradient reaches its own net only.
 
     With a `clean_classifier` the sums also hold "clean_correct", the classifier's right answers on
     the clean images, "context_correct", those of the clean classifier on the masked ones: what
@@ -115,8 +121,12 @@ def adversarial_step(
         complement = classification_loss(kept, labels)
         objective = objective + complement_weight * complement
         sums["complement_loss"] = complement.detach().sum()
+    if evidence is not None:
+        imitated = imitation_loss(paint(probability, segments), evidence)
+        objective = objective + imitation_weight * imitated
+        sums["imitation_loss"] = imitated.detach().sum()
     corruption_gradients = torch.autograd.grad(
-        objective.sum() / total, _parameters(corruption), retain_graph=joint
+        objective.sum() / total, trainable(corruption), retain_graph=joint
     )
     loss = classification_loss(logits, labels)
     classifier_gradients = None
@@ -126,7 +136,7 @@ def adversarial_step(
             clean_logits = classifier(images).to(images.dtype)
             clean = classification_loss(clean_logits, labels).sum() / total
             mean = (mean + clean_weight * clean) / (1 + clean_weight)
-        classifier_gradients = torch.autograd.grad(mean, _parameters(classifier))
+        classifier_gradients = torch.autograd.grad(mean, trainable(classifier))
     sums |= {
         "classifier_loss": loss.detach().sum(),
         "area": mask.detach().mean(dim=(1, 2)).sum(),

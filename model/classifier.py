@@ -1,9 +1,13 @@
 """The 4-layer convolutional classifier (paper, section 3.3), deeper where asked for."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 GROUPS = 8
+CROP_SHARE = 7 / 8  # of the image's sides
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
@@ -66,3 +70,31 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         features = self.features(images)
         return self.head(functional.adaptive_avg_pool2d(features, 1).flatten(1))
+
+
+def ten_crops(images: Tensor) -> list[Tensor]:
+    """The corners and the centre, 7/8 of the sides, each also mirrored, enlarged to the images' own
+    size: ten times float [B, 3, H, W] (Krizhevsky et al. 2012, whose crops are 224 of 256 px)."""
+    height, width = images.shape[-2:]
+    h, w = round(CROP_SHARE * height), round(CROP_SHARE * width)
+    below, right = height - h, width - w
+    places = ((0, 0), (0, right), (below, 0), (below, right), (below // 2, right // 2))
+    crops = [
+        functional.interpolate(
+            images[:, :, top : top + h, left : left + w],
+            size=(height, width),
+            mode="bilinear",
+            align_corners=False,
+        )
+        for top, left in places
+    ]
+    return [view for crop in crops for view in (crop, crop.flip(3))]
+
+
+def class_probabilities(
+    logits_of: Callable[[Tensor], Tensor], images: Tensor, *, crops: bool
+) -> Tensor:
+    """Softmax probabilities float [B, classes]; crops: their mean over `ten_crops`. images:
+    normalized float [B, 3, H, W]; logits_of: a classifier, images -> logits."""
+    views = ten_crops(images) if crops else [images]
+    return torch.stack([torch.softmax(logits_of(view), dim=1) for view in views]).mean(dim=0)

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.classifier import GROUPS, convolution
+from model.classifier import GROUPS, Classifier, convolution
 
 STRIDE = 16  # of the bottleneck: image sides must be multiples of it
 START_BIAS = -1.0  # the first masks cover about a quarter of the image
+GUIDED_LAYER = 2  # of the encoder: its map has the size of the classifier's last
 LOGIT_LIMIT = 8.0  # bound of the logits: probabilities from .00034 to .99966
 
 
@@ -67,6 +68,8 @@ class CorruptionNet(nn.Module):
     A stride-2 encoder, a fully connected bottleneck over the whole image (what is it?), and
     deconvolutions with an additive connection from every encoder layer (where are its edges?).
     size: (H, W), multiples of 16. width: as the classifier's. logit_limit: see `bound_logits`.
+    guide: a classifier whose last feature map of the image is mixed into the encoder's map of its
+    size (the paper has none); it becomes a part of the net that is never trained.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class CorruptionNet(nn.Module):
         width: int,
         bottleneck: int,
         logit_limit: float = LOGIT_LIMIT,
+        guide: Classifier | None = None,
     ) -> None:
         super().__init__()
         self.logit_limit = logit_limit
@@ -105,12 +109,21 @@ class CorruptionNet(nn.Module):
         )
         self.output = nn.ConvTranspose2d(widths[0], 1, 2, 2)
         nn.init.constant_(self.output.bias, START_BIAS)  # type: ignore[arg-type]
+        self.guide = guide
+        self.mix: nn.Module | None = None
+        if guide is not None:
+            guide.requires_grad_(False)
+            self.mix = convolution(guide.head.in_features, widths[2], 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         skips = []
         x = images
-        for layer in self.encoder:
+        for number, layer in enumerate(self.encoder):
             x = layer(x)
+            if number == GUIDED_LAYER and self.guide is not None and self.mix is not None:
+                with torch.no_grad():
+                    seen = self.guide.features(images)
+                x = x + self.mix(seen)
             skips.append(x)
         x = x + self.bottleneck(x).view_as(x)
         for layer, skip in zip(self.decoder, reversed(skips[:-1]), strict=True):

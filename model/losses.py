@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+SHARPNESS = 2.0  # of the step from kept to masked, per standard deviation of the evidence
+SHARE = 0.25  # how probably what is as telling as its image's average is to be masked
+
 Confusion = Literal["top", "true-logit", "true-log-probability"]
 
 
@@ -45,6 +48,17 @@ def area_penalty(mask: Tensor, power: int) -> Tensor:
     from the empty optimum (section 2.4).
     """
     return mask.flatten(1).mean(dim=1) ** power
+
+
+def imitation_loss(mask: Tensor, evidence: Tensor) -> Tensor:
+    """How far masks are from what the evidence asks for: the binary cross-entropy between the
+    probability of masking each pixel (float [B, H, W] in [0, 1]) and sigmoid(SHARPNESS * evidence
+    + logit(SHARE)), averaged: [B]. evidence: see model/evidence.py. Not in the paper.
+    """
+    wanted = torch.sigmoid(SHARPNESS * evidence + math.log(SHARE / (1 - SHARE)))
+    with torch.autocast(mask.device.type, enabled=False):  # it refuses probabilities
+        losses = functional.binary_cross_entropy(mask.float(), wanted, reduction="none")
+    return losses.mean(dim=(1, 2))
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -336,6 +336,33 @@ def test_a_run_begins_with_the_clean_classifier_of_another_run_and_resumes_as_an
     )
 
 
+def test_a_guided_net_sees_the_clean_classifier_which_stays_as_it_is(
+    small_set: Path, tmp_path: Path
+) -> None:
+    config = config_for(small_set, output=tmp_path, guide=True, imitation_weight=5.0)
+    whole = new_trainer(config)
+    train_epochs(whole, 3)
+    state = whole.state
+    clean = state.clean_classifier.state_dict()
+    for net in (state.corruption, state.corruption_average):
+        assert net.guide is not None
+        seen = net.guide.state_dict()
+        assert all(torch.equal(seen[name], value) for name, value in clean.items())
+    fresh = new_trainer(config).state.corruption
+    assert state.corruption.mix is not None
+    assert fresh.mix is not None
+    learned = zip(state.corruption.mix.parameters(), fresh.mix.parameters(), strict=True)
+    assert not any(torch.equal(now, before) for now, before in learned)
+
+    first = new_trainer(config)
+    train_steps(first, 11)
+    checkpoint(first)
+    second = new_trainer(config)
+    resume(second)
+    train_steps(second, 3 * second.epoch_steps - 11)
+    assert torch.equal(weights(second), weights(whole))
+
+
 def test_a_warm_up_on_other_images_or_of_other_nets_is_refused_one_on_other_superpixels_taken(
     small_set: Path, tmp_path: Path
 ) -> None:
@@ -655,6 +682,7 @@ def test_the_frozen_classifier_keeps_its_weights_and_has_no_gate(small_set: Path
         {"area_power": 1},
         {"precision": "bfloat16"},
         {"residual_blocks": 1},
+        {"imitation_weight": 5.0},
     ],
 )
 def test_each_ablation_trains_other_masks_from_the_same_start(

@@ -6,7 +6,7 @@ from model.adversarial import adversarial_step, apply_mask, clean_step, normaliz
 from model.classifier import Classifier
 from model.controller import ControllerConfig, ControllerState, update
 from model.corruption import LOGIT_LIMIT, CorruptionNet
-from model.losses import corruption_loss
+from model.losses import corruption_loss, imitation_loss
 from model.masking import bernoulli_straight_through, gumbel_difference, paint, superpixel_mean
 
 SUPERPIXELS = 16
@@ -57,6 +57,30 @@ def test_corruption_gradient_is_that_of_confusion_plus_weighted_area(setting: di
     area = mask.mean(dim=(1, 2)) ** 2
     (corruption_loss(logits) + 0.7 * area).mean().backward()
     assert_equal_gradients(setting["corruption"], result.corruption_gradients)
+
+
+def test_imitation_enters_the_corruption_gradient_alone_with_its_weight(setting: dict) -> None:
+    segments, evidence = setting["segments"], torch.randn(5, 32, 32)
+    result = step(setting, evidence=evidence, imitation_weight=3.0)
+    logits, mask = masked_logits(setting)
+    pixels = torch.sigmoid(setting["corruption"](setting["images"]))
+    probability = paint(superpixel_mean(pixels, segments, SUPERPIXELS), segments)
+    imitated = imitation_loss(probability, evidence)
+    area = mask.mean(dim=(1, 2)) ** 2
+    (corruption_loss(logits) + 0.7 * area + 3 * imitated).mean().backward()
+    assert result.corruption_gradients is not None
+    for parameter, gradient in zip(
+        setting["corruption"].parameters(), result.corruption_gradients, strict=True
+    ):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-8)
+    assert result.sums["imitation_loss"].item() == pytest.approx(imitated.sum().item())
+    alone = step(setting)
+    assert alone.classifier_gradients is not None
+    assert result.classifier_gradients is not None
+    for with_it, without in zip(
+        result.classifier_gradients, alone.classifier_gradients, strict=True
+    ):
+        assert torch.equal(with_it, without)
 
 
 def test_classifier_gradient_is_that_of_the_cross_entropy_on_masked_images(setting: dict) -> None:

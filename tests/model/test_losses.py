@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from model.losses import (
     confusion_loss,
     correct,
     corruption_loss,
+    imitation_loss,
 )
 
 
@@ -85,3 +88,22 @@ def test_every_confusion_loss_is_zero_where_all_classes_score_alike(kind: str) -
     logits = torch.full((2, 5), 3.5, dtype=torch.float64)
     losses = confusion_loss(logits, torch.tensor([0, 4]), kind)  # type: ignore[arg-type]
     assert losses.abs().max() < 1e-12
+
+
+def test_imitation_loss_by_hand() -> None:
+    """Average evidence asks for a mask of 1/4, evidence of ln(3)/2 for one of 1/2."""
+    found = torch.tensor([[[0.0, math.log(3) / 2]]])
+    mask = torch.tensor([[[0.25, 0.2]]])
+    entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    half = -(math.log(0.2) + math.log(0.8)) / 2
+    assert imitation_loss(mask, found).item() == pytest.approx((entropy + half) / 2)
+
+
+@pytest.mark.parametrize("value", [-2.0, 0.0, 1.0, 3.0])
+def test_imitation_loss_is_least_where_the_mask_is_what_the_evidence_asks_for(
+    value: float,
+) -> None:
+    masks = torch.linspace(0.001, 0.999, 999)
+    losses = imitation_loss(masks.view(-1, 1, 1), torch.full((999, 1, 1), value))
+    wanted = 1 / (1 + math.exp(-2 * value) * 3)
+    assert masks[losses.argmin()].item() == pytest.approx(wanted, abs=0.001)

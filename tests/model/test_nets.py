@@ -1,8 +1,11 @@
+import cv2
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
-from model.classifier import Classifier
+from model.adversarial import trainable
+from model.classifier import Classifier, class_probabilities, ten_crops
 from model.corruption import CorruptionNet, bound_logits
 
 
@@ -50,6 +53,22 @@ def test_corruption_net_gives_one_logit_per_pixel(size: tuple[int, int]) -> None
     assert CorruptionNet(size, 8, 16)(torch.randn(2, 3, *size)).shape == (2, *size)
 
 
+def test_a_guide_says_what_it_sees_and_is_never_trained() -> None:
+    torch.manual_seed(0)
+    guide = Classifier(5, 8, residual_blocks=1)
+    net = CorruptionNet((32, 32), 8, 16, guide=guide)
+    frozen = {id(parameter) for parameter in guide.parameters()}
+    learning = trainable(net)
+    assert len(frozen) + len(learning) == len(list(net.parameters()))
+    assert not frozen & {id(parameter) for parameter in learning}
+    images = torch.randn(2, 3, 32, 32)
+    before = net(images)
+    assert all(gradient.any() for gradient in torch.autograd.grad(before.sum(), learning))
+    with torch.no_grad():
+        guide.layers[0][0].weight.mul_(-1)  # type: ignore[index]
+    assert not torch.equal(net(images), before)
+
+
 def test_corruption_net_refuses_sizes_that_it_cannot_halve_four_times() -> None:
     with pytest.raises(ValueError, match="multiples of 16; got 60 x 64"):
         CorruptionNet((60, 64), 8, 16)
@@ -95,3 +114,26 @@ def test_at_a_bound_descent_may_go_back_but_not_on() -> None:
     bound_logits(logits, 5.0).backward(gradient)
     assert logits.grad is not None
     assert logits.grad.tolist() == [1, 0, 0, -1, 1, -1]
+
+
+def test_ten_crops_are_corners_and_centre_enlarged_each_beside_its_mirror_image() -> None:
+    images = torch.randn(2, 3, 16, 32)
+    crops = ten_crops(images)
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    places = [(0, 0), (0, 4), (2, 0), (2, 4), (1, 2)]
+    assert len(crops) == 10
+    for (top, left), crop, mirrored in zip(places, crops[::2], crops[1::2], strict=True):
+        for image, enlarged in zip(pixels, crop, strict=True):
+            cut = np.ascontiguousarray(image[top : top + 14, left : left + 28])
+            expected = cv2.resize(cut, (32, 16), interpolation=cv2.INTER_LINEAR)
+            np.testing.assert_allclose(enlarged.permute(1, 2, 0).numpy(), expected, atol=1e-5)
+        assert torch.equal(mirrored.flip(3), crop)
+
+
+def test_class_probabilities_are_the_mean_over_the_crops() -> None:
+    torch.manual_seed(0)
+    net, images = Classifier(5, 8), torch.randn(3, 3, 32, 32)
+    alone = torch.softmax(net(images), dim=1)
+    torch.testing.assert_close(class_probabilities(net, images, crops=False), alone)
+    views = [torch.softmax(net(view), dim=1) for view in ten_crops(images)]
+    torch.testing.assert_close(class_probabilities(net, images, crops=True), sum(views) / 10)

@@ -1,0 +1,48 @@
+"""Evidence: what the clean classifier's own maps tell the corruption net (not in the paper).
+
+On photographs of many classes the classifier's loss under masks teaches the corruption net only
+slowly what the classifier reacts to. Two maps of the clean classifier name it directly, for the
+label that training knows: the class activation map, coarse and sound, and the gradient, fine and
+noisy. The net sees no label, so it learns what such maps have in common over images that look
+alike, which is less noisy than any of them; against the co-trained classifier it goes on from
+there.
+"""
+
+import torch
+from torch import Tensor
+
+from model.baselines import class_activation_map, gradient_saliency
+from model.classifier import Classifier
+from model.masking import paint, superpixel_mean
+
+LEVEL = 1e-4  # a map whose deviation is a smaller part of its values says nothing
+
+
+def _standardized(values: Tensor) -> Tensor:
+    """Each image's map less its mean, over its deviation: [B, H, W]; a level map becomes 0."""
+    centred = values - values.mean(dim=(1, 2), keepdim=True)
+    deviation = centred.square().mean(dim=(1, 2), keepdim=True).sqrt()
+    floor = LEVEL * values.abs().amax(dim=(1, 2), keepdim=True)
+    return centred / (deviation + floor).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def evidence(
+    classifier: Classifier, images: Tensor, labels: Tensor, segments: Tensor, superpixels: int
+) -> Tensor:
+    """How much each superpixel speaks for its image's label, compared within the image.
+
+    The class activation map (Zhou et al. 2016) and the root of the gradient's magnitude (Simonyan
+    et al. 2014; its few large values would rule otherwise), each averaged over superpixels and
+    standardized, and the sum standardized again. images: normalized float [B, 3, H, W]; labels:
+    int64 [B]; segments: int64 [B, H, W], below `superpixels`. Returns float32 [B, H, W] of mean 0
+    and deviation 1, level within superpixels, without a gradient.
+    """
+    maps = (
+        class_activation_map(classifier, images, labels),
+        gradient_saliency(classifier, images, labels).sqrt(),
+    )
+    total = torch.zeros(segments.shape, device=images.device)
+    for values in maps:
+        means = superpixel_mean(values.float(), segments, superpixels)
+        total = total + _standardized(paint(means, segments))
+    return _standardized(total)
