@@ -208,6 +208,8 @@ def line(values: dict[str, Any]) -> str:
     else:
         parts += [f"joint {values['joint_share']:.0%}"]
         parts += [f"corruption loss {values['corruption_loss']:.3f}"]
+        if "imitation_loss" in values:
+            parts += [f"imitation loss {values['imitation_loss']:.3f}"]
         parts += [f"classifier loss {values['classifier_loss']:.3f}"]
         parts += [f"masked accuracy {values['accuracy']:.3f} (target {values['target']:.3f})"]
         if "clean_accuracy" in values:

@@ -22,6 +22,7 @@ from jobs.models import colour_statistics, load_nets, save_nets
 from jobs.prediction import net_maps, ranges, run_parts
 from jobs.scoring import centred_shares, check_coverage, matrix
 from model.adversarial import normalize
+from model.classifier import class_probabilities
 from pipeline.ledger import read_ledger
 from pipeline.shards import Sample, read_card, read_shard, shard_paths
 from tests.jobs.kills import one_worker_killed
@@ -95,6 +96,21 @@ def test_any_number_of_shards_gives_the_same_figures_to_the_last_digit(
     assert len(seen) == shards  # 24 images are 8 batches
     assert seen[-1] == (8, 8)
     assert seen == sorted(seen)
+
+
+def test_ten_crops_change_classes_and_neither_maps_nor_boxes(
+    small_set: Path, random_run: Path, samples: list[Sample], evaluation: Evaluation
+) -> None:
+    cropped = evaluate(config_for(small_set, random_run, workers=2, ten_crops=True), quiet)
+    nets = load_nets(random_run)
+    images = torch.from_numpy(np.stack([sample.image for sample in samples[:8]]))
+    x = normalize(images.permute(0, 3, 1, 2), *colour_statistics(nets.config, images.device))
+    expected = class_probabilities(nets.classifier, x, crops=True).amax(dim=1).tolist()
+    scores = cropped.predictions["classifier_scores"].to_pylist()
+    assert [best[0] for best in scores[:8]] == pytest.approx(expected, rel=1e-4)
+    assert scores != evaluation.predictions["classifier_scores"].to_pylist()
+    for column in ("aln_box", "cam_box", "lrp_box"):
+        assert cropped.predictions[column].equals(evaluation.predictions[column])
 
 
 def test_a_killed_worker_changes_no_figure(

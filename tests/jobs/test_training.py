@@ -299,6 +299,8 @@ def test_a_line_names_all_that_is_watched() -> None:
         "masked accuracy 0.510 (target 0.500) | lambda 4.25 | area 0.210 | 812 images/s | "
         "waiting 1.2% | ETA 1:02:03"
     )
+    imitating = line(values | {"imitation_loss": 0.52})
+    assert "| corruption loss 1.500 | imitation loss 0.520 | classifier loss" in imitating
 
 
 def test_a_run_begins_with_the_clean_classifier_of_another_run_and_resumes_as_any(
