@@ -141,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"protocol {metrics['protocol']} ({metrics['protocol_text']}); box rule: "
         f"{metrics['box_rule']}; paper: its Table 1 on ILSVRC val, metrics 1 and 2"
     )
+    if config.ten_crops:
+        print("classes: from ten crops of each image; maps and boxes: from the whole image")
     unknown = metrics["images"] - metrics["with_boxes"]
     if unknown:
         print(

@@ -113,6 +113,21 @@ def test_ten_crops_change_classes_and_neither_maps_nor_boxes(
         assert cropped.predictions[column].equals(evaluation.predictions[column])
 
 
+def test_the_job_says_where_classes_are_from_ten_crops(
+    small_set: Path,
+    random_run: Path,
+    tmp_path: Path,
+    ray_local: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["--data", small_set, "--run", random_run, "--no-baselines"]
+    for output, more in ((tmp_path / "whole", []), (tmp_path / "crops", ["--ten-crops"])):
+        job.main([str(flag) for flag in [*flags, "--output", output, *more]])
+        said = "from ten crops of each image" in capsys.readouterr().out
+        page = (output / "report.html").read_text()
+        assert said == ("From ten crops of each image" in page) == bool(more)
+
+
 def test_a_killed_worker_changes_no_figure(
     small_set: Path, random_run: Path, evaluation: Evaluation
 ) -> None:
