@@ -1,8 +1,8 @@
 """`python -m benchmarks.mask_figure`: masks of several runs on the same images, as one picture.
 
 Columns: the image with its true boxes (green), then for each run the probability of masking each
-superpixel with the box by the paper's rule (pink), and the image faded by it. The images are those
-of val, or train where that is empty, evenly spaced: none is chosen by what the masks make of it.
+superpixel with its box (pink), and the image faded by it. The images are those of val, or train
+where that is empty, evenly spaced: none is chosen by what the masks make of it.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from jobs.loading import LoadingConfig
 from jobs.models import colour_statistics, load_nets
 from jobs.overlay import heat
 from model.adversarial import normalize
-from model.localization import localize, mask_map, scale_boxes
+from model.localization import RULES, localize, mask_map, scale_boxes
 from pipeline.ledger import read_ledger
 from pipeline.shards import read_card, write_atomically
 
@@ -38,12 +38,15 @@ class FigureConfig(LoadingConfig):
     run: tuple[Path, ...] = cli.option(help="folders of finished trainings on the same shards")
     titles: tuple[str, ...] = cli.option((), help="what each run is called (default: its folder)")
     images: int = cli.option(10, help="rows of the picture")
+    rule: str = cli.option("paper", help=f"how a box follows from a map: {', '.join(RULES)}")
     output: Path = cli.option(help="the PNG file to write")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.titles and len(self.titles) != len(self.run):
             raise ValueError(f"{len(self.titles)} --titles for {len(self.run)} runs; give as many")
+        if self.rule not in RULES:
+            raise ValueError(f"--rule {self.rule} is unknown: one of {', '.join(RULES)}")
         if self.images < 1:
             raise ValueError(f"--images {self.images} must be at least 1")
 
@@ -77,7 +80,8 @@ def draw(config: FigureConfig) -> np.ndarray:
         with torch.no_grad():
             maps = mask_map(nets.corruption, x, examples.segments, nets.config.superpixels).numpy()
         faded = maps[..., None] * np.array(nets.config.mean) + (1 - maps[..., None]) * pixels
-        for row, values, box, kept in zip(rows, maps, localize(maps)[0], faded, strict=True):
+        boxes, _ = localize(maps, config.rule)
+        for row, values, box, kept in zip(rows, maps, boxes, faded, strict=True):
             row.append(boxed(heat(values), box[None], BOX_COLOUR))
             row.append(
                 boxed(np.rint(kept).astype(np.uint8), np.empty((0, 4), np.int64), BOX_COLOUR)
