@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{metrics['box_rule']}; paper: its Table 1 on ILSVRC val, metrics 1 and 2"
     )
     if config.ten_crops:
-        print("classes: from ten crops of each image; maps and boxes: from the whole image")
+        print("the nets' classes: from ten crops of each image; maps and boxes: from the whole")
     unknown = metrics["images"] - metrics["with_boxes"]
     if unknown:
         print(

@@ -84,8 +84,8 @@ class EvaluateConfig:
     )
     ten_crops: bool = option(
         False,
-        help="classes (not maps) from ten crops of each image, their probabilities averaged: "
-        "corners and centre, 7/8 of the sides, each also mirrored",
+        help="classes (not maps) of the runs and of --network from ten crops of each image, their "
+        "probabilities averaged: corners and centre, 7/8 of the sides, each also mirrored",
     )
     score_maps: Path | None = option(
         None, help="folder of score maps ID.npy in [0, 1], all of one size, scored as a row"
@@ -161,6 +161,10 @@ class EvaluateConfig:
             )
         if self.export and not self.run:
             raise ValueError("--export writes what our nets predict: it needs --run")
+        if self.ten_crops and not (self.run or self.network):
+            raise ValueError(
+                "--ten-crops is about the classes of nets: it needs --run or --network"
+            )
         shares = self.centred_box or (1.0,)
         if len(shares) > 2 or not all(0 < share <= 1 for share in shares):
             raise ValueError(f"--centred-box {shares} must be one or two shares in (0, 1]")

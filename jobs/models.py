@@ -66,7 +66,10 @@ def colour_statistics(config: ModelConfig, device: torch.device) -> tuple[Tensor
 def new_corruption(config: ModelConfig) -> CorruptionNet:
     """A corruption net with random weights from torch's global generator."""
     size = (config.height, config.width)
-    guide = new_classifier(config) if config.guide else None
+    guide = None
+    if config.guide:
+        with torch.random.fork_rng(devices=[]):  # the rest is drawn as without a guide
+            guide = new_classifier(config)
     return CorruptionNet(size, config.net_width, config.bottleneck, config.logit_limit, guide)
 
 

@@ -196,7 +196,7 @@ class Trainer:
         """Keep the clean classifier and its accuracy in its last epoch."""
         state = self.state
         state.clean_classifier.load_state_dict(state.classifier.state_dict())
-        self._guide()
+        self._show_clean_classifier()
         state.clean_accuracy = state.epoch.means()["accuracy"]
         state.collapse = CollapseState()
         self._set_target()
@@ -215,12 +215,12 @@ class Trainer:
             )
         for net in (self.state.classifier, self.state.clean_classifier):
             load_net_tensors({"clean_classifier": net}, checkpoint.tensors)
-        self._guide()
+        self._show_clean_classifier()
         self.state.clean_accuracy = checkpoint.numbers["clean_accuracy"]
         self._set_target()
 
-    def _guide(self) -> None:
-        """Let the corruption nets, where they are guided, see what the clean classifier sees."""
+    def _show_clean_classifier(self) -> None:
+        """Make it the guide of the corruption nets, where they have one."""
         for net in (self.state.corruption, self.state.corruption_average):
             if net.guide is not None:
                 net.guide.load_state_dict(self.state.clean_classifier.state_dict())

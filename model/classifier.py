@@ -1,6 +1,6 @@
 """The 4-layer convolutional classifier (paper, section 3.3), deeper where asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -72,23 +72,23 @@ class Classifier(nn.Module):
         return self.head(functional.adaptive_avg_pool2d(features, 1).flatten(1))
 
 
-def ten_crops(images: Tensor) -> list[Tensor]:
+def ten_crops(images: Tensor) -> Iterator[Tensor]:
     """The corners and the centre, 7/8 of the sides, each also mirrored, enlarged to the images' own
-    size: ten times float [B, 3, H, W] (Krizhevsky et al. 2012, whose crops are 224 of 256 px)."""
+    size: ten times float [B, 3, H, W], made one by one (Krizhevsky et al. 2012 take crops of 224 of
+    256 pixels, and do not enlarge them)."""
     height, width = images.shape[-2:]
     h, w = round(CROP_SHARE * height), round(CROP_SHARE * width)
     below, right = height - h, width - w
     places = ((0, 0), (0, right), (below, 0), (below, right), (below // 2, right // 2))
-    crops = [
-        functional.interpolate(
+    for top, left in places:
+        crop = functional.interpolate(
             images[:, :, top : top + h, left : left + w],
             size=(height, width),
             mode="bilinear",
             align_corners=False,
         )
-        for top, left in places
-    ]
-    return [view for crop in crops for view in (crop, crop.flip(3))]
+        yield crop
+        yield crop.flip(3)
 
 
 def class_probabilities(

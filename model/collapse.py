@@ -18,7 +18,8 @@ TEXTS = {
     "photographs) or --target",
     "empty": "masks are empty: the area weighs too much, lower --area-start or the target",
     "closed": "the gate is stuck, only the corruption net trains: it does not bring the accuracy "
-    "on masked images down to the target; raise --corruption-rate, --controller-rate or the target",
+    "on masked images down to the target; raise --corruption-rate, --controller-rate or the "
+    "target, or lower --imitation-weight",
     "open": "the gate is stuck, every step is joint: the accuracy on masked images does not come "
     "up to the target; lower --corruption-rate or the target, or raise --classifier-rate",
     "chance": "accuracy at chance, the classifier knows nothing: change --warmup-rate or "

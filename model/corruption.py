@@ -113,7 +113,8 @@ class CorruptionNet(nn.Module):
         self.mix: nn.Module | None = None
         if guide is not None:
             guide.requires_grad_(False)
-            self.mix = convolution(guide.head.in_features, widths[2], 1, 1)
+            with torch.random.fork_rng(devices=[]):  # what is drawn next is as without a guide
+                self.mix = convolution(guide.head.in_features, widths[2], 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         skips = []

@@ -1,4 +1,5 @@
-"""The paper's losses (section 2.3), one value per image so that any sharding can sum them."""
+"""The paper's losses (section 2.3) and ours beside them, one value per image so that any sharding
+can sum them."""
 
 import math
 from typing import Literal
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SHARPNESS = 2.0  # of the step from kept to masked, per standard deviation of the evidence
-SHARE = 0.25  # how probably what is as telling as its image's average is to be masked
+EVIDENCE_SHARPNESS = 2.0  # by how much a deviation of the evidence raises the wanted logit
+EVIDENCE_SHARE = 0.25  # how probably what is as telling as its image's average is to be masked
+SMALLEST_PROBABILITY = 1e-6
 
 Confusion = Literal["top", "true-logit", "true-log-probability"]
 
@@ -52,12 +54,14 @@ def area_penalty(mask: Tensor, power: int) -> Tensor:
 
 def imitation_loss(mask: Tensor, evidence: Tensor) -> Tensor:
     """How far masks are from what the evidence asks for: the binary cross-entropy between the
-    probability of masking each pixel (float [B, H, W] in [0, 1]) and sigmoid(SHARPNESS * evidence
-    + logit(SHARE)), averaged: [B]. evidence: see model/evidence.py. Not in the paper.
+    probability of masking each pixel (float [B, H, W] in [0, 1]) and sigmoid(EVIDENCE_SHARPNESS *
+    evidence + logit(EVIDENCE_SHARE)), averaged: [B]. evidence: see model/evidence.py. Not in the
+    paper. NaN where a probability is NaN (torch's own loss would end the process).
     """
-    wanted = torch.sigmoid(SHARPNESS * evidence + math.log(SHARE / (1 - SHARE)))
-    with torch.autocast(mask.device.type, enabled=False):  # it refuses probabilities
-        losses = functional.binary_cross_entropy(mask.float(), wanted, reduction="none")
+    average = math.log(EVIDENCE_SHARE / (1 - EVIDENCE_SHARE))
+    wanted = torch.sigmoid(EVIDENCE_SHARPNESS * evidence + average)
+    p = mask.clamp(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
+    losses = -(wanted * torch.log(p) + (1 - wanted) * torch.log1p(-p))
     return losses.mean(dim=(1, 2))
 
 

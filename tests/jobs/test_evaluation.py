@@ -105,10 +105,11 @@ def test_ten_crops_change_classes_and_neither_maps_nor_boxes(
     nets = load_nets(random_run)
     images = torch.from_numpy(np.stack([sample.image for sample in samples[:8]]))
     x = normalize(images.permute(0, 3, 1, 2), *colour_statistics(nets.config, images.device))
-    expected = class_probabilities(nets.classifier, x, crops=True).amax(dim=1).tolist()
-    scores = cropped.predictions["classifier_scores"].to_pylist()
-    assert [best[0] for best in scores[:8]] == pytest.approx(expected, rel=1e-4)
-    assert scores != evaluation.predictions["classifier_scores"].to_pylist()
+    for name in ("classifier", "clean_classifier"):
+        expected = class_probabilities(getattr(nets, name), x, crops=True).amax(dim=1).tolist()
+        scores = cropped.predictions[f"{name}_scores"].to_pylist()
+        assert [best[0] for best in scores[:8]] == pytest.approx(expected, rel=1e-4)
+        assert scores != evaluation.predictions[f"{name}_scores"].to_pylist()
     for column in ("aln_box", "cam_box", "lrp_box"):
         assert cropped.predictions[column].equals(evaluation.predictions[column])
 
@@ -125,7 +126,7 @@ def test_the_job_says_where_classes_are_from_ten_crops(
         job.main([str(flag) for flag in [*flags, "--output", output, *more]])
         said = "from ten crops of each image" in capsys.readouterr().out
         page = (output / "report.html").read_text()
-        assert said == ("From ten crops of each image" in page) == bool(more)
+        assert said == ("from ten crops of each image" in page) == bool(more)
 
 
 def test_a_killed_worker_changes_no_figure(

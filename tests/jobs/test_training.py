@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from jobs.cli import UserError, duration, parse
 from jobs.examples import load_examples
+from jobs.models import load_nets, save_nets
 from jobs.train import check_data, check_warmup, claim_output
 from jobs.train import train as train_job
 from jobs.training import LAG, Trainer, checkpoint, model_config, resume
@@ -30,10 +31,12 @@ from jobs.training_log import (
 from jobs.training_state import (
     TrainingError,
     adversarial_factor,
+    finished_nets,
     state_numbers,
     state_tensors,
     warmup_factor,
 )
+from model.adversarial import trainable
 from model.controller import ControllerState
 from pipeline.augmentation import Augmentation
 from pipeline.cache import GIB, cached_bytes
@@ -364,6 +367,37 @@ def test_a_guided_net_sees_the_clean_classifier_which_stays_as_it_is(
     train_steps(second, 3 * second.epoch_steps - 11)
     assert torch.equal(weights(second), weights(whole))
 
+    other = new_trainer(replace(config, output=tmp_path / "other", warmup_from=tmp_path))
+    other.take_warmup(tmp_path)
+    clean = first.state.clean_classifier.state_dict()
+    for net in (other.state.corruption, other.state.corruption_average):
+        assert net.guide is not None
+        seen = net.guide.state_dict()
+        assert all(torch.equal(seen[name], value) for name, value in clean.items())
+
+    save_nets(tmp_path, finished_nets(state, whole.model), {})
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        said = load_nets(tmp_path).corruption(images)
+        torch.testing.assert_close(said, state.corruption_average(images))
+
+
+def test_a_guide_changes_nothing_else_that_is_drawn(small_set: Path) -> None:
+    plain, guided = (
+        new_trainer(config_for(small_set, guide=guide)).state for guide in (False, True)
+    )
+    for name, net in plain.nets().items():
+        other = guided.nets()[name].state_dict()
+        assert all(torch.equal(value, other[key]) for key, value in net.state_dict().items())
+
+
+def test_masks_that_are_no_numbers_end_an_imitating_run_by_name(small_set: Path) -> None:
+    trainer = new_trainer(config_for(small_set, imitation_weight=5.0))
+    train_epochs(trainer, 2)
+    torch.nn.init.constant_(trainer.state.corruption.output.weight, math.nan)
+    with pytest.raises(TrainingError, match=r"imitation_loss.* became NaN or infinite"):
+        train_epochs(trainer, 1)
+
 
 def test_a_warm_up_on_other_images_or_of_other_nets_is_refused_one_on_other_superpixels_taken(
     small_set: Path, tmp_path: Path
@@ -685,6 +719,9 @@ def test_the_frozen_classifier_keeps_its_weights_and_has_no_gate(small_set: Path
         {"precision": "bfloat16"},
         {"residual_blocks": 1},
         {"imitation_weight": 5.0},
+        {"guide": True},
+        {"guide": True, "imitation_weight": 5.0, "superpixel_masks": False, "gumbel_noise": False},
+        {"guide": True, "imitation_weight": 5.0, "precision": "bfloat16"},
     ],
 )
 def test_each_ablation_trains_other_masks_from_the_same_start(
@@ -704,7 +741,17 @@ def test_compiled_nets_train_as_uncompiled_ones_up_to_rounding(small_set: Path) 
     """First a step of the corruption net alone, then joint ones, which go back through the
     classifier's graph twice."""
     plain, compiled = (
-        new_trainer(config_for(small_set, compile=c, warmup_epochs=1, batch_size=64, epochs=3))
+        new_trainer(
+            config_for(
+                small_set,
+                compile=c,
+                warmup_epochs=1,
+                batch_size=64,
+                epochs=3,
+                guide=True,
+                imitation_weight=1.0,
+            )
+        )
         for c in (False, True)
     )
     for trainer in (plain, compiled):
@@ -765,8 +812,11 @@ def adam_steps(trainer: Trainer) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("joint", [True, False])
-def test_no_step_asks_a_fresh_tensor_for_its_value(small_set: Path, joint: bool) -> None:
-    trainer = new_trainer(config_for(small_set, log_interval=1))
+@pytest.mark.parametrize("imitating", [{}, {"guide": True, "imitation_weight": 5.0}])
+def test_no_step_asks_a_fresh_tensor_for_its_value(
+    small_set: Path, imitating: dict, joint: bool
+) -> None:
+    trainer = new_trainer(config_for(small_set, log_interval=1, **imitating))
     batches = batches_for(trainer)
     for _ in range(trainer.warmup_steps):
         trainer.train_step(batches)
@@ -783,10 +833,10 @@ def test_no_step_asks_a_fresh_tensor_for_its_value(small_set: Path, joint: bool)
     assert reads.count == 1, "the counter counts"
 
 
-@pytest.fixture
-def on_gpu(small_set: Path) -> tuple[Trainer, Iterator[Batch]]:
+@pytest.fixture(params=[{}, {"guide": True, "imitation_weight": 5.0}])
+def on_gpu(small_set: Path, request: pytest.FixtureRequest) -> tuple[Trainer, Iterator[Batch]]:
     """A trainer on a GPU just past its warm-up, and its further batches."""
-    config = config_for(small_set)
+    config = config_for(small_set, **request.param)
     card, device = read_card(config.data), torch.device("cuda")
     trainer = Trainer(config, model_config(config, card), card, device, ranks=1)
     batches = train_batches(
@@ -851,8 +901,8 @@ def test_a_replayed_step_is_the_launched_one_with_the_weights_and_the_batch_of_n
         pairs += zip(
             replayed.classifier_gradients or (), launched.classifier_gradients or (), strict=True
         )
-        assert len(pairs) == len(list(trainer.state.corruption.parameters())) + joint * len(
-            list(trainer.state.classifier.parameters())
+        assert len(pairs) == len(trainable(trainer.state.corruption)) + joint * len(
+            trainable(trainer.state.classifier)
         )
         for one, two in pairs:
             assert float((one - two).norm()) <= 1e-3 * float(two.norm()) + 1e-7

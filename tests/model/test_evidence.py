@@ -45,6 +45,7 @@ def test_evidence_is_of_the_label_and_leaves_no_gradient(
     setting: tuple[Classifier, Tensor, Tensor, Tensor],
 ) -> None:
     classifier, images, labels, segments = setting
+    classifier.requires_grad_(True)
     found = evidence(classifier, images, labels, segments, SUPERPIXELS)
     other = evidence(classifier, images, (labels + 1) % 3, segments, SUPERPIXELS)
     assert not torch.allclose(found, other, atol=0.1)

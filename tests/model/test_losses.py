@@ -99,6 +99,17 @@ def test_imitation_loss_by_hand() -> None:
     assert imitation_loss(mask, found).item() == pytest.approx((entropy + half) / 2)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_imitation_loss_and_its_gradient_stay_finite_at_certain_masks(value: float) -> None:
+    mask = torch.full((1, 2, 2), value, requires_grad=True)
+    loss = imitation_loss(mask, torch.randn(1, 2, 2))
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert mask.grad is not None
+    assert mask.grad.isfinite().all()
+    assert imitation_loss(torch.full((1, 2, 2), math.nan), torch.randn(1, 2, 2)).isnan().all()
+
+
 @pytest.mark.parametrize("value", [-2.0, 0.0, 1.0, 3.0])
 def test_imitation_loss_is_least_where_the_mask_is_what_the_evidence_asks_for(
     value: float,

@@ -118,7 +118,7 @@ def test_at_a_bound_descent_may_go_back_but_not_on() -> None:
 
 def test_ten_crops_are_corners_and_centre_enlarged_each_beside_its_mirror_image() -> None:
     images = torch.randn(2, 3, 16, 32)
-    crops = ten_crops(images)
+    crops = list(ten_crops(images))
     pixels = images.permute(0, 2, 3, 1).numpy()
     places = [(0, 0), (0, 4), (2, 0), (2, 4), (1, 2)]
     assert len(crops) == 10
