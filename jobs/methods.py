@@ -41,11 +41,11 @@ ORDER = (
         for name in MAP_TITLES
         for rule in ("", *(f"_{rule}" for rule in OTHER_RULES))
     ),
-    "aln",
-    *(f"aln_{rule}" for rule in OTHER_RULES),
-    "aln_clean_class",
-    "aln_network_class",
-    "aln_other_class",
+    *(
+        f"aln{classes}{rule}"
+        for classes in ("", "_clean_class", "_network_class", "_other_class")
+        for rule in ("", *(f"_{rule}" for rule in OTHER_RULES))
+    ),
     "score_maps",
     "predictions",
 )
@@ -85,9 +85,8 @@ def run_methods(
     rows = _by_each_rule(method, "aln", end)
     classes = {"clean": (clean, "clean classifier")} | {n: (n, t) for n, t in others.items()}
     for name, (source, text) in classes.items():
-        rows[f"aln_{name}_class{end}"] = Method(
-            title=f"ALN, {text}'s class", box=aln, classes=source, map=aln
-        )
+        method = Method(title=f"ALN, {text}'s class", box=aln, classes=source, map=aln)
+        rows |= _by_each_rule(method, f"aln_{name}_class", end)
     if baselines:
         for name, title in MAP_TITLES.items():
             box = name + end

@@ -217,11 +217,12 @@ def test_metrics_follow_from_the_predictions(small_set: Path, evaluation: Evalua
         *("gradient", "gradient_mean", "gradient_quantile"),
         *("lrp", "lrp_mean", "lrp_quantile"),
         *("cam", "cam_mean", "cam_quantile"),
-        *("aln", "aln_mean", "aln_quantile", "aln_clean_class"),
+        *("aln", "aln_mean", "aln_quantile"),
+        *("aln_clean_class", "aln_clean_class_mean", "aln_clean_class_quantile"),
     ]
     rows = evaluation.predictions.to_pylist()
     for name, row in metrics["methods"].items():
-        box = "aln" if name == "aln_clean_class" else name
+        box = name.replace("_clean_class", "")
         net = "classifier" if name in ("aln", "aln_mean", "aln_quantile") else "clean_classifier"
         ious = []
         for image in rows:
@@ -375,7 +376,8 @@ def test_the_job_writes_table_metrics_predictions_and_report(
     assert metrics["configuration"]["baselines"] is False
     assert list(metrics["methods"]) == [
         *("whole_image", "centred_box", "mean_map"),
-        *("aln", "aln_mean", "aln_quantile", "aln_clean_class"),
+        *("aln", "aln_mean", "aln_quantile"),
+        *("aln_clean_class", "aln_clean_class_mean", "aln_clean_class_quantile"),
     ]
     assert pq.read_table(output / "predictions.parquet").num_rows == VAL_IMAGES
     lines = capsys.readouterr().out.splitlines()
