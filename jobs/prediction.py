@@ -80,7 +80,7 @@ def net_maps(
     superpixels: int,
     *,
     baselines: bool,
-    crops: bool = False,
+    crops: bool,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """What the nets say of one batch: (columns of classes and scores, maps float [B, H, W]).
 

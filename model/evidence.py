@@ -4,8 +4,7 @@ On photographs of many classes the classifier's loss under masks teaches the cor
 slowly what the classifier reacts to. Two maps of the clean classifier name it directly, for the
 label that training knows: the class activation map, coarse and sound, and the gradient, fine and
 noisy. The net sees no label, so it learns what such maps have in common over images that look
-alike, which is less noisy than any of them; against the co-trained classifier it goes on from
-there.
+alike, which is less noisy than any of them.
 """
 
 import torch

@@ -114,6 +114,11 @@ def test_ten_crops_change_classes_and_neither_maps_nor_boxes(
         assert cropped.predictions[column].equals(evaluation.predictions[column])
 
 
+def test_ten_crops_without_nets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--ten-crops .* needs --run or --network"):
+        EvaluateConfig(ground_truth=tmp_path, output=tmp_path, ten_crops=True)
+
+
 def test_the_job_says_where_classes_are_from_ten_crops(
     small_set: Path,
     random_run: Path,
@@ -261,9 +266,9 @@ def test_the_auc_of_a_map_is_that_of_its_pixels_against_the_boxes(
         image = torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None].contiguous()
         segments = torch.from_numpy(sample.segments.astype(np.int64))[None]
         labels = torch.tensor([sample.label])
-        cam = net_maps(nets, image, segments, labels, 25, baselines=True)[1]["cam"][0].astype(
-            np.float64
-        )
+        cam = net_maps(nets, image, segments, labels, 25, baselines=True, crops=False)[1]["cam"][
+            0
+        ].astype(np.float64)
         levels = np.floor((cam - cam.min()) / (cam.max() - cam.min()) * 255)
         inside = np.zeros((32, 32), bool)
         scale = 32 / np.array([sample.meta["width"], sample.meta["height"]] * 2)
@@ -343,7 +348,7 @@ def test_baseline_maps_are_of_the_given_class(random_run: Path, samples: list[Sa
     found = {}
     for label in (0, 1):
         labels = torch.full((len(samples),), label)
-        found[label] = net_maps(nets, images, segments, labels, 25, baselines=True)[1]
+        found[label] = net_maps(nets, images, segments, labels, 25, baselines=True, crops=False)[1]
     np.testing.assert_array_equal(found[0]["aln"], found[1]["aln"])
     for name in ("cam", "gradient", "lrp"):
         assert (found[0][name] != found[1][name]).any()

@@ -14,7 +14,9 @@ from torch.nn import functional
 
 from jobs.cli import UserError
 from jobs.networks import load_network, network_logits, network_maps, prepare
+from jobs.prediction import network_says
 from model.baselines import blur
+from model.classifier import ten_crops
 
 WNIDS = ("n01", "n02", "n03", "n04")
 SIZE = 64
@@ -109,6 +111,26 @@ def test_a_network_read_from_its_file_says_and_shows_what_the_network_itself_doe
         assert np.isfinite(values).all()
         assert (values.std(axis=(1, 2)) > 0).all()
     assert (maps["gradient"] >= 0).all()
+
+
+def test_a_networks_classes_come_from_ten_crops_where_asked_for(
+    tmp_path: Path, images: Tensor
+) -> None:
+    net = build("torchvision:resnet18")
+    path = plain(tmp_path / "w", net.state_dict())
+    network = load_network("torchvision:resnet18", path, WNIDS, None, SIZE)
+    x, labels = prepare(network, images), torch.tensor([1, 3])
+    whole, cropped = (network_says(network, images, labels, crops=crops) for crops in (False, True))
+    with torch.no_grad():
+        alone = torch.softmax(net(x), dim=1)
+        views = [torch.softmax(net(view), dim=1) for view in ten_crops(x)]
+        mean = torch.stack(views).mean(dim=0)
+    for (columns, _), expected in ((whole, alone), (cropped, mean)):
+        best = columns["network_scores"][:, 0]
+        np.testing.assert_allclose(best, expected.amax(dim=1), rtol=1e-4)
+    assert not np.allclose(whole[0]["network_scores"], cropped[0]["network_scores"], rtol=1e-3)
+    for name, values in whole[1].items():
+        assert (values == cropped[1][name]).all()
 
 
 def test_images_are_normalized_as_the_weights_expect(tmp_path: Path) -> None:

@@ -507,6 +507,7 @@ def test_a_cache_too_small_for_the_workers_is_refused_before_a_run_begins(
         ({"target": 1.5}, "between 0 and 1"),
         ({"seed": -1}, "--seed -1"),
         ({"controller_rate": 2.0}, "--controller-rate"),
+        ({"imitation_weight": -1.0}, "--imitation-weight"),
         ({"warmup_rate": math.nan}, "--warmup-rate nan"),
         ({"warmup_epochs": 0}, "collapse"),
         ({"batch_size": 0}, "--batch-size"),
