@@ -146,11 +146,18 @@ def test_a_killed_worker_changes_no_figure(
     )
 
 
-def test_a_failed_part_stops_the_others_and_its_error_comes_as_it_is(ray_local: None) -> None:
+def test_a_failed_part_stops_the_others_and_its_error_comes_as_it_is(
+    ray_local: None, tmp_path: Path
+) -> None:
+    running = tmp_path / "running"
+
     @ray.remote(num_cpus=1)
     def part(first: int) -> None:
         if first == 0:
+            while not running.exists():  # Ray can stumble over cancelling a task that just starts
+                time.sleep(0.05)
             raise UserError("the map of image 3 is missing")
+        running.touch()
         while True:  # one long sleep could not be interrupted
             time.sleep(0.05)
 
