@@ -35,6 +35,7 @@ from jobs.training import model_config
 from jobs.training_state import TrainConfig
 from model.adversarial import normalize
 from model.baselines import blur, class_activation_map, gradient_saliency, layerwise_relevance
+from model.evidence import evidence
 from model.localization import RULES, mask_map
 from pipeline.ledger import read_ledger
 from pipeline.loader import evaluation_batches
@@ -115,6 +116,10 @@ def stage_costs(data: Path, run: Path) -> dict[str, float]:
         ),
         "LRP, blurred": (lambda: blur(layerwise_relevance(clean, x, labels).numpy()), count),
         "CAM": (lambda: class_activation_map(clean, x, labels), count),
+        "LayerCAM of superpixels": (
+            lambda: evidence(clean, x, labels, batch.segments, card.max_superpixels),
+            count,
+        ),
         "a map's box, sweep and AUC": (score(("paper",)), count),
         "the same by every box rule": (score(tuple(RULES)), count),
     }

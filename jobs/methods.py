@@ -30,6 +30,7 @@ PAPER: dict[str, tuple[float | None, float | None]] = {
     "aln": (0.565, 0.455),
 }
 MAP_TITLES = {"gradient": "Gradient saliency", "lrp": "LRP", "cam": "CAM"}
+RUN_MAP_TITLES = MAP_TITLES | {"layercam": "LayerCAM of superpixels"}  # model/evidence.py
 OTHER_RULES = tuple(rule for rule in RULES if rule != "paper")
 ORDER = (
     "whole_image",
@@ -37,8 +38,8 @@ ORDER = (
     "mean_map",
     *(
         f"{network}{name}{rule}"
-        for network in ("", "network_")
-        for name in MAP_TITLES
+        for network, titles in (("", RUN_MAP_TITLES), ("network_", MAP_TITLES))
+        for name in titles
         for rule in ("", *(f"_{rule}" for rule in OTHER_RULES))
     ),
     *(
@@ -88,9 +89,9 @@ def run_methods(
         method = Method(title=f"ALN, {text}'s class", box=aln, classes=source, map=aln)
         rows |= _by_each_rule(method, f"aln_{name}_class", end)
     if baselines:
-        for name, title in MAP_TITLES.items():
+        for name, title in RUN_MAP_TITLES.items():
             box = name + end
-            method = Method(title=title, box=box, classes=clean, map=box, paper=PAPER[name])
+            method = Method(title=title, box=box, classes=clean, map=box, paper=PAPER.get(name))
             rows |= _by_each_rule(method, name, end)
     return {n: replace(m, title=m.title + label, run=run) for n, m in rows.items()}
 

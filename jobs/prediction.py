@@ -27,6 +27,7 @@ from jobs.networks import Network, load_network, network_logits, network_maps, p
 from model.adversarial import normalize
 from model.baselines import blur, class_activation_map, gradient_saliency, layerwise_relevance
 from model.classifier import class_probabilities
+from model.evidence import evidence
 from model.localization import RULES, mask_map
 from model.sweep import stretch
 from pipeline.shards import DataError, read_card
@@ -101,6 +102,7 @@ def net_maps(
         maps["gradient"] = blur(gradient_saliency(clean, x, labels).cpu().numpy())
         maps["lrp"] = blur(layerwise_relevance(clean, x, labels).cpu().numpy())
         maps["cam"] = class_activation_map(clean, x, labels).cpu().numpy()
+        maps["layercam"] = evidence(clean, x, labels, segments, superpixels).cpu().numpy()
     return columns, maps
 
 

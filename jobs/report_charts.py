@@ -19,7 +19,15 @@ CLEARANCE = 4.5  # units that a label's middle keeps from every line but its own
 LABEL_PLACES = 40  # places along a line that are tried for its label
 
 GREY = "grey"
-COLOUR_OF = {"aln": "a", "gradient": "b", "lrp": "c", "cam": "d", "score_maps": "e"}
+COLOUR_OF = {
+    "aln": "a",
+    "gradient": "b",
+    "lrp": "c",
+    "cam": "d",
+    "score_maps": "e",
+    "layercam": "f",
+}
+WRITTEN = {"aln": "ALN", "cam": "CAM", "lrp": "LRP", "layercam": "LayerCAM"}
 COLOURS = ("a", "b", "c", "d", "e", "f", "g")  # classes of the page's line colours; "a" is ALN's
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
 
@@ -167,7 +175,7 @@ def line_chart(
 
 def short(name: str) -> str:
     """A method's name as a chart's label has room for it: aln_mean_2 -> ALN mean (2)."""
-    words = [w.upper() if w in ("aln", "cam", "lrp") else w for w in name.split("_")]
+    words = [WRITTEN.get(word, word) for word in name.split("_")]
     if words[-1] == "2":
         words[-1] = "(2)"
     return " ".join(words)

@@ -224,18 +224,22 @@ def best_values(rows: dict[str, dict[str, Any]], keys: list[str]) -> dict[str, f
 
 
 def comparisons(metrics: dict[str, Any]) -> list[dict[str, str]]:
-    """The own row's GT-known localization against the best constant row and the best other one,
-    those of a second run aside: what is compared, the difference in points, the other's figure."""
+    """GT-known localization of the page's own rows against the constant rows and the others, those
+    of a second run aside: what is compared, the difference in points, both figures. Of either side
+    its best row counts, so both have the same choice of box rules; the text names them."""
     name = own_row(metrics)
-    methods = metrics["methods"]
-    if name is None or methods[name]["gt_known"] is None:
-        return []
-    own = methods[name]
-    others = {
+    scored = {
         other: row
-        for other, row in methods.items()
-        if not other.startswith(name) and row["gt_known"] is not None and row["run"] != 1
+        for other, row in metrics["methods"].items()
+        if row["gt_known"] is not None and row["run"] != 1
     }
+    if name is None or name not in scored:
+        return []
+    own = max(
+        (row for other, row in scored.items() if other.startswith(name)),
+        key=lambda row: row["gt_known"],
+    )
+    others = {other: row for other, row in scored.items() if not other.startswith(name)}
     kinds: dict[str, Callable[[str], bool]] = {
         "Against the best box that ignores the image": lambda other: other in CONSTANT,
         "Against the best other method": lambda other: other not in CONSTANT,
@@ -245,7 +249,7 @@ def comparisons(metrics: dict[str, Any]) -> list[dict[str, str]]:
         of_kind = [row for other, row in others.items() if belongs(other)]
         if of_kind:
             best = max(of_kind, key=lambda row: row["gt_known"])
-            text = f"{best['title']}: {percent(best['gt_known'])} % GT-known"
+            text = "; ".join(f"{r['title']}: {percent(r['gt_known'])} %" for r in (own, best))
             difference = points(own["gt_known"] - best["gt_known"])
             result.append({"title": title, "value": difference, "text": text})
     return result

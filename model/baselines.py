@@ -1,5 +1,5 @@
-"""The rows that every table prints beside the method's own: constant boxes, class activation maps,
-gradient saliency, layer-wise relevance.
+"""The rows that every table prints beside the method's own: constant boxes, class activation maps
+of the last layer or of several, gradient saliency, layer-wise relevance.
 
 Boxes are [x0, y0, x1, y1] in inclusive pixels; sizes are (height, width). Maps are of a given
 class per image. For GT-known localization that is the true class ("the class given"); top-1
@@ -152,6 +152,33 @@ def gradient_weighted_cam(
     (gradient,) = torch.autograd.grad(score, features)
     maps = torch.einsum("bc,bchw->bhw", gradient.sum(dim=(2, 3)), features.detach())
     return _resized(maps, images)
+
+
+def layer_cams(
+    classifier: Classifier, images: Tensor, classes: Tensor, *, enlargement: float = 1.0
+) -> list[Tensor]:
+    """LayerCAM (Jiang et al. 2021) of every layer whose map has the size of the last one: what
+    each position's features add to the class's logit to the first order, as far as it speaks for
+    the class; summed over channels.
+
+    The gradient at a position, not its mean over positions as in CAM, says where a layer's
+    features count, so earlier layers have maps too. enlargement: of the image's sides, bilinearly,
+    before the classifier sees it; its maps then have as many times the cells. images: normalized
+    float [B, 3, H, W]; classes: int64 [B]. Returns float32 [B, H, W] each, at least 0.
+    """
+    views = images.detach()
+    if enlargement != 1:
+        views = functional.interpolate(
+            views, scale_factor=enlargement, mode="bilinear", align_corners=False
+        )
+    with torch.enable_grad():
+        maps = classifier.final_maps(views.requires_grad_())
+        score = classifier.classify(maps[-1]).gather(1, classes.unsqueeze(1)).sum()
+    gradients = torch.autograd.grad(score, maps)
+    return [
+        _resized((values.detach() * gradient).float().clamp(min=0).sum(dim=1), images)
+        for values, gradient in zip(maps, gradients, strict=True)
+    ]
 
 
 def gradient_saliency(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:

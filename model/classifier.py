@@ -67,9 +67,24 @@ class Classifier(nn.Module):
         """The last feature map, float [B, C, H/8, W/8], at least 0."""
         return self.layers(images)
 
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.features(images)
+    def final_maps(self, images: Tensor) -> list[Tensor]:
+        """Every layer's output that has the size of the last feature map, in order, the last one
+        included: float [B, C, H/8, W/8] each, C of each layer its own."""
+        maps: list[Tensor] = []
+        x = images
+        for layer in self.layers:
+            x = layer(x)
+            if maps and x.shape[-2:] != maps[-1].shape[-2:]:
+                maps.clear()
+            maps.append(x)
+        return maps
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits [B, classes] of the last feature map."""
         return self.head(functional.adaptive_avg_pool2d(features, 1).flatten(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classify(self.features(images))
 
 
 def ten_crops(images: Tensor) -> Iterator[Tensor]:

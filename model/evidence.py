@@ -1,19 +1,19 @@
 """Evidence: what the clean classifier's own maps tell the corruption net (not in the paper).
 
 On photographs of many classes the classifier's loss under masks teaches the corruption net only
-slowly what the classifier reacts to. Two maps of the clean classifier name it directly, for the
-label that training knows: the class activation map, coarse and sound, and the gradient, fine and
-noisy. The net sees no label, so it learns what such maps have in common over images that look
-alike, which is less noisy than any of them.
+slowly what the classifier reacts to. LayerCAM of the clean classifier names it directly, for the
+label that training knows. The net sees no label, so it learns what such maps have in common over
+images that look alike, which is less noisy than any of them.
 """
 
 import torch
 from torch import Tensor
 
-from model.baselines import class_activation_map, gradient_saliency
+from model.baselines import layer_cams
 from model.classifier import Classifier
 from model.masking import paint, superpixel_mean
 
+ENLARGEMENT = 1.5  # of the image for the classifier; docs/experiments.md compares others
 LEVEL = 1e-4  # a map whose deviation is a smaller part of its values says nothing
 
 
@@ -30,18 +30,13 @@ def evidence(
 ) -> Tensor:
     """How much each superpixel speaks for its image's label, compared within the image.
 
-    The class activation map (Zhou et al. 2016) and the root of the gradient's magnitude (Simonyan
-    et al. 2014; its few large values would rule otherwise), each averaged over superpixels and
-    standardized, and the sum standardized again. images: normalized float [B, 3, H, W]; labels:
-    int64 [B]; segments: int64 [B, H, W], below `superpixels`. Returns float32 [B, H, W] of mean 0
-    and deviation 1, level within superpixels, without a gradient.
+    The roots (a few large values would rule otherwise) of `layer_cams` of the enlarged image, each
+    averaged over superpixels and standardized, and the sum standardized again. images: normalized
+    float [B, 3, H, W]; labels: int64 [B]; segments: int64 [B, H, W], below `superpixels`. Returns
+    float32 [B, H, W] of mean 0 and deviation 1, level within superpixels, without a gradient.
     """
-    maps = (
-        class_activation_map(classifier, images, labels),
-        gradient_saliency(classifier, images, labels).sqrt(),
-    )
     total = torch.zeros(segments.shape, device=images.device)
-    for values in maps:
-        means = superpixel_mean(values.float(), segments, superpixels)
+    for values in layer_cams(classifier, images, labels, enlargement=ENLARGEMENT):
+        means = superpixel_mean(values.sqrt(), segments, superpixels)
         total = total + _standardized(paint(means, segments))
     return _standardized(total)

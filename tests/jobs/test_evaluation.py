@@ -110,7 +110,7 @@ def test_ten_crops_change_classes_and_neither_maps_nor_boxes(
         scores = cropped.predictions[f"{name}_scores"].to_pylist()
         assert [best[0] for best in scores[:8]] == pytest.approx(expected, rel=1e-4)
         assert scores != evaluation.predictions[f"{name}_scores"].to_pylist()
-    for column in ("aln_box", "cam_box", "lrp_box"):
+    for column in ("aln_box", "cam_box", "lrp_box", "layercam_box"):
         assert cropped.predictions[column].equals(evaluation.predictions[column])
 
 
@@ -181,7 +181,8 @@ def test_every_image_has_boxes_inside_it_and_best_classes_first(
     ledger = read_ledger(small_set, "val")
     assert predictions["row"].to_pylist() == ledger["row"].to_pylist()
     width, height = predictions["width"].to_numpy(), predictions["height"].to_numpy()
-    for name in ("whole_image", "centred_box", "mean_map", "cam", "lrp", "gradient", "aln"):
+    constant, maps = ("whole_image", "centred_box", "mean_map"), ("cam", "lrp", "gradient")
+    for name in (*constant, *maps, "layercam", "aln"):
         boxes = matrix(predictions, f"{name}_box")
         assert (boxes[:, :2] >= 0).all()
         assert (boxes[:, :2] <= boxes[:, 2:]).all()
@@ -229,6 +230,7 @@ def test_metrics_follow_from_the_predictions(small_set: Path, evaluation: Evalua
         *("gradient", "gradient_mean", "gradient_quantile"),
         *("lrp", "lrp_mean", "lrp_quantile"),
         *("cam", "cam_mean", "cam_quantile"),
+        *("layercam", "layercam_mean", "layercam_quantile"),
         *("aln", "aln_mean", "aln_quantile"),
         *("aln_clean_class", "aln_clean_class_mean", "aln_clean_class_quantile"),
     ]
@@ -357,7 +359,7 @@ def test_baseline_maps_are_of_the_given_class(random_run: Path, samples: list[Sa
         labels = torch.full((len(samples),), label)
         found[label] = net_maps(nets, images, segments, labels, 25, baselines=True, crops=False)[1]
     np.testing.assert_array_equal(found[0]["aln"], found[1]["aln"])
-    for name in ("cam", "gradient", "lrp"):
+    for name in ("cam", "gradient", "lrp", "layercam"):
         assert (found[0][name] != found[1][name]).any()
 
 
@@ -435,7 +437,8 @@ def test_two_runs_stand_side_by_side_and_the_same_run_twice_is_the_same(
     both = evaluate(config, quiet)
     methods = both.metrics["methods"]
     assert both.metrics["runs"] == [str(random_run), str(copied)]
-    for name in ("aln", "aln_mean", "aln_clean_class", "cam", "cam_quantile", "gradient", "lrp"):
+    maps = ("cam", "cam_quantile", "layercam", "gradient", "lrp")
+    for name in ("aln", "aln_mean", "aln_clean_class", *maps):
         first, second = methods[name], methods[f"{name}_2"]
         assert (first["run"], second["run"]) == (0, 1)
         assert first["gt_known"] == evaluation.metrics["methods"][name]["gt_known"]

@@ -372,15 +372,16 @@ def test_agreement_counts_pairs_and_tests_them_exactly() -> None:
     assert agreement(made_predictions({"aln": [None], "aln_2": [None]})) is None
 
 
-def test_the_tiles_compare_with_the_best_constant_and_the_best_other_row_of_the_same_run() -> None:
+def test_the_tiles_compare_the_best_row_of_either_side_within_the_first_run() -> None:
     metrics = made_metrics(runs=2)
-    shares = {"whole_image": 0.3, "centred_box": 0.45, "gradient": 0.7, "cam": 0.2, "aln": 0.6}
+    shares = {"whole_image": 0.3, "centred_box": 0.45, "gradient": 0.7, "cam": 0.2, "aln": 0.5}
+    shares |= {"aln_mean": 0.6, "aln_quantile": 0.55, "aln_clean_class": 0.5, "mean_map": 0.1}
     for name, row in metrics["methods"].items():
-        row["gt_known"] = shares.get(name, 0.1 if name.endswith("map") or name == "lrp" else 0.99)
+        row["gt_known"] = shares.get(name, 0.1 if name == "lrp" else 0.99)
     found = comparisons(metrics)
     assert [c["value"] for c in found] == ["+15.0", "−10.0"]
-    assert found[0]["text"] == "Centred box: 45.0 % GT-known"
-    assert found[1]["text"] == "Gradient saliency, blurred: 70.0 % GT-known"
+    assert found[0]["text"] == "ALN, threshold mean: 60.0 %; Centred box: 45.0 %"
+    assert found[1]["text"] == "ALN, threshold mean: 60.0 %; Gradient saliency, blurred: 70.0 %"
 
 
 def test_curves_of_baselines_are_drawn_by_the_papers_box_rule_alone() -> None:

@@ -15,6 +15,7 @@ from model.baselines import (
     fit_centred_box,
     gradient_saliency,
     gradient_weighted_cam,
+    layer_cams,
     layerwise_relevance,
     whole_image_boxes,
 )
@@ -90,6 +91,52 @@ def test_cam_averages_to_the_logit_less_its_bias(
     # Bilinear enlarging without aligned corners keeps the corner cells' own values there.
     np.testing.assert_allclose(maps[:, 0, 0], expected[:, 0, 0], atol=1e-6)
     np.testing.assert_allclose(maps[:, -1, -1], expected[:, -1, -1], atol=1e-6)
+
+
+def test_layer_cam_sums_what_each_feature_adds_to_the_logit_where_it_adds(
+    images: torch.Tensor,
+) -> None:
+    """By moving single features of the corner cells, which bilinear enlarging keeps."""
+    torch.manual_seed(0)
+    classifier = Classifier(3, 8, residual_blocks=1).requires_grad_(False)
+    classes = torch.tensor([2, 0])
+    maps = layer_cams(classifier, images, classes)
+    assert len(maps) == 4  # two convolutions, a block behind each
+    assert all(m.shape == (2, 32, 48) and m.dtype == torch.float32 for m in maps)
+    exact, step = classifier.double(), 1e-6
+    features = exact.final_maps(images.double())
+    layers = list(exact.layers)[-4:]
+    for number, own in enumerate(features):
+        for i, corner in ((0, 0), (1, -1)):
+            expected = 0.0
+            for channel in range(own.shape[1]):
+                ends = []
+                for sign in (1, -1):
+                    moved = own[i : i + 1].clone()
+                    moved[0, channel, corner, corner] += sign * step
+                    for layer in layers[number + 1 :]:
+                        moved = layer(moved)
+                    ends.append(float(exact.classify(moved)[0, classes[i]]))
+                slope = (ends[0] - ends[1]) / (2 * step)
+                expected += max(0.0, float(own[i, channel, corner, corner]) * slope)
+            assert expected > 0
+            found = float(maps[number][i, corner, corner])
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def test_layer_cam_of_an_enlarged_image_is_its_maps_made_small_again(
+    classifier: Classifier, images: torch.Tensor
+) -> None:
+    classes = torch.tensor([1, 1])
+    larger = functional.interpolate(images, (64, 96), mode="bilinear", align_corners=False)
+    found = layer_cams(classifier, images, classes, enlargement=2.0)
+    of_larger = layer_cams(classifier, larger, classes)
+    for values, expected in zip(found, of_larger, strict=True):
+        assert values.shape == (2, 32, 48)
+        torch.testing.assert_close(values[:, 0, 0], expected[:, 0, 0])
+        torch.testing.assert_close(values[:, -1, -1], expected[:, -1, -1])
+    assert not torch.allclose(found[-1], layer_cams(classifier, images, classes)[-1], rtol=0.05)
+    assert not images.requires_grad
 
 
 def test_gradient_saliency_is_the_largest_slope_over_channels(
