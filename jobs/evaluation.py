@@ -80,7 +80,7 @@ class EvaluateConfig:
         "devkit", help="; ".join(f"{name}: {p.text}" for name, p in PROTOCOLS.items())
     )
     baselines: bool = option(
-        True, help="also CAM, gradient saliency and LRP, from the clean classifier"
+        True, help="also CAM, LayerCAM, gradient saliency and LRP, from the clean classifier"
     )
     ten_crops: bool = option(
         False,

@@ -12,7 +12,7 @@ from model.protocols import IOU_THRESHOLD
 
 OWN = ("aln", "score_maps", "predictions")  # rows that a page is about; the first one present is
 CONSTANT = ("whole_image", "centred_box", "mean_map")  # the same box for every image
-CLASS_METHODS = ("aln_2", "gradient", "cam", "centred_box")  # shown beside the own row per class
+CLASS_METHODS = ("aln_2", "gradient", "cam", "layercam", "centred_box")  # beside the own
 CLASS_ROWS = 25  # worst and best classes shown, where there are more than twice as many
 
 
@@ -226,7 +226,8 @@ def best_values(rows: dict[str, dict[str, Any]], keys: list[str]) -> dict[str, f
 def comparisons(metrics: dict[str, Any]) -> list[dict[str, str]]:
     """GT-known localization of the page's own rows against the constant rows and the others, those
     of a second run aside: what is compared, the difference in points, both figures. Of either side
-    its best row counts, so both have the same choice of box rules; the text names them."""
+    its best row counts: maps have a choice of box rules, a constant row has one box. The text names
+    the rows."""
     name = own_row(metrics)
     scored = {
         other: row
@@ -241,8 +242,8 @@ def comparisons(metrics: dict[str, Any]) -> list[dict[str, str]]:
     )
     others = {other: row for other, row in scored.items() if not other.startswith(name)}
     kinds: dict[str, Callable[[str], bool]] = {
-        "Against the best box that ignores the image": lambda other: other in CONSTANT,
-        "Against the best other method": lambda other: other not in CONSTANT,
+        "Best rule against the best box that ignores the image": lambda other: other in CONSTANT,
+        "Best rule against the best other method": lambda other: other not in CONSTANT,
     }
     result = []
     for title, belongs in kinds.items():

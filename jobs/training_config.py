@@ -97,8 +97,8 @@ class TrainConfig(LoadingConfig):
     )
     imitation_weight: float = option(
         0.0,
-        help="weight, in the corruption net's loss, of its distance from what the clean "
-        "classifier's CAM and gradient say of the label (paper: 0)",
+        help="weight, in the corruption net's loss, of its distance from what "
+        "LayerCAM of the clean classifier says of the label (paper: 0)",
     )
     train_classifier: bool = option(
         True, help="off: the classifier stays frozen after the warm-up (the paper's section 3.4)"

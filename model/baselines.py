@@ -172,11 +172,11 @@ def layer_cams(
             views, scale_factor=enlargement, mode="bilinear", align_corners=False
         )
     with torch.enable_grad():
-        maps = classifier.final_maps(views.requires_grad_())
+        maps = classifier.final_maps(views)
         score = classifier.classify(maps[-1]).gather(1, classes.unsqueeze(1)).sum()
     gradients = torch.autograd.grad(score, maps)
     return [
-        _resized((values.detach() * gradient).float().clamp(min=0).sum(dim=1), images)
+        _resized((values.detach().float() * gradient.float()).clamp(min=0).sum(dim=1), images)
         for values, gradient in zip(maps, gradients, strict=True)
     ]
 

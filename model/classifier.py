@@ -58,6 +58,8 @@ class Classifier(nn.Module):
             (widths[1], widths[2], 3, 2),
             (widths[2], widths[3], 3, 1),
         ):
+            if stride > 1:
+                self.first_final = len(layers)  # of the layers whose map has the last one's size
             layers.append(convolution(inputs, outputs, kernel, stride))
             layers += [Residual(outputs) for _ in range(residual_blocks)]
         self.layers = nn.Sequential(*layers)
@@ -69,14 +71,13 @@ class Classifier(nn.Module):
 
     def final_maps(self, images: Tensor) -> list[Tensor]:
         """Every layer's output that has the size of the last feature map, in order, the last one
-        included: float [B, C, H/8, W/8] each, C of each layer its own."""
-        maps: list[Tensor] = []
-        x = images
-        for layer in self.layers:
-            x = layer(x)
-            if maps and x.shape[-2:] != maps[-1].shape[-2:]:
-                maps.clear()
-            maps.append(x)
+        included: float [B, C, H/8, W/8] each, C of each layer its own. Gradients reach the first
+        of them and no layer below it."""
+        with torch.no_grad():
+            x = self.layers[: self.first_final + 1](images)
+        maps = [x.detach().requires_grad_()]
+        for layer in list(self.layers)[self.first_final + 1 :]:
+            maps.append(layer(maps[-1]))
         return maps
 
     def classify(self, features: Tensor) -> Tensor:

@@ -16,12 +16,14 @@ SHAPES = {  # of the Beta distribution that a row's IoUs are drawn from
     "gradient": (3.0, 1.9),
     "lrp": (2.6, 2.0),
     "cam": (2.2, 2.0),
+    "layercam": (2.7, 2.1),
     "aln": (3.4, 1.6),
     "aln_mean": (2.8, 1.9),
     "aln_quantile": (3.0, 2.0),
 }
 CONSTANT = ("whole_image", "centred_box", "mean_map")
-RUN_ROWS = ("gradient", "lrp", "cam", "aln", "aln_mean", "aln_quantile", "aln_clean_class")
+ALN_ROWS = ("aln", "aln_mean", "aln_quantile", "aln_clean_class")
+RUN_ROWS = ("gradient", "lrp", "cam", "layercam", *ALN_ROWS)
 TITLES = {
     "whole_image": "Whole image",
     "centred_box": "Centred box",
@@ -29,6 +31,7 @@ TITLES = {
     "gradient": "Gradient saliency, blurred",
     "lrp": "LRP",
     "cam": "CAM",
+    "layercam": "LayerCAM of superpixels",
     "aln": "ALN",
     "aln_mean": "ALN, threshold mean",
     "aln_quantile": "ALN, area quantile",

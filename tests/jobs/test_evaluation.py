@@ -23,6 +23,7 @@ from jobs.prediction import net_maps, ranges, run_parts
 from jobs.scoring import centred_shares, check_coverage, matrix
 from model.adversarial import normalize
 from model.classifier import class_probabilities
+from model.evidence import evidence
 from pipeline.ledger import read_ledger
 from pipeline.shards import Sample, read_card, read_shard, shard_paths
 from tests.jobs.kills import one_worker_killed
@@ -359,6 +360,9 @@ def test_baseline_maps_are_of_the_given_class(random_run: Path, samples: list[Sa
         labels = torch.full((len(samples),), label)
         found[label] = net_maps(nets, images, segments, labels, 25, baselines=True, crops=False)[1]
     np.testing.assert_array_equal(found[0]["aln"], found[1]["aln"])
+    x = normalize(images, *colour_statistics(nets.config, images.device))
+    imitated = evidence(nets.clean_classifier, x, labels, segments, 25)
+    np.testing.assert_allclose(found[1]["layercam"], imitated, atol=1e-4)
     for name in ("cam", "gradient", "lrp", "layercam"):
         assert (found[0][name] != found[1][name]).any()
 

@@ -377,11 +377,14 @@ def test_the_tiles_compare_the_best_row_of_either_side_within_the_first_run() ->
     shares = {"whole_image": 0.3, "centred_box": 0.45, "gradient": 0.7, "cam": 0.2, "aln": 0.5}
     shares |= {"aln_mean": 0.6, "aln_quantile": 0.55, "aln_clean_class": 0.5, "mean_map": 0.1}
     for name, row in metrics["methods"].items():
-        row["gt_known"] = shares.get(name, 0.1 if name == "lrp" else 0.99)
+        row["gt_known"] = shares.get(name, 0.1 if name in ("lrp", "layercam") else 0.99)
     found = comparisons(metrics)
     assert [c["value"] for c in found] == ["+15.0", "−10.0"]
     assert found[0]["text"] == "ALN, threshold mean: 60.0 %; Centred box: 45.0 %"
     assert found[1]["text"] == "ALN, threshold mean: 60.0 %; Gradient saliency, blurred: 70.0 %"
+    for name in [name for name in metrics["methods"] if name.startswith("aln")]:
+        del metrics["methods"][name]
+    assert comparisons(metrics) == []
 
 
 def test_curves_of_baselines_are_drawn_by_the_papers_box_rule_alone() -> None:

@@ -1,6 +1,7 @@
 """Constant boxes, class activation maps, gradient saliency and relevance against hand-computed
 and independent values."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_layer_cam_sums_what_each_feature_adds_to_the_logit_where_it_adds(
     assert len(maps) == 4  # two convolutions, a block behind each
     assert all(m.shape == (2, 32, 48) and m.dtype == torch.float32 for m in maps)
     exact, step = classifier.double(), 1e-6
-    features = exact.final_maps(images.double())
+    features = [values.detach() for values in exact.final_maps(images.double())]
     layers = list(exact.layers)[-4:]
     for number, own in enumerate(features):
         for i, corner in ((0, 0), (1, -1)):
@@ -124,18 +125,21 @@ def test_layer_cam_sums_what_each_feature_adds_to_the_logit_where_it_adds(
             assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
-def test_layer_cam_of_an_enlarged_image_is_its_maps_made_small_again(
+def test_layer_cam_of_an_enlarged_image_has_more_cells_brought_to_the_images_size(
     classifier: Classifier, images: torch.Tensor
 ) -> None:
     classes = torch.tensor([1, 1])
     larger = functional.interpolate(images, (64, 96), mode="bilinear", align_corners=False)
+    cells = classifier.final_maps(larger)
+    assert [values.shape[-2:] for values in cells] == [(8, 12), (8, 12)]
+    score = classifier.classify(cells[-1])[:, 1].sum()
+    slopes = torch.autograd.grad(score, cells)
     found = layer_cams(classifier, images, classes, enlargement=2.0)
-    of_larger = layer_cams(classifier, larger, classes)
-    for values, expected in zip(found, of_larger, strict=True):
-        assert values.shape == (2, 32, 48)
-        torch.testing.assert_close(values[:, 0, 0], expected[:, 0, 0])
-        torch.testing.assert_close(values[:, -1, -1], expected[:, -1, -1])
-    assert not torch.allclose(found[-1], layer_cams(classifier, images, classes)[-1], rtol=0.05)
+    for values, own, slope in zip(found, cells, slopes, strict=True):
+        kept = np.maximum(own.detach().numpy() * slope.numpy(), 0).sum(axis=1)
+        for i in range(2):
+            expected = cv2.resize(kept[i], (48, 32), interpolation=cv2.INTER_LINEAR)
+            np.testing.assert_allclose(values[i], expected, rtol=1e-4, atol=1e-7)
     assert not images.requires_grad
 
 

@@ -23,14 +23,16 @@ def setting() -> tuple[Classifier, Tensor, Tensor, Tensor]:
     return classifier, torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, 0, 1]), segments
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
 def test_evidence_adds_the_layers_maps_on_one_scale(
-    setting: tuple[Classifier, Tensor, Tensor, Tensor],
+    setting: tuple[Classifier, Tensor, Tensor, Tensor], blocks: int
 ) -> None:
     """By NumPy, superpixel by superpixel."""
-    classifier, images, labels, segments = setting
+    _, images, labels, segments = setting
+    classifier = Classifier(3, 8, residual_blocks=blocks).requires_grad_(False)
     found = evidence(classifier, images, labels, segments, SUPERPIXELS)
     maps = layer_cams(classifier, images, labels, enlargement=ENLARGEMENT)
-    assert len(maps) == 2
+    assert len(maps) == 2 + 2 * blocks
     for i, of in enumerate(segments.numpy()):
         total = np.zeros((32, 32))
         for values in (m[i].numpy() ** 0.5 for m in maps):
@@ -50,6 +52,18 @@ def test_evidence_is_of_the_label_and_leaves_no_gradient(
     other = evidence(classifier, images, (labels + 1) % 3, segments, SUPERPIXELS)
     assert not torch.allclose(found, other, atol=0.1)
     assert not found.requires_grad
+
+
+def test_evidence_in_bfloat16_is_that_of_float32_but_for_rounding(
+    setting: tuple[Classifier, Tensor, Tensor, Tensor],
+) -> None:
+    classifier, images, labels, segments = setting
+    exact = evidence(classifier, images, labels, segments, SUPERPIXELS)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evidence(classifier, images, labels, segments, SUPERPIXELS)
+    assert found.dtype == torch.float32
+    assert torch.corrcoef(torch.stack([found.flatten(), exact.flatten()]))[0, 1] > 0.99
+    assert not torch.equal(found, exact)
 
 
 def test_maps_that_are_level_say_nothing(
