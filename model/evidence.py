@@ -3,7 +3,7 @@
 On photographs of many classes the classifier's loss under masks teaches the corruption net only
 slowly what the classifier reacts to. LayerCAM of the clean classifier names it directly, for the
 label that training knows. The net sees no label, so it learns what such maps have in common over
-images that look alike, which is less noisy than any of them.
+images that look alike.
 """
 
 import torch
@@ -13,7 +13,7 @@ from model.baselines import layer_cams
 from model.classifier import Classifier
 from model.masking import paint, superpixel_mean
 
-ENLARGEMENT = 1.5  # of the image for the classifier; docs/experiments.md compares others
+ENLARGEMENT = 1.5  # of the image's sides; docs/experiments.md compares others, of one classifier
 LEVEL = 1e-4  # a map whose deviation is a smaller part of its values says nothing
 
 
