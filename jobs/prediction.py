@@ -36,7 +36,7 @@ TOP = 5  # classes kept per image and classifier
 TASKS_PER_WORKER = 4  # so that the progress line moves
 GPU_SHARE = 0.25  # tasks share a GPU: while one finds boxes on its core, another's nets run
 MAPS_AT_ONCE = 16  # others' score maps in memory
-CANCEL_SECONDS = 1.0  # after which a task that has not ended is cancelled again
+CANCEL_SECONDS = 3.0  # after which a task that has not ended is killed
 
 Result = tuple[pa.Table, dict[str, MapCounts]]
 
@@ -280,12 +280,13 @@ def run_parts(
             done += stop - first
             progress(done, total)
     finally:  # where one part failed: the others are stopped, and their results looked at
-        left = list(running)
+        left, force = list(running), False
         while left:
             for reference in left:
-                ray.cancel(reference)  # again where it was lost: Ray can, as a task starts
+                ray.cancel(reference, force=force)
             ended, left = ray.wait(left, num_returns=len(left), timeout=CANCEL_SECONDS)
             for reference in ended:
                 with suppress(RayError):
                     ray.get(reference)
+            force = True  # workers of a job that a script started with & ignore interrupts
     return pa.concat_tables(tables).sort_by("row"), counts
