@@ -20,28 +20,23 @@ import torch
 
 from benchmarks.run import hardware, quiet
 from jobs import cli
-from jobs.evaluation import EvaluateConfig, evaluate
-from jobs.ground_truth import ground_truth_of
-from jobs.map_scoring import Scored, map_truth, score_maps
-from jobs.models import (
-    Nets,
-    colour_statistics,
-    load_nets,
-    new_classifier,
-    new_corruption,
-    save_nets,
-)
-from jobs.training import model_config
-from jobs.training_state import TrainConfig
-from model.adversarial import normalize
-from model.baselines import blur, class_activation_map, gradient_saliency, layerwise_relevance
+from jobs.evaluate.config import EvaluateConfig, evaluate
+from jobs.evaluate.maps import Scored, map_truth, score_maps
+from jobs.runs import Nets, colour_statistics, load_nets, new_classifier, new_corruption, save_nets
+from jobs.train.config import TrainConfig
+from jobs.train.trainer import model_config
 from model.evidence import evidence
-from model.localization import RULES, mask_map
-from pipeline.ledger import read_ledger
-from pipeline.loader import evaluation_batches
-from pipeline.plan import PreprocessConfig
-from pipeline.preprocess import preprocess
-from pipeline.shards import Card, read_card
+from model.localization import RULES
+from model.masking import mask_map
+from model.relevance import layerwise_relevance
+from model.saliency import blur, class_activation_map, gradient_saliency
+from model.step import normalize
+from pipeline.evaluation.truth import ground_truth_of
+from pipeline.loading.loader import evaluation_batches
+from pipeline.shards.format import Manifest, read_manifest
+from pipeline.shards.ledger import read_ledger
+from pipeline.shards.make import preprocess
+from pipeline.shards.plan import PreprocessConfig
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 PAPER_MS = 93.0
@@ -57,9 +52,9 @@ class BenchConfig:
     output: Path = cli.option(Path("benchmarks/results"), help="folder for the dated JSON")
 
 
-def made_run(folder: Path, card: Card) -> Path:
+def made_run(folder: Path, manifest: Manifest) -> Path:
     """A run folder with the default nets, untrained."""
-    config = model_config(TrainConfig(data="unused", output=folder), card)
+    config = model_config(TrainConfig(data="unused", output=folder), manifest)
     torch.manual_seed(0)
     nets = Nets(
         config=config,
@@ -76,11 +71,11 @@ def stage_costs(data: Path, run: Path) -> dict[str, float]:
     """Milliseconds of CPU time per image of each stage in one thread, over one batch of 100; the
     median."""
     torch.set_num_threads(1)
-    card, nets = read_card(str(data)), load_nets(run)
+    manifest, nets = read_manifest(str(data)), load_nets(run)
     ledger = read_ledger(str(data), "val")
-    truth = map_truth(ground_truth_of(ledger, card), ledger["row"].to_numpy(), "devkit", 0)
+    truth = map_truth(ground_truth_of(ledger, manifest), ledger["row"].to_numpy(), "devkit", 0)
     batches = list(
-        evaluation_batches(str(data), card, "val", batch_size=100, first=0, stop=4, device=CPU)
+        evaluation_batches(str(data), manifest, "val", batch_size=100, first=0, stop=4, device=CPU)
     )
     batch = batches[-1]
     places = np.searchsorted(truth.rows, batch.index.numpy())
@@ -90,12 +85,14 @@ def stage_costs(data: Path, run: Path) -> dict[str, float]:
 
     def load() -> Any:
         return list(
-            evaluation_batches(str(data), card, "val", batch_size=100, first=0, stop=4, device=CPU)
+            evaluation_batches(
+                str(data), manifest, "val", batch_size=100, first=0, stop=4, device=CPU
+            )
         )
 
     def aln() -> np.ndarray:
         with torch.no_grad():
-            return mask_map(nets.corruption, x, batch.segments, card.max_superpixels).numpy()
+            return mask_map(nets.corruption, x, batch.segments, manifest.max_superpixels).numpy()
 
     def classify() -> Any:
         with torch.no_grad():
@@ -117,7 +114,7 @@ def stage_costs(data: Path, run: Path) -> dict[str, float]:
         "LRP, blurred": (lambda: blur(layerwise_relevance(clean, x, labels).numpy()), count),
         "CAM": (lambda: class_activation_map(clean, x, labels), count),
         "LayerCAM of superpixels": (
-            lambda: evidence(clean, x, labels, batch.segments, card.max_superpixels),
+            lambda: evidence(clean, x, labels, batch.segments, manifest.max_superpixels),
             count,
         ),
         "a map's box, sweep and AUC": (score(("paper",)), count),
@@ -172,7 +169,7 @@ def main() -> None:
         )
         preprocess(asked, quiet, cli.connect_ray)
         data = folder / "shards"
-        run = made_run(folder / "run", read_card(str(data)))
+        run = made_run(folder / "run", read_manifest(str(data)))
         rates = job_rates(data, run, config.images)
         costs = stage_costs(data, run)
     ratios = {

@@ -21,9 +21,9 @@ import simplejpeg
 
 from benchmarks.run import hardware
 from jobs import cli
-from pipeline.images import DECODE_FACTOR, decoded_size, read_image, resize
-from pipeline.pixels import add_moments
-from pipeline.superpixels import ITERATIONS, MIN_SIZE, superpixels
+from pipeline.shards.images import DECODE_FACTOR, decoded_size, read_image, resize
+from pipeline.shards.pixels import add_moments
+from pipeline.shards.superpixels import ITERATIONS, MIN_SIZE, superpixels
 
 Figures = dict[str, float]  # microseconds by version
 

@@ -37,21 +37,22 @@ from nvidia.dali import fn, pipeline_def, types
 
 from benchmarks.run import hardware, quiet
 from jobs import cli
-from pipeline.augmentation import Augmentation, draw
-from pipeline.loader import evaluation_batches, train_batches
-from pipeline.order import Position, epoch_order
-from pipeline.plan import PreprocessConfig
-from pipeline.preprocess import preprocess
-from pipeline.shards import (
-    Card,
+from pipeline.errors import UserError
+from pipeline.loading.augmentation import Augmentation, draw
+from pipeline.loading.loader import evaluation_batches, train_batches
+from pipeline.loading.order import Position, epoch_order
+from pipeline.shards.format import (
+    Manifest,
     Sample,
     Shard,
     Split,
     pack_shard,
-    read_card,
     read_index,
+    read_manifest,
     write_shard,
 )
+from pipeline.shards.make import preprocess
+from pipeline.shards.plan import PreprocessConfig
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 BATCH = 64
@@ -95,16 +96,16 @@ class Stored:
     """A set of shards and where its batches go."""
 
     data: Path
-    card: Card
+    manifest: Manifest
     device: torch.device
 
     @property
     def paths(self) -> list[Path]:
-        return [self.data / "train" / shard.name for shard in self.card.splits["train"].shards]
+        return [self.data / "train" / shard.name for shard in self.manifest.splits["train"].shards]
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.card.height, self.card.width
+        return self.manifest.height, self.manifest.width
 
 
 def make_sets(folder: Path, side: int, images: int) -> None:
@@ -131,7 +132,7 @@ def make_sets(folder: Path, side: int, images: int) -> None:
 def ours(stored: Stored, augmentation: Augmentation) -> Batches:
     batches = train_batches(
         stored.data,
-        stored.card,
+        stored.manifest,
         batch_size=BATCH,
         rank=0,
         ranks=1,
@@ -144,14 +145,14 @@ def ours(stored: Stored, augmentation: Augmentation) -> Batches:
 
 
 def ours_as_stored(stored: Stored) -> Batches:
-    """Without augmentation and in order, as an evaluation reads. The card names every shard many
+    """Without augmentation and in order, as an evaluation reads. The manifest names every shard many
     times, so that the pass does not end."""
-    train, times = stored.card.splits["train"], 50
+    train, times = stored.manifest.splits["train"], 50
     long = replace(train, images=times * train.images, shards=times * train.shards)
     while True:
         batches = evaluation_batches(
             stored.data,
-            replace(stored.card, splits={"train": long}),
+            replace(stored.manifest, splits={"train": long}),
             "train",
             batch_size=BATCH,
             first=0,
@@ -164,18 +165,18 @@ def ours_as_stored(stored: Stored) -> Batches:
 @pipeline_def
 def _dali_graph(stored: Stored, way: str):  # type: ignore[no-untyped-def]
     """DALI's own reader and operators. way: "slice", "region" or "" (no augmentation)."""
-    card, gpu = stored.card, stored.device.type == "cuda"
-    segments_type = types.UINT8 if card.segments_dtype == "uint8" else types.UINT16
+    manifest, gpu = stored.manifest, stored.device.type == "cuda"
+    segments_type = types.UINT8 if manifest.segments_dtype == "uint8" else types.UINT16
     images, segments, labels = fn.readers.webdataset(  # type: ignore[misc]
         paths=[str(path) for path in stored.paths],
         index_paths=[str(path.with_suffix(".idx")) for path in stored.paths],
-        ext=[card.image_format, "seg", "cls"],
+        ext=[manifest.image_format, "seg", "cls"],
         dtypes=[types.UINT8, segments_type, types.INT32],
         missing_component_behavior="error",
         random_shuffle=True,
         initial_fill=SHUFFLE,
     )
-    if card.image_format == "jpg":
+    if manifest.image_format == "jpg":
         images = fn.decoders.image(images, device="mixed" if gpu else "cpu", output_type=types.RGB)
     else:
         images = fn.reshape(images.gpu() if gpu else images, shape=[*stored.size, 3])
@@ -205,7 +206,7 @@ def _regions(stored: Stored) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     step = 0
     while True:
         position = Position(step=step)
-        drawn = draw(BATCH, 0, position, stored.size, stored.card.mean, CROP)
+        drawn = draw(BATCH, 0, position, stored.size, stored.manifest.mean, CROP)
         yield drawn.start.astype(np.float32), drawn.end.astype(np.float32)
         step += 1
 
@@ -229,13 +230,13 @@ def dali(stored: Stored, way: str) -> Batches:
 def _pixels(stored: Stored, file: Any) -> np.ndarray:
     """An image's member as RGB uint8 [H, W, 3]. simplejpeg decodes faster than OpenCV, and
     its quick modes gained nothing that could be told from noise."""
-    if stored.card.image_format == "jpg":
+    if stored.manifest.image_format == "jpg":
         return simplejpeg.decode_jpeg(file)
     return np.frombuffer(file, np.uint8).reshape(*stored.size, 3)
 
 
 def _labels(stored: Stored, file: Any) -> np.ndarray:
-    return np.frombuffer(file, stored.card.segments_dtype).reshape(stored.size)
+    return np.frombuffer(file, stored.manifest.segments_dtype).reshape(stored.size)
 
 
 def _crop(image: np.ndarray, segments: np.ndarray, random: Random) -> tuple[np.ndarray, np.ndarray]:
@@ -261,7 +262,7 @@ def _on_device(stored: Stored, tensors: list[torch.Tensor]) -> int:
 
 
 def _cropped(stored: Stored, random: Random, sample: dict[str, Any]) -> tuple[Any, Any, int]:
-    image = _pixels(stored, sample[stored.card.image_format])
+    image = _pixels(stored, sample[stored.manifest.image_format])
     cropped = _crop(image, _labels(stored, sample["seg"]), random)
     return *cropped, int.from_bytes(sample["cls"], "little")
 
@@ -299,7 +300,7 @@ def streamed(stored: Stored, workers: int) -> Batches:
 
 def _mapped(stored: Stored) -> list[tuple[np.ndarray, ...]]:
     """The image's, the superpixels' and the class's bytes of every sample."""
-    members = (stored.card.image_format, "seg", "cls")
+    members = (stored.manifest.image_format, "seg", "cls")
     samples = []
     for path in stored.paths:
         content = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
@@ -357,7 +358,7 @@ def loaders(stored: Stored) -> dict[str, Batches]:
         "DALI, slice + resize + flip": dali(stored, "slice"),
         "DALI, resize of a region": dali(stored, "region"),
         "DALI, as stored": dali(stored, ""),
-        "Python loop + OpenCV": loop(stored, stored.card.segments_dtype),
+        "Python loop + OpenCV": loop(stored, stored.manifest.segments_dtype),
         "Python loop + OpenCV, int64 as ours": loop(stored, "int64"),
         "bytes copied alone": floor(stored),
     }
@@ -418,7 +419,7 @@ def figures(taken: dict[str, list[Turn]]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def small_set(folder: Path, shards: int) -> Card:
+def small_set(folder: Path, shards: int) -> Manifest:
     """A set of MEMORY_IMAGES tiny images in so many shards."""
     each = MEMORY_IMAGES // shards
     (folder / "train").mkdir(parents=True)
@@ -434,7 +435,7 @@ def small_set(folder: Path, shards: int) -> Card:
     split = Split(
         images=shards * each, rejected=0, shards=tuple(written), class_counts=(shards * each,)
     )
-    return Card(
+    return Manifest(
         classes=("n",),
         class_names=("n",),
         height=SMALL,
@@ -456,8 +457,8 @@ def _status(name: str) -> float:
 
 def memory(folder: Path, shards: int) -> dict[str, Any]:
     """Time to open a set of so many shards, and this process's memory after each epoch."""
-    card = small_set(folder, shards)
-    stored = Stored(data=folder, card=card, device=torch.device("cpu"))
+    manifest = small_set(folder, shards)
+    stored = Stored(data=folder, manifest=manifest, device=torch.device("cpu"))
     before = {"anonymous": _status("RssAnon"), "files": len(list(Path("/proc/self/fd").iterdir()))}
     start = time.perf_counter()
     batches = ours(stored, CROP)
@@ -465,12 +466,12 @@ def memory(folder: Path, shards: int) -> dict[str, Any]:
     opened = time.perf_counter() - start
     anonymous = []
     for epoch in range(MEMORY_EPOCHS):
-        while seen < (epoch + 1) * card.splits["train"].images:
+        while seen < (epoch + 1) * manifest.splits["train"].images:
             seen += next(batches)
         anonymous.append(_status("RssAnon"))
     return {
         "shards": shards,
-        "images": card.splits["train"].images,
+        "images": manifest.splits["train"].images,
         "seconds_to_first_batch": round(opened, 3),
         "anonymous_mib_before": before["anonymous"],
         "anonymous_mib_after_epochs": anonymous,
@@ -522,7 +523,7 @@ def rates(config: LoaderBenchConfig, device: torch.device) -> dict[str, Any]:
             alone(make_sets, Path(name) / str(side), side, images)
             for image_format in ("rgb", "jpg"):
                 data = Path(name) / str(side) / image_format
-                stored = Stored(data=data, card=read_card(data), device=device)
+                stored = Stored(data=data, manifest=read_manifest(data), device=device)
                 found = figures(measure(stored, config.rounds, config.seconds))
                 title = f"{side} px, {'raw' if image_format == 'rgb' else 'JPEG'}"
                 results[title] = found
@@ -548,7 +549,7 @@ def main() -> None:
     config = cli.parse(LoaderBenchConfig, None, __doc__ or "")
     gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     if gpu and not torch.cuda.is_available():
-        raise cli.UserError("--device cuda: there is no CUDA device here; give cpu or auto")
+        raise UserError("--device cuda: there is no CUDA device here; give cpu or auto")
     device = torch.device("cuda" if gpu else "cpu")
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

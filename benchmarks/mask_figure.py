@@ -14,17 +14,19 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from jobs import cli
-from jobs.evaluation import check_compatible
-from jobs.examples import load_examples
-from jobs.grid import png
-from jobs.ground_truth import ground_truth_of
+from jobs.evaluate.config import check_compatible
 from jobs.loading import LoadingConfig
-from jobs.models import colour_statistics, load_nets
-from jobs.overlay import heat
-from model.adversarial import normalize
-from model.localization import RULES, localize, mask_map, scale_boxes
-from pipeline.ledger import read_ledger
-from pipeline.shards import read_card, write_atomically
+from jobs.pictures import heat, png
+from jobs.runs import colour_statistics, load_nets
+from jobs.train.examples import load_examples
+from model.localization import RULES, localize
+from model.masking import mask_map
+from model.step import normalize
+from pipeline.evaluation.protocols import scale_boxes
+from pipeline.evaluation.truth import ground_truth_of
+from pipeline.shards.format import read_manifest
+from pipeline.shards.ledger import read_ledger
+from pipeline.storage import write_atomically
 
 SIDE = 128  # pixels of an image in the picture, at least
 GAP, TITLE = 6, 26
@@ -62,20 +64,20 @@ def boxed(picture: np.ndarray, boxes: np.ndarray, colour: tuple[int, int, int]) 
 
 def draw(config: FigureConfig) -> np.ndarray:
     """The picture, RGB uint8. Raises UserError for runs that do not fit the shards."""
-    card = read_card(config.data)
-    examples = load_examples(config, card, torch.device("cpu"), config.images)
+    manifest = read_manifest(config.data)
+    examples = load_examples(config, manifest, torch.device("cpu"), config.images)
     columns = ["row", "key", "id", "label", "width", "height", "boxes"]
-    truth = ground_truth_of(read_ledger(config.data, examples.split, columns), card)
+    truth = ground_truth_of(read_ledger(config.data, examples.split, columns), manifest)
     assert truth.sizes is not None
     pixels = examples.images.permute(0, 2, 3, 1).numpy()
-    size = np.array([card.height, card.width])
+    size = np.array([manifest.height, manifest.width])
     rows = []
     for place, image in zip(examples.places, pixels, strict=True):
         boxes = truth.boxes[truth.starts[place] : truth.starts[place + 1]]
         rows.append([boxed(image, scale_boxes(boxes, truth.sizes[place], size), TRUE_COLOUR)])
     for run in config.run:
         nets = load_nets(run)
-        check_compatible(run, nets.config, config.data, card)
+        check_compatible(run, nets.config, config.data, manifest)
         x = normalize(examples.images, *colour_statistics(nets.config, examples.images.device))
         with torch.no_grad():
             maps = mask_map(nets.corruption, x, examples.segments, nets.config.superpixels).numpy()

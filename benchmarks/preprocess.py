@@ -30,12 +30,12 @@ import ray
 
 from benchmarks.run import hardware
 from jobs import cli
-from pipeline.files import SourceFiles
-from pipeline.images import read_image
-from pipeline.plan import Plan, PreprocessConfig, make_plan
-from pipeline.preprocess import Progress, make_shard, preprocess
-from pipeline.shards import Sample, pack_shard, write_shard
-from pipeline.superpixels import superpixels
+from pipeline.shards.format import Sample, pack_shard, write_shard
+from pipeline.shards.images import read_image
+from pipeline.shards.make import Progress, make_shard, preprocess
+from pipeline.shards.plan import Plan, PreprocessConfig, make_plan
+from pipeline.shards.superpixels import superpixels
+from pipeline.sources.files import SourceFiles
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 ARCHIVES = {

@@ -18,16 +18,16 @@ import ray
 import torch
 
 from jobs import cli
-from model.adversarial import adversarial_step, clean_step
 from model.classifier import Classifier
 from model.corruption import CorruptionNet
 from model.masking import gumbel_difference
-from pipeline.augmentation import Augmentation
-from pipeline.loader import evaluation_batches, train_batches
-from pipeline.order import Position
-from pipeline.plan import PreprocessConfig, make_plan
-from pipeline.preprocess import Progress, make_shard, preprocess
-from pipeline.shards import read_card
+from model.step import adversarial_step, clean_step
+from pipeline.loading.augmentation import Augmentation
+from pipeline.loading.loader import evaluation_batches, train_batches
+from pipeline.loading.order import Position
+from pipeline.shards.format import read_manifest
+from pipeline.shards.make import Progress, make_shard, preprocess
+from pipeline.shards.plan import PreprocessConfig, make_plan
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 CPU = torch.device("cpu")
@@ -89,10 +89,10 @@ def preprocess_rates(folder: Path, images: int) -> dict[str, float]:
 
 def loader_rates(data: Path) -> dict[str, float]:
     """One loader in one thread, with and without augmentation."""
-    card = read_card(data)
+    manifest = read_manifest(data)
     batches = train_batches(
         data,
-        card,
+        manifest,
         batch_size=BATCH,
         rank=0,
         ranks=1,
@@ -107,7 +107,7 @@ def loader_rates(data: Path) -> dict[str, float]:
 
     def plain() -> int:
         found = evaluation_batches(
-            data, card, "train", batch_size=BATCH, first=0, stop=30, device=CPU
+            data, manifest, "train", batch_size=BATCH, first=0, stop=30, device=CPU
         )
         return sum(len(batch.labels) for batch in found)
 

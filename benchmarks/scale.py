@@ -25,6 +25,7 @@ import simplejpeg
 
 from benchmarks.run import hardware
 from jobs import cli
+from pipeline.errors import UserError
 
 POOL = 2048  # distinct images, which names and classes share
 SIDE = 32
@@ -165,7 +166,7 @@ def main() -> None:
     total = time.monotonic() - started
     text = log.read_text()
     if process.returncode:
-        raise cli.UserError(f"the job ended with {process.returncode}: {text[-2000:]}")
+        raise UserError(f"the job ended with {process.returncode}: {text[-2000:]}")
     print(text)
     row = re.search(r"^train .* ([\d.]+)$", text, re.MULTILINE)
     assert row is not None

@@ -22,8 +22,15 @@ import numpy as np
 
 from benchmarks.run import hardware
 from jobs import cli
-from model.sweep import add_counts, level_boxes, level_ious, quantize, stretch, threshold_levels
-from model.sweep import thresholds as all_thresholds
+from pipeline.evaluation.sweep import (
+    add_counts,
+    level_boxes,
+    level_ious,
+    quantize,
+    stretch,
+    threshold_levels,
+)
+from pipeline.evaluation.sweep import thresholds as all_thresholds
 
 TRUTHS = np.array([[0.1, 0.1, 0.7, 0.6], [0.3, 0.2, 0.9, 0.9]])  # shares of the side
 Score = Callable[[np.ndarray, np.ndarray], Any]  # of a float map and its true boxes

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from jobs import cli
-from model.adversarial import clean_step, normalize
 from model.classifier import Classifier
+from model.step import clean_step, normalize
 from pipeline.synthetic import CLASS_NAMES, SyntheticConfig, draw_image
 
 SIZE = 64

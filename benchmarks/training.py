@@ -50,25 +50,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.run import hardware, quiet
 from jobs import cli
-from jobs.cuda_graphs import Recordings
-from jobs.training import Trainer, model_config
-from jobs.training_config import TrainConfig
-from model.adversarial import (
-    Step,
-    adversarial_step,
-    apply_mask,
-    clean_step,
-    mask_probability,
-    normalize,
-)
+from jobs.train.config import TrainConfig
+from jobs.train.graphs import Recordings
+from jobs.train.trainer import Trainer, model_config
 from model.controller import ControllerState
 from model.losses import area_penalty, classification_loss, correct, corruption_loss
-from model.masking import bernoulli_straight_through, gumbel_difference, paint
-from pipeline.loader import Batch, train_batches
-from pipeline.plan import PreprocessConfig
-from pipeline.preprocess import preprocess
-from pipeline.shards import read_card
-from pipeline.superpixels import superpixels
+from model.masking import (
+    apply_mask,
+    bernoulli_straight_through,
+    gumbel_difference,
+    mask_probability,
+    paint,
+)
+from model.step import Step, adversarial_step, clean_step, normalize
+from pipeline.loading.loader import Batch, train_batches
+from pipeline.shards.format import read_manifest
+from pipeline.shards.make import preprocess
+from pipeline.shards.plan import PreprocessConfig
+from pipeline.shards.superpixels import superpixels
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 SUPERPIXELS = 196
@@ -130,8 +129,8 @@ def new_trainer(
         target=1 - 1e-9,
         **flags,
     )
-    card = read_card(config.data)
-    return Trainer(config, model_config(config, card), card, device, ranks)
+    manifest = read_manifest(config.data)
+    return Trainer(config, model_config(config, manifest), manifest, device, ranks)
 
 
 def loaded(
@@ -140,7 +139,7 @@ def loaded(
     config = TrainConfig(data=str(data), output=data)
     return train_batches(
         config.data,
-        read_card(config.data),
+        read_manifest(config.data),
         batch_size=batch_size,
         rank=rank,
         ranks=ranks,

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from pipeline.shards import DataError
+from pipeline.errors import UserError
 
 Config = TypeVar("Config")
 
@@ -29,10 +29,6 @@ RECORDED_PACKAGES = (
     "pyarrow",
     "numpy",
 )
-
-
-class UserError(Exception):
-    """Something the caller can mend; `run` prints the message as the only line."""
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str, positional: bool = False) -> Any:
@@ -112,7 +108,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a job's main: known errors become one line on standard error and exit code 1."""
     try:
         main()
-    except (UserError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import cli
-from pipeline.shards import write_atomically
+from pipeline.errors import UserError
+from pipeline.storage import write_atomically
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 SUPERPIXELS = 196
@@ -33,7 +34,7 @@ def job(name: str, *arguments: str) -> None:
     print(f"\n$ python {shlex.join(command)}", flush=True)
     result = subprocess.run([sys.executable, *command], check=False)
     if result.returncode:
-        raise cli.UserError(f"jobs.{name} failed with exit code {result.returncode}, see above")
+        raise UserError(f"jobs.{name} failed with exit code {result.returncode}, see above")
 
 
 def generate(output: Path, config: SyntheticConfig) -> None:
@@ -43,7 +44,7 @@ def generate(output: Path, config: SyntheticConfig) -> None:
     if done.is_file():
         if done.read_text() == repr(config):
             return
-        raise cli.UserError(
+        raise UserError(
             f"{output} holds other generated images ({done.read_text()}); use a new --output"
         )
     write_synthetic(output, config)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.cli import option
-from pipeline.augmentation import Augmentation
-from pipeline.cache import DEFAULT_LIMIT, GIB, cached_bytes, default_folder
-from pipeline.order import shuffle_window
-from pipeline.shards import Card, split_of
+from pipeline.loading.augmentation import Augmentation
+from pipeline.loading.cache import DEFAULT_LIMIT, GIB, cached_bytes, default_folder
+from pipeline.loading.order import shuffle_window
+from pipeline.shards.format import Manifest, split_of
 from pipeline.storage import is_remote
 
 
@@ -56,11 +56,11 @@ class LoadingConfig:
         """--cache-limit in bytes."""
         return round(self.cache_limit * GIB)
 
-    def window(self, card: Card) -> int | None:
+    def window(self, manifest: Manifest) -> int | None:
         """How many shards of the train split are shuffled together (see
         `pipeline.order.epoch_order`): all (None) of a local set, and what the cache's limit allows
         of a remote one."""
         if not is_remote(self.data):
             return None
-        sizes = [cached_bytes(shard) for shard in split_of(card, "train").shards]
+        sizes = [cached_bytes(shard) for shard in split_of(manifest, "train").shards]
         return shuffle_window(sizes, self.cache_bytes())

@@ -7,23 +7,11 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
-from torch import Tensor, nn
-
-from model.adversarial import mask_probability
-from model.masking import paint
 
 MEAN_WEIGHT, MAX_WEIGHT = 0.7, 0.3
 KEPT_SHARE = 0.35  # of the pixels lies above the "quantile" rule's threshold
 # Sums of float32 values over superpixels leave about this much noise on a map without content.
 FLAT = 1e-5
-
-
-def mask_map(corruption: nn.Module, images: Tensor, segments: Tensor, superpixels: int) -> Tensor:
-    """Each pixel's probability of being masked, averaged over its superpixel: [B, H, W] in [0, 1].
-
-    images: normalized float [B, 3, H, W]; segments: int64 [B, H, W], labels below `superpixels`.
-    """
-    return paint(mask_probability(corruption, images, segments, superpixels), segments)
 
 
 def adaptive_threshold(values: np.ndarray) -> float:
@@ -95,24 +83,3 @@ def localize(maps: np.ndarray, rule: str = "paper") -> tuple[np.ndarray, np.ndar
         if box is not None:
             boxes[i], found[i] = box, True
     return boxes, found
-
-
-def scale_boxes(
-    boxes: np.ndarray, stored: np.ndarray | tuple[int, int], sizes: np.ndarray
-) -> np.ndarray:
-    """Boxes in pixels of one size -> boxes in pixels of another, of the same images.
-
-    boxes: integer [N, 4]; stored, sizes: integer (height, width) or [N, 2], from and to. The
-    edges of the pixels are scaled, x and y alone, and rounded to the nearest edge, in integers:
-    the whole of one is the whole of the other. Returns int64 [N, 4], within the image and of at
-    least one pixel.
-    """
-    from_size = np.asarray(stored, np.int64)[..., ::-1]
-    to_size = np.asarray(sizes, np.int64)[..., ::-1]
-
-    def edge(position: np.ndarray) -> np.ndarray:
-        return (2 * position * to_size + from_size) // (2 * from_size)
-
-    first = np.minimum(edge(boxes[:, :2].astype(np.int64)), to_size - 1)
-    last = np.maximum(edge(boxes[:, 2:].astype(np.int64) + 1) - 1, first)
-    return np.concatenate([first, last], axis=1)

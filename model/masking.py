@@ -5,7 +5,7 @@ with fewer leave the last columns of [B, K] tensors empty.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def superpixel_mean(values: Tensor, segments: Tensor, superpixels: int) -> Tensor:
@@ -56,3 +56,24 @@ def pixel_segments(segments: Tensor) -> Tensor:
     _, height, width = segments.shape
     grid = torch.arange(height * width, device=segments.device).view(1, height, width)
     return grid.expand_as(segments)
+
+
+def mask_probability(
+    corruption: nn.Module, images: Tensor, segments: Tensor, superpixels: int
+) -> Tensor:
+    """The corruption net's probability of masking each superpixel: float [B, K] in [0, 1]."""
+    logits = corruption(images).to(images.dtype)  # autocast's are bfloat16
+    return superpixel_mean(torch.sigmoid(logits), segments, superpixels)
+
+
+def apply_mask(images: Tensor, mask: Tensor) -> Tensor:
+    """Set masked pixels to 0: normalized [B, 3, H, W], mask [B, H, W] (1: masked)."""
+    return images * (1 - mask).unsqueeze(1)
+
+
+def mask_map(corruption: nn.Module, images: Tensor, segments: Tensor, superpixels: int) -> Tensor:
+    """Each pixel's probability of being masked, averaged over its superpixel: [B, H, W] in [0, 1].
+
+    images: normalized float [B, 3, H, W]; segments: int64 [B, H, W], labels below `superpixels`.
+    """
+    return paint(mask_probability(corruption, images, segments, superpixels), segments)

@@ -21,6 +21,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit, urlunsplit
 import pyarrow as pa
 from pyarrow import fs
 
+from pipeline.errors import UserError
+
 Result = TypeVar("Result")
 
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -28,7 +30,7 @@ WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts, so one more attempt th
 CONNECT_SECONDS = 5
 SILENT_SECONDS = 10  # without a byte, after which a connection counts as lost
 CHUNK = 1 << 22  # bytes of one request
-STREAMS = 4  # requests at once: one connection seldom fills a network card
+STREAMS = 4  # requests at once: one connection seldom fills a network manifest
 REFUSED = (  # what clients say where another attempt would end the same way
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY_ID",
@@ -42,15 +44,11 @@ REFUSED = (  # what clients say where another attempt would end the same way
 )
 
 
-class DataError(ValueError):
-    """Data that cannot be used: the message names what was given, and the remedy."""
-
-
-class MissingError(DataError):
+class MissingError(UserError):
     """Nothing lies at a place."""
 
 
-class UnreachableError(DataError):
+class UnreachableError(UserError):
     """A place that did not answer, or refused: what lies there is unknown."""
 
 
@@ -138,7 +136,7 @@ def _open(place: str | Path) -> tuple[fs.FileSystem, str]:
     parts = urlsplit(str(place))
     if parts.password is not None:
         hidden = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        raise DataError(
+        raise UserError(
             f"the address of {hidden} holds a password, which would be kept in run records; set "
             "credentials in the environment instead (AWS_ACCESS_KEY_ID, ...)."
         )
@@ -150,7 +148,7 @@ def _open(place: str | Path) -> tuple[fs.FileSystem, str]:
             parts = parts._replace(query=query)  # its client would go on for 15 minutes
         return fs.FileSystem.from_uri(urlunsplit(parts))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(
+        raise UserError(
             f"{place} cannot be opened ({_line(error)}); give a folder, or a URI of s3://, gs://, "
             "abfs:// or file://."
         ) from error
@@ -164,8 +162,8 @@ def attempt(place: str | Path, action: Callable[[], Result]) -> Result:
     """`action()`, which reads or writes `place`, tried again with growing waits where a connection
     is lost.
 
-    Raises MissingError where nothing is there and DataError where access is denied, both at once,
-    and DataError where the place cannot be reached. Other errors of the local disk stay OSErrors.
+    Raises MissingError where nothing is there and UserError where access is denied, both at once,
+    and UserError where the place cannot be reached. Other errors of the local disk stay OSErrors.
     """
     started = time.monotonic()
     for wait in (*WAITS, None):

@@ -8,8 +8,8 @@ import pytest
 import ray
 
 from jobs import cli
-from pipeline.plan import PreprocessConfig
-from pipeline.preprocess import preprocess
+from pipeline.shards.make import preprocess
+from pipeline.shards.plan import PreprocessConfig
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 from tests import remote
 

@@ -16,9 +16,9 @@ FORBIDDEN = {
     "cluster": {"pipeline", "model", "jobs", "benchmarks", "tests"},
 }
 ONLY_IN = {
-    "fast_slic": {"pipeline/superpixels.py"},
-    "nvidia": {"pipeline/loader.py"},
-    "torch.distributed": {"jobs/training.py"},
+    "fast_slic": {"pipeline/shards/superpixels.py"},
+    "nvidia": {"pipeline/loading/loader.py"},
+    "torch.distributed": {"jobs/train/trainer.py"},
 }
 
 

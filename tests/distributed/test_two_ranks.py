@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from jobs.models import ModelConfig
-from jobs.training import apply_gradients, check_ranks, on_first_rank, reduce_step
-from jobs.training_config import TrainConfig
-from jobs.training_state import TrainingError, new_state
-from model.adversarial import Step, adversarial_step, clean_step
+from jobs.runs import ModelConfig
+from jobs.train.config import TrainConfig
+from jobs.train.state import TrainingError, new_state
+from jobs.train.trainer import apply_gradients, check_ranks, on_first_rank, reduce_step
 from model.classifier import Classifier
 from model.controller import ControllerConfig, ControllerState, update
 from model.corruption import CorruptionNet
 from model.masking import gumbel_difference
+from model.step import Step, adversarial_step, clean_step
 
 IMAGES = 8
 SPLITS = {1: [8], 2: [4, 4], 3: [1, 5, 2]}

@@ -15,10 +15,10 @@ import ray
 from pyarrow import fs
 
 from jobs import cli
-from jobs.preprocess import main
-from pipeline.plan import PreprocessConfig
-from pipeline.preprocess import Progress, preprocess
-from pipeline.shards import DataError
+from jobs.preprocess.__main__ import main
+from pipeline.errors import UserError
+from pipeline.shards.make import Progress, preprocess
+from pipeline.shards.plan import PreprocessConfig
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 from tests import remote
 from tests.e2e.commands import ROOT, environment, run
@@ -192,7 +192,7 @@ def test_a_second_driver_on_the_same_output_is_refused(images: Path, tmp_path: P
 
     def show(progress: Progress) -> None:
         if not refused:
-            with pytest.raises(DataError, match=r"another jobs\.preprocess is at work on"):
+            with pytest.raises(UserError, match=r"another jobs\.preprocess is at work on"):
                 preprocess(config, quiet, cli.connect_ray)
             refused.append(progress.done)
 
@@ -218,8 +218,8 @@ def test_a_set_is_made_on_object_storage_whoever_is_killed_and_inspected_there(
     main(flags(images, place))
     fs.copy_files("sets/made", str(tmp_path), source_filesystem=system)
     made = contents(tmp_path)
-    card = made.pop("dataset.json")
-    assert card == whole["dataset.json"]
+    manifest = made.pop("dataset.json")
+    assert manifest == whole["dataset.json"]
     assert made == {name: data for name, data in whole.items() if name != "dataset.json"}
     shutil.rmtree(tmp_path)
     result = run(

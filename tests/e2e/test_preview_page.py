@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from jobs.preview import render
-from pipeline.shards import read_card
+from jobs.preprocess.preview import render
+from pipeline.shards.format import read_manifest
 from tests.e2e.test_report_page import CONTRASTS, EXECUTABLE, LEAST_CONTRAST
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no browser in PATH; `make browser`")
@@ -24,7 +24,7 @@ def test_the_page_fits_reads_well_and_asks_for_nothing(
     small_set: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
     page_file = tmp_path / "preview.html"
-    page_file.write_text(render(str(small_set), read_card(small_set), "train"))
+    page_file.write_text(render(str(small_set), read_manifest(small_set), "train"))
     requests: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=EXECUTABLE, args=["--no-sandbox"])

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.augmentation import Augmentation
-from pipeline.cache import cached_bytes
-from pipeline.loader import Batch, evaluation_batches, train_batches
-from pipeline.order import Position, shuffle_window
-from pipeline.shards import read_card
+from pipeline.loading.augmentation import Augmentation
+from pipeline.loading.cache import cached_bytes
+from pipeline.loading.loader import Batch, evaluation_batches, train_batches
+from pipeline.loading.order import Position, shuffle_window
+from pipeline.shards.format import read_manifest
 from tests import remote
 from tests.e2e.commands import run
 from tests.pipeline.made_set import assert_same
@@ -33,7 +33,7 @@ def train(
     """One rank's batches of two epochs, of two ranks."""
     stream = train_batches(
         data,
-        read_card(data),
+        read_manifest(data),
         batch_size=batch_size,
         rank=rank,
         ranks=2,
@@ -60,7 +60,7 @@ def test_training_batches_are_the_same_bytes(
 def test_a_cache_of_part_of_the_set_gives_windows_with_the_same_bytes(
     small_set: Path, remote_set: str, tmp_path: Path
 ) -> None:
-    sizes = [cached_bytes(shard) for shard in read_card(small_set).splits["train"].shards]
+    sizes = [cached_bytes(shard) for shard in read_manifest(small_set).splits["train"].shards]
     # Three batches, by which ranks may be apart, lie across the smallest one and both neighbours.
     limit = sum(sorted(sizes)[-3:])
     window = shuffle_window(sizes, limit)
@@ -77,7 +77,7 @@ def test_evaluation_batches_are_the_same_bytes_and_bring_their_shards_alone(
         return list(
             evaluation_batches(
                 data,
-                read_card(data),
+                read_manifest(data),
                 "val",
                 batch_size=5,
                 first=first,

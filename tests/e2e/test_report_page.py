@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from jobs.overlay import heat
-from jobs.report import PER_GROUP, Picture, View, render
-from tests.jobs.made_metrics import made_metrics, made_predictions
+from jobs.pictures import heat
+from jobs.report.__main__ import PER_GROUP, Picture, View, render
+from tests.jobs.report.made_metrics import made_metrics, made_predictions
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 EXECUTABLE = next(filter(None, map(shutil.which, BROWSERS)), None)

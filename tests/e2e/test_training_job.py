@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.models import load_nets
+from jobs.runs import load_nets
 from tests.e2e.commands import descendant, end, kill_when, run, start, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -183,8 +183,8 @@ def test_missing_shards_are_one_line(tmp_path: Path) -> None:
 
 
 def test_shards_of_another_format_version_are_one_line(small_set: Path, tmp_path: Path) -> None:
-    card = json.loads((small_set / "dataset.json").read_text()) | {"format": 99}
-    (tmp_path / "dataset.json").write_text(json.dumps(card))
+    manifest = json.loads((small_set / "dataset.json").read_text()) | {"format": 99}
+    (tmp_path / "dataset.json").write_text(json.dumps(manifest))
     result = run(*train(tmp_path, tmp_path / "run"))
     assert result.returncode == 1
     assert "format version 99; this program reads 1" in result.stderr

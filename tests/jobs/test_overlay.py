@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from jobs.overlay import BLEND, BOX_COLOUR, draw_overlay, encode_png, heat, mask_picture
+from jobs.pictures import BLEND, BOX_COLOUR, draw_overlay, encode_png, heat, mask_picture
 
 GREY = np.full((120, 160, 3), 128, np.uint8)
 

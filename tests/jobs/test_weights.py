@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.checkpoints import read_checkpoint, write_checkpoint
-from jobs.weights import DamagedError, read_weights, tensors_path, write_weights
+from jobs.runs import DamagedError, read_weights, tensors_path, write_weights
+from jobs.train.checkpoints import read_checkpoint, write_checkpoint
 
 
 def some_tensors(value: float = 0.0) -> dict[str, torch.Tensor]:

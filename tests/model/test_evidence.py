@@ -3,13 +3,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.adversarial import mask_probability
-from model.baselines import layer_cams
 from model.classifier import Classifier
 from model.corruption import CorruptionNet
 from model.evidence import ENLARGEMENT, evidence
 from model.losses import imitation_loss
-from model.masking import paint
+from model.masking import mask_probability, paint
+from model.saliency import layer_cams
 
 SUPERPIXELS = 20  # of which the last four are absent
 

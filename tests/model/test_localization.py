@@ -9,14 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from model.localization import (
-    adaptive_threshold,
-    localize,
-    map_box,
-    mask_map,
-    quantile_threshold,
-    scale_boxes,
-)
+from model.localization import adaptive_threshold, localize, map_box, quantile_threshold
+from model.masking import mask_map
+from pipeline.evaluation.protocols import scale_boxes
 
 
 def reference_box(values: np.ndarray) -> list[int]:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from model.adversarial import trainable
 from model.classifier import Classifier, class_probabilities, ten_crops
 from model.corruption import CorruptionNet, bound_logits
+from model.step import trainable
 
 
 def test_classifier_has_four_convolutions_and_gives_logits_for_any_size() -> None:

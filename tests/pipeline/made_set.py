@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.loader import Batch
-from pipeline.shards import Card, Sample, Split, pack_shard, write_shard
+from pipeline.loading.loader import Batch
+from pipeline.shards.format import Manifest, Sample, Split, pack_shard, write_shard
 
 CLASSES = tuple("abcdefg")
-SUPERPIXELS = 300  # what the card allows
+SUPERPIXELS = 300  # what the manifest allows
 COUNTS = (20, 20, 13)  # samples in each shard
 MEAN = (120.2, 60.7, 30.0)
 
@@ -43,8 +43,8 @@ def write_set(
     samples: Sequence[Sample],
     image_format: str = "rgb",
     counts: Sequence[int] = COUNTS,
-) -> Card:
-    """Write the samples as shards of a train split, so many in each; the set's card."""
+) -> Manifest:
+    """Write the samples as shards of a train split, so many in each; the set's manifest."""
     (folder / "train").mkdir(parents=True)
     ends = np.cumsum(counts).tolist()
     shards = tuple(
@@ -56,7 +56,7 @@ def write_set(
     )
     height, width = samples[0].segments.shape
     split = Split(images=ends[-1], rejected=0, shards=shards, class_counts=())
-    return Card(
+    return Manifest(
         classes=CLASSES,
         class_names=CLASSES,
         height=height,

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import labels
-from pipeline.annotations import MAX_WNID, read_annotation
-from pipeline.files import SourceFiles
-from pipeline.ledger import read_part
-from pipeline.plan import PreprocessConfig, make_plan
-from pipeline.preprocess import make_shard
-from pipeline.sources import list_images
-from pipeline.storage import DataError
-from tests.pipeline.annotation_files import xml
-from tests.pipeline.miniature import write
+from pipeline.errors import UserError
+from pipeline.shards.ledger import read_part
+from pipeline.shards.make import make_shard
+from pipeline.shards.plan import PreprocessConfig, make_plan
+from pipeline.sources import labels
+from pipeline.sources.annotations import MAX_WNID, read_annotation
+from pipeline.sources.files import SourceFiles
+from pipeline.sources.find import list_images
+from tests.pipeline.sources.annotation_files import xml
+from tests.pipeline.sources.miniature import write
 
 IMAGES = 10_000
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
@@ -173,7 +173,7 @@ def test_damaged_solutions_and_lists_leave_every_image_listed(tmp_path: Path) ->
         try:
             with SourceFiles(str(source)) as opened:
                 val = list_images(opened, "ilsvrc").images["val"].to_pylist()
-        except DataError as error:  # a row that came twice, and differs
+        except UserError as error:  # a row that came twice, and differs
             assert "differently; keep one of them" in str(error)  # noqa: PT017
             refused += 1
             continue

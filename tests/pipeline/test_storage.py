@@ -6,8 +6,9 @@ from urllib.request import urlopen
 import pytest
 
 from pipeline import storage
-from pipeline.ledger import read_ledger
-from pipeline.shards import DataError, card_hash, check_sizes, read_card, sha256_file
+from pipeline.errors import UserError
+from pipeline.shards.format import check_sizes, manifest_hash, read_manifest, sha256_file
+from pipeline.shards.ledger import read_ledger
 from tests import remote
 from tests.remote import Proxy
 
@@ -50,38 +51,38 @@ def test_a_set_reads_the_same_from_a_folder_a_file_uri_and_s3(
 ) -> None:
     expected = sha256_file(small_set / "dataset.json")
     for place in (small_set, str(small_set), f"file://{small_set}", remote_set):
-        assert read_card(place) == read_card(small_set)
-        assert card_hash(place) == expected
+        assert read_manifest(place) == read_manifest(small_set)
+        assert manifest_hash(place) == expected
         assert read_ledger(place, "val").equals(read_ledger(small_set, "val"))
-        check_sizes(place, read_card(place), "train")
+        check_sizes(place, read_manifest(place), "train")
         with storage.open_input(storage.join(place, "ledger.parquet")) as file:
             assert file.read() == (small_set / "ledger.parquet").read_bytes()
 
 
-def test_another_card_has_another_hash(small_set: Path, tmp_path: Path) -> None:
-    card = (small_set / "dataset.json").read_bytes()
-    (tmp_path / "dataset.json").write_bytes(card.replace(b'"seed": 0', b'"seed": 1'))
-    assert card_hash(tmp_path) != card_hash(small_set)
+def test_another_manifest_has_another_hash(small_set: Path, tmp_path: Path) -> None:
+    manifest = (small_set / "dataset.json").read_bytes()
+    (tmp_path / "dataset.json").write_bytes(manifest.replace(b'"seed": 0', b'"seed": 1'))
+    assert manifest_hash(tmp_path) != manifest_hash(small_set)
 
 
 def test_a_shard_of_another_size_or_none_is_named(s3_endpoint: str, small_set: Path) -> None:
     place = remote.upload(small_set, s3_endpoint, "sizes")
     system = remote.client(s3_endpoint)
-    card = read_card(place)
+    manifest = read_manifest(place)
     with system.open_output_stream("sets/sizes/val/val-000001.tar") as file:
         file.write(b"short")
-    with pytest.raises(DataError, match=r"val-000001\.tar.* has 5 bytes; .* Upload it again"):
-        check_sizes(place, card, "val")
+    with pytest.raises(UserError, match=r"val-000001\.tar.* has 5 bytes; .* Upload it again"):
+        check_sizes(place, manifest, "val")
     system.delete_file("sets/sizes/val/val-000001.tar")
-    with pytest.raises(DataError, match=r"val-000001\.tar.* is missing"):
-        check_sizes(place, card, "val")
+    with pytest.raises(UserError, match=r"val-000001\.tar.* is missing"):
+        check_sizes(place, manifest, "val")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "small/dataset.json"])
 def test_a_place_without_a_set_says_how_to_make_one(remote_set: str, name: str) -> None:
     place = remote_set.replace("sets/small", f"sets/{name}")
-    with pytest.raises(DataError, match="no finished set of shards lies there"):
-        read_card(place)
+    with pytest.raises(UserError, match="no finished set of shards lies there"):
+        read_manifest(place)
 
 
 def test_what_is_missing_or_denied_is_asked_for_once(remote_set: str, proxy: Proxy) -> None:
@@ -89,7 +90,7 @@ def test_what_is_missing_or_denied_is_asked_for_once(remote_set: str, proxy: Pro
     started = time.monotonic()
     with pytest.raises(storage.MissingError, match=r"nothing.* is missing"):
         storage.read_bytes(remote.uri(proxy.endpoint, "small/nothing"))
-    with pytest.raises(DataError, match=r"access to s3://sets/secret.* is denied.*AWS_ACCESS_KEY"):
+    with pytest.raises(UserError, match=r"access to s3://sets/secret.* is denied.*AWS_ACCESS_KEY"):
         storage.read_bytes(remote.uri(proxy.endpoint, "secret"))
     assert time.monotonic() - started < 2
     assert proxy.counts["HEAD", "nothing"] == proxy.counts["HEAD", "secret"] == 1
@@ -106,13 +107,13 @@ def test_a_server_that_comes_back_is_waited_for(
     assert proxy.counts["GET", "plan.json"] >= 2
 
 
-@pytest.mark.parametrize("read", [read_card, lambda place: read_ledger(place, "val")])
+@pytest.mark.parametrize("read", [read_manifest, lambda place: read_ledger(place, "val")])
 def test_a_lost_server_is_an_error_after_bounded_attempts(
     s3_endpoint: str, read: object, quick: None
 ) -> None:
     place = remote.uri(f"http://127.0.0.1:{remote.free_port()}", "small")
     with pytest.raises(
-        DataError, match=r"cannot be reached .* tried 4 times in .*AWS_ENDPOINT_URL"
+        UserError, match=r"cannot be reached .* tried 4 times in .*AWS_ENDPOINT_URL"
     ):
         read(place)  # type: ignore[operator]
 
@@ -122,20 +123,20 @@ def test_the_endpoint_comes_from_the_environment_too(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     storage._s3.cache_clear()
-    assert read_card("s3://sets/small") == read_card(small_set)
+    assert read_manifest("s3://sets/small") == read_manifest(small_set)
     storage._s3.cache_clear()
     assert proxy.gets("dataset.json") == {"dataset.json": 1}
 
 
 def test_a_password_in_a_uri_is_refused_and_not_shown() -> None:
-    with pytest.raises(DataError, match="environment instead") as caught:
+    with pytest.raises(UserError, match="environment instead") as caught:
         storage.read_bytes("s3://key:hidden@bucket/a")
     assert "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["ftp://host/a", "s3://bucket/a?colour=red"])
 def test_a_uri_that_nothing_opens_is_one_line(place: str) -> None:
-    with pytest.raises(DataError, match=r"cannot be opened .*give a folder, or a URI"):
+    with pytest.raises(UserError, match=r"cannot be opened .*give a folder, or a URI"):
         storage.read_bytes(place)
 
 
@@ -211,10 +212,10 @@ def test_a_write_that_cannot_succeed_is_an_error_and_leaves_what_was_there(
     storage.write_atomically(place, b"old")
     proxy.fault = lambda method, name, before: 503 if method in ("PUT", "POST") else None
     for content in (b"new", LARGE):
-        with pytest.raises(DataError, match=r"cannot be reached .* tried 4 times"):
+        with pytest.raises(UserError, match=r"cannot be reached .* tried 4 times"):
             storage.write_atomically(place, content)
     proxy.fault = lambda method, name, before: 403 if method in ("PUT", "POST") else None
-    with pytest.raises(DataError, match="is denied"):
+    with pytest.raises(UserError, match="is denied"):
         storage.write_atomically(place, b"new")
     with pytest.raises(ZeroDivisionError):
         write_half(place)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks.synthetic_controls import learned_accuracy
-from model.baselines import centred_boxes, fit_centred_box, whole_image_boxes
-from model.protocols import best_iou
+from pipeline.evaluation.constant_boxes import centred_boxes, fit_centred_box, whole_image_boxes
+from pipeline.evaluation.protocols import best_iou
 from pipeline.synthetic import WNIDS, SyntheticConfig, draw_image, write_synthetic
 
 CONFIG = SyntheticConfig()

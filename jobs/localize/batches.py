@@ -1,0 +1,226 @@
+"""Locating objects in image files: batches of them through the nets, pictures of what was found."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.cli import option
+from jobs.pictures import draw_overlay, encode_png, mask_picture
+from jobs.runs import ModelConfig, Nets, colour_statistics
+from model.localization import RULES, localize
+from model.masking import mask_map
+from model.step import normalize
+from pipeline.errors import UserError
+from pipeline.evaluation.protocols import scale_boxes
+from pipeline.shards.images import ImageError, read_image
+from pipeline.shards.superpixels import superpixels
+from pipeline.storage import write_atomically
+
+MASKS_NAME = "masks"
+TOP = 5  # classes given per image
+MOST_THREADS = 8  # by default: a thread may hold 0.7 GB for an image of the largest size
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalizeConfig:
+    """Which images, by which nets, and where the results go."""
+
+    images: tuple[Path, ...] = option(
+        help="image files, or folders that are searched for them", positional=True
+    )
+    run: Path = option(help="folder of a finished jobs.train")
+    output: Path = option(help="folder for boxes.json and the pictures")
+    overlays: bool = option(
+        True, help="write a PNG per image with the mask's colours, the box and the class over it"
+    )
+    masks: bool = option(
+        False,
+        help="write masks/: a grey PNG per image, of its size, 255 times the probability of being "
+        "masked (threshold at 128 for what is masked more often than not)",
+    )
+    rule: str = option("paper", help=f"how a box follows from a map: {', '.join(RULES)}")
+    batch_size: int = option(
+        32, help="images the nets see at once; a result may depend on it in its last digit"
+    )
+    threads: int | None = option(
+        None, help=f"batches at work at once (default: one per CPU core, at most {MOST_THREADS})"
+    )
+    device: str = option("auto", help="cpu, cuda, or auto: cuda where there is a GPU")
+
+    def __post_init__(self) -> None:
+        checks = {
+            "rule": (self.rule in RULES, f"one of {', '.join(RULES)}"),
+            "batch_size": (self.batch_size >= 1, "from 1"),
+            "threads": (self.threads is None or self.threads >= 1, "from 1"),
+            "device": (self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+        }
+        for name, (good, allowed) in checks.items():
+            if not good:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {getattr(self, name)} is out of range: {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """An image file, and the names of its pictures within the output folder."""
+
+    path: Path
+    overlay: str
+    mask: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """An image at the nets' size. pixels: uint8 [h, w, 3]; segments: labels [h, w]; height, width:
+    the file's own."""
+
+    pixels: np.ndarray
+    segments: np.ndarray
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """What was found in one image. map: float32 [h, w] at the nets' size, in [0, 1]. box:
+    [x0, y0, x1, y1] in inclusive pixels of the file, not rotated by EXIF. found: False where the
+    map was flat and the box therefore is the whole image. top5: (wnid, name, probability) of up to
+    five classes on the unmasked image, by the classifier trained on clean images, best first."""
+
+    map: np.ndarray
+    box: list[int]
+    found: bool
+    top5: list[tuple[str, str, float]]
+
+
+def prepare(config: ModelConfig, data: bytes) -> Prepared:
+    """An image file's bytes at the nets' size, cut into superpixels. Raises ImageError."""
+    image = read_image(data, config.height, config.width)
+    return Prepared(
+        pixels=image.pixels,
+        segments=superpixels(image.pixels, config.superpixels, config.compactness),
+        height=image.height,
+        width=image.width,
+    )
+
+
+def locate(
+    nets: Nets, prepared: Sequence[Prepared], *, batch_size: int, rule: str = "paper"
+) -> list[Located]:
+    """The boxes and classes of up to `batch_size` images, on the device where the nets are.
+
+    The nets always see `batch_size` images, the last ones blank where there are fewer: kernels
+    are chosen, and sums rounded, by a batch's size, so that an image's result depends on that
+    but not on its neighbours. Raises UserError for nets that give no finite map.
+    """
+    config, count = nets.config, len(prepared)
+    device = next(nets.corruption.parameters()).device
+    pixels = np.zeros((batch_size, config.height, config.width, 3), np.uint8)
+    labels = np.zeros((batch_size, config.height, config.width), np.int64)
+    for i, one in enumerate(prepared):
+        pixels[i], labels[i] = one.pixels, one.segments
+    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous()
+    segments = torch.from_numpy(labels).to(device)
+    x = normalize(images, *colour_statistics(config, device))
+    with torch.no_grad():
+        maps = mask_map(nets.corruption, x, segments, config.superpixels)
+        logits = nets.clean_classifier(x)
+        scores, order = torch.softmax(logits, dim=1).sort(dim=1, descending=True, stable=True)
+    values = maps[:count].cpu().numpy()
+    top = zip(order[:count, :TOP].tolist(), scores[:count, :TOP].tolist(), strict=True)
+    try:
+        boxes, found = localize(values, rule)
+    except ValueError as error:  # of the nets, not of an image: every other one would fail too
+        raise UserError(str(error)) from None
+    sizes = np.array([(one.height, one.width) for one in prepared])
+    boxes = scale_boxes(boxes, np.array((config.height, config.width)), sizes)
+    return [
+        Located(
+            map=values[i],
+            box=boxes[i].tolist(),
+            found=bool(found[i]),
+            top5=[
+                (config.classes[c], config.class_names[c], score)
+                for c, score in zip(classes, probabilities, strict=True)
+            ],
+        )
+        for i, (classes, probabilities) in enumerate(top)
+    ]
+
+
+def file_state(path: Path) -> dict[str, int]:
+    """What tells a file from a changed one: its bytes, and its time of change in ns."""
+    state = path.stat()
+    return {"bytes": state.st_size, "modified_ns": state.st_mtime_ns}
+
+
+def process_batch(nets: Nets, config: LocalizeConfig, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Locate up to `config.batch_size` files, write their pictures, and return an entry of
+    boxes.json for each, in order; that of a file that cannot be used says why.
+
+    Files are read again to be drawn, rather than kept in memory. Raises UserError for nets without
+    finite maps, OSError where a picture cannot be written: both would fail every other image too.
+    """
+    entries: list[dict[str, Any]] = []
+    good: list[tuple[int, Prepared]] = []
+    for i, job in enumerate(jobs):
+        entry: dict[str, Any] = {"image": str(job.path), "status": "ok"}
+        try:
+            entry |= file_state(job.path)
+            good.append((i, prepare(nets.config, job.path.read_bytes())))
+        except (ImageError, OSError, MemoryError) as error:
+            entry = _failure(job, error)
+        entries.append(entry)
+    if not good:
+        return entries
+    located = locate(nets, [one for _, one in good], batch_size=config.batch_size, rule=config.rule)
+    for (i, one), found in zip(good, located, strict=True):
+        try:
+            pictures = _pictures(config, jobs[i], one, found)
+        except (ImageError, OSError, MemoryError) as error:
+            entries[i] = _failure(jobs[i], error)
+            continue
+        top = [{"class": wnid, "name": name, "score": score} for wnid, name, score in found.top5]
+        entries[i] |= {
+            "width": one.width,
+            "height": one.height,
+            "box": found.box,
+            "found": found.found,
+            **top[0],
+            "top5": top,
+        }
+        for kind, (name, data) in pictures.items():
+            path = config.output / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, data)
+            entries[i][kind] = name
+    return entries
+
+
+def _failure(job: Job, error: Exception) -> dict[str, Any]:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return {
+        "image": str(job.path),
+        "status": "failed",
+        "error": reason or "too large for this machine's memory",
+    }
+
+
+def _pictures(
+    config: LocalizeConfig, job: Job, image: Prepared, found: Located
+) -> dict[str, tuple[str, bytes]]:
+    """Name within the output folder and PNG of each picture asked for."""
+    pictures = {}
+    if config.overlays:
+        pixels = read_image(job.path.read_bytes(), image.height, image.width).pixels
+        _, name, score = found.top5[0]
+        overlay = draw_overlay(pixels, found.map, found.box, f"{name} {score:.0%}")
+        pictures["overlay"] = (job.overlay, encode_png(overlay))
+    if config.masks:
+        mask = mask_picture(found.map, image.height, image.width)
+        pictures["mask"] = (job.mask, encode_png(mask))
+    return pictures

@@ -1,0 +1,208 @@
+"""RUN/model/: the trained nets with everything needed to use them again."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from model.classifier import Classifier
+from model.corruption import LOGIT_LIMIT, CorruptionNet
+from pipeline.errors import UserError
+from pipeline.storage import write_atomically
+
+MODEL_NAME = "model/model.json"  # model/model.safetensors holds the weights
+MODEL_FORMAT = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the nets, and how images are normalized (mean and std per channel, in 0..255).
+    logit_limit: bound of the corruption net's logits, 0 for none. residual_blocks: of the
+    classifier, after each layer but the first. guide: whether the corruption net holds the clean
+    classifier and sees its last feature map."""
+
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    height: int
+    width: int
+    net_width: int
+    bottleneck: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    superpixels: int
+    compactness: float
+    logit_limit: float = LOGIT_LIMIT
+    residual_blocks: int = 0
+    guide: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nets:
+    """corruption: the averaged corruption net. classifier: the co-trained one.
+    clean_classifier: the same architecture trained on clean images alone."""
+
+    config: ModelConfig
+    corruption: CorruptionNet
+    classifier: Classifier
+    clean_classifier: Classifier
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The nets by name."""
+        return {
+            "corruption": self.corruption,
+            "classifier": self.classifier,
+            "clean_classifier": self.clean_classifier,
+        }
+
+
+def colour_statistics(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation per channel, float32 [3] each, in 0..255, on the device."""
+    return torch.tensor(config.mean, device=device), torch.tensor(config.std, device=device)
+
+
+def new_corruption(config: ModelConfig) -> CorruptionNet:
+    """A corruption net with random weights from torch's global generator."""
+    size = (config.height, config.width)
+    guide = None
+    if config.guide:
+        with torch.random.fork_rng(devices=[]):  # the rest is drawn as without a guide
+            guide = new_classifier(config)
+    return CorruptionNet(size, config.net_width, config.bottleneck, config.logit_limit, guide)
+
+
+def new_classifier(config: ModelConfig) -> Classifier:
+    """A classifier with random weights from torch's global generator."""
+    return Classifier(len(config.classes), config.net_width, config.residual_blocks)
+
+
+def net_tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """All weights, named NET.PARAMETER."""
+    return {
+        f"{name}.{key}": tensor
+        for name, net in nets.items()
+        for key, tensor in net.state_dict().items()
+    }
+
+
+def load_net_tensors(nets: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Fill the nets, in place, from what `net_tensors` named. Raises RuntimeError where they are
+    of another shape."""
+    for name, net in nets.items():
+        start = f"{name}."
+        own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
+        net.load_state_dict(own)
+
+
+def save_nets(run: Path, nets: Nets, record: dict[str, Any]) -> None:
+    """Write RUN/model/; `record` (configuration, commit, versions) goes with it. The JSON file
+    is there only once all is."""
+    content = {"format": MODEL_FORMAT, "config": asdict(nets.config), "record": record}
+    write_weights(run / MODEL_NAME, net_tensors(nets.modules()), content)
+
+
+def load_nets(run: Path) -> Nets:
+    """Read RUN/model/ onto the CPU, in evaluation mode. Raises UserError for missing, damaged or
+    foreign files."""
+    path = run / MODEL_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{run} holds no {MODEL_NAME}: no training has finished there. "
+            f"Run: python -m jobs.train --data SHARDS --output {run}"
+        )
+    try:
+        tensors, content = read_weights(path)
+    except DamagedError as error:
+        raise UserError(
+            f"{error}; copy the run again, or delete {path.parent} and give the training's command "
+            "again: it goes on from the last checkpoint"
+        ) from error
+    if content.get("format") != MODEL_FORMAT:
+        raise UserError(
+            f"{path} has format {content.get('format')}; this program reads {MODEL_FORMAT}."
+        )
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in content["config"].items()
+    }
+    config = ModelConfig(**values)
+    nets = Nets(
+        config=config,
+        corruption=new_corruption(config).eval(),
+        classifier=new_classifier(config).eval(),
+        clean_classifier=new_classifier(config).eval(),
+    )
+    load_net_tensors(nets.modules(), tensors)
+    return nets
+
+
+class DamagedError(Exception):
+    """Files that are not what was written: cut off, changed, or half there. The message says
+    which file and how."""
+
+
+def tensors_path(path: Path) -> Path:
+    """Where the tensors beside a JSON file are."""
+    return path.with_suffix(".safetensors")
+
+
+def _content_hash(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+    """Write `content` to the JSON file `path` and the tensors beside it.
+
+    The JSON comes last, as the mark that all is there, and holds the size and SHA-256 of the
+    tensors' file and the SHA-256 of itself. Raises OSError where the disk is full, for one.
+    """
+    data = safetensors.torch.save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    write_atomically(tensors_path(path), data)
+    whole = {
+        **content,
+        "tensors": {
+            "file": tensors_path(path).name,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        },
+    }
+    whole["sha256"] = _content_hash(whole)
+    write_atomically(path, (json.dumps(whole, indent=1) + "\n").encode())
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, on the CPU, and the content. Raises DamagedError."""
+    try:
+        content = json.loads(path.read_bytes())
+        stated = content.pop("sha256")
+        expected = content["tensors"]
+        size, sha256 = expected["bytes"], expected["sha256"]
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path} is not what was written ({type(error).__name__})") from error
+    if _content_hash(content) != stated:
+        raise DamagedError(f"{path} was changed after it was written (its SHA-256 is another)")
+    beside = tensors_path(path)
+    try:
+        data = beside.read_bytes()
+    except FileNotFoundError:
+        raise DamagedError(f"{beside} is missing") from None
+    if len(data) != size:
+        raise DamagedError(f"{beside} has {len(data)} bytes instead of {size}")
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DamagedError(f"{beside} was changed after it was written (its SHA-256 is another)")
+    try:
+        return safetensors.torch.load(data), content
+    except SafetensorError as error:
+        raise DamagedError(f"{beside} is not a safetensors file ({error})") from error

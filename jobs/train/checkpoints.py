@@ -1,0 +1,79 @@
+"""RUN/checkpoints/: what a run goes on from. One folder per checkpoint, written whole, read with
+every byte checked, the newest sound one used."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from jobs.runs import DamagedError, read_weights, write_weights
+
+CHECKPOINTS_NAME = "checkpoints"
+STATE_NAME = "state.json"  # state.safetensors holds the tensors
+CHECKPOINT_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A sound checkpoint, and what is wrong with the newer ones."""
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+    damaged: tuple[str, ...]
+
+
+def _folders(run: Path) -> list[Path]:
+    """Complete ones, newest first; one whose writing was cut off has no JSON yet."""
+    return sorted(
+        (path.parent for path in (run / CHECKPOINTS_NAME).glob(f"step-*/{STATE_NAME}")),
+        reverse=True,
+    )
+
+
+def write_checkpoint(
+    run: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint, then delete all but the newest `keep`. Raises OSError, with nothing
+    left of the new one and the older ones untouched, where it cannot be written."""
+    folder = run / CHECKPOINTS_NAME / f"step-{step:09}"
+    try:
+        write_weights(
+            folder / STATE_NAME, tensors, {"format": CHECKPOINT_FORMAT, "numbers": dict(numbers)}
+        )
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    kept = _folders(run)[:keep]
+    for path in (run / CHECKPOINTS_NAME).glob("step-*"):
+        if path not in kept:
+            shutil.rmtree(path)
+    return folder
+
+
+def read_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest sound checkpoint, None where none was written yet. Raises DamagedError where all
+    are damaged."""
+    damaged: list[str] = []
+    for folder in _folders(run):
+        try:
+            tensors, content = read_weights(folder / STATE_NAME)
+        except DamagedError as error:
+            damaged.append(str(error))
+            continue
+        if content.get("format") != CHECKPOINT_FORMAT:
+            raise DamagedError(
+                f"{folder} has format {content.get('format')}; this program reads "
+                f"{CHECKPOINT_FORMAT}"
+            )
+        return Checkpoint(
+            folder=folder, tensors=tensors, numbers=content["numbers"], damaged=tuple(damaged)
+        )
+    if damaged:
+        raise DamagedError(
+            f"no sound checkpoint is left ({'; '.join(damaged)}); train anew in another --output"
+        )
+    return None

@@ -1,0 +1,88 @@
+"""The same few images through the whole of a run: what the masks make of them."""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jobs.loading import LoadingConfig
+from jobs.pictures import heat
+from jobs.runs import ModelConfig, colour_statistics
+from model.masking import mask_map
+from model.step import normalize
+from pipeline.loading.loader import evaluation_batches
+from pipeline.shards.format import Manifest
+
+COUNT = 8
+SIDE = 128  # pixels of an image in the picture, at least
+GAP = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """images: uint8 [N, 3, H, W]; segments: int64 [N, H, W]; both on the training's device.
+    places: of the images in their split, in its order."""
+
+    images: Tensor
+    segments: Tensor
+    split: str
+    places: list[int]
+
+
+def load_examples(
+    config: LoadingConfig, manifest: Manifest, device: torch.device, count: int = COUNT
+) -> Examples:
+    """A few images, as stored, evenly spaced over the val split, or train where that is empty.
+    Their boxes are not looked at, and nothing is chosen by them."""
+    val = manifest.splits.get("val")
+    split = "val" if val is not None and val.images else "train"
+    total = manifest.splits[split].images
+    places = sorted({total * number // count for number in range(count)})
+    batches = [
+        next(
+            evaluation_batches(
+                config.data,
+                manifest,
+                split,
+                batch_size=1,
+                first=place,
+                stop=place + 1,
+                device=device,
+                cache_folder=config.cache_folder(),
+                cache_bytes=config.cache_bytes(),
+            )
+        )
+        for place in places
+    ]
+    return Examples(
+        images=torch.cat([batch.images for batch in batches]),
+        segments=torch.cat([batch.segments for batch in batches]),
+        split=split,
+        places=places,
+    )
+
+
+def draw_examples(examples: Examples, corruption: nn.Module, model: ModelConfig) -> np.ndarray:
+    """RGB uint8 picture of three rows: the images, the probability of masking each superpixel
+    (dark blue 0, yellow 1), and the images faded to the mean colour by it."""
+    images = normalize(examples.images, *colour_statistics(model, examples.images.device))
+    with torch.no_grad():
+        maps = mask_map(corruption, images, examples.segments, model.superpixels).cpu().numpy()
+    pixels = examples.images.permute(0, 2, 3, 1).cpu().numpy()
+    mean = np.array(model.mean)
+    faded = maps[..., None] * mean + (1 - maps[..., None]) * pixels
+    scale = max(1, -(-SIDE // max(model.height, model.width)))
+    rows = [
+        [_cell(picture, scale) for picture in row]
+        for row in (pixels, [heat(values) for values in maps], np.rint(faded).astype(np.uint8))
+    ]
+    return np.vstack([np.hstack(row) for row in rows])
+
+
+def _cell(picture: np.ndarray, scale: int) -> np.ndarray:
+    large = np.ascontiguousarray(picture.repeat(scale, 0).repeat(scale, 1))
+    return cv2.copyMakeBorder(
+        large, 0, GAP, 0, GAP, cv2.BORDER_CONSTANT, value=(255.0, 255.0, 255.0)
+    )

@@ -1,0 +1,223 @@
+"""What training says of itself: RUN/metrics.jsonl, TensorBoard, Ray's metrics, MLflow, the line a
+person reads, and the table at the end."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray.util.metrics import Gauge
+from tensorboardX import SummaryWriter
+
+from jobs.cli import duration, table
+from pipeline.storage import write_atomically
+
+METRICS_NAME = "metrics.jsonl"
+TENSORBOARD_NAME = "tensorboard"
+EXAMPLES_NAME = "examples"
+MLFLOW_NAME = "mlflow-run.txt"  # the id under which a resumed run goes on
+
+
+class MlflowLog:
+    """The same numbers to an MLflow server or folder. A server that fails ends this log, not the
+    training; `failure` then says why."""
+
+    def __init__(self, uri: str, run: Path, parameters: dict[str, Any]) -> None:
+        import mlflow  # an optional package
+
+        # a server that is away holds training up for seconds, not minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        self.failure: str | None = None
+        path = run / MLFLOW_NAME
+        try:
+            self.client = mlflow.MlflowClient(tracking_uri=uri)
+            if path.exists():
+                self.run_id = path.read_text()
+                return
+            experiment = self.client.get_experiment_by_name("aln")
+            number = experiment.experiment_id if experiment else None
+            number = number or self.client.create_experiment("aln")
+            self.run_id = self.client.create_run(number, run_name=run.name).info.run_id
+            named = [mlflow.entities.Param(key, str(value)) for key, value in parameters.items()]
+            self.client.log_batch(self.run_id, params=named)
+        except (mlflow.MlflowException, OSError) as error:
+            self.failure = f"MLflow at {uri}: {error}"
+            return
+        write_atomically(path, self.run_id.encode())
+
+    def write(self, values: dict[str, float], step: int) -> None:
+        """Log one interval."""
+        import mlflow
+
+        if self.failure is not None:
+            return
+        now = round(time.time() * 1000)
+        try:
+            self.client.log_batch(
+                self.run_id,
+                [mlflow.entities.Metric(key, value, now, step) for key, value in values.items()],
+            )
+        except (mlflow.MlflowException, OSError) as error:
+            self.failure = f"MLflow: {error}"
+
+    def close(self) -> None:
+        """Mark the run as finished."""
+        if self.failure is None:
+            self.client.set_terminated(self.run_id)
+
+
+class TrainingLog:
+    """Appends to a run's metrics file and TensorBoard events, from one rank alone.
+
+    A resumed run first drops what was logged after its checkpoint, so every step is there once.
+    gauges: also as Ray metrics, which its dashboard and Prometheus show as aln_NAME.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        resumed_step: int,
+        *,
+        gauges: bool = False,
+        mlflow: MlflowLog | None = None,
+    ) -> None:
+        self.run = run
+        path = run / METRICS_NAME
+        kept = []
+        if path.exists():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if _step(line) <= resumed_step]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        self.file = path.open("a")
+        self.events = SummaryWriter(str(run / TENSORBOARD_NAME), purge_step=resumed_step + 1)
+        self.gauges: dict[str, Gauge] | None = {} if gauges else None
+        self.mlflow = mlflow
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Say something once, with the next interval."""
+        self.notes.append(text)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Log one interval; `values` holds "step", "phase" and JSON numbers."""
+        if self.mlflow is not None and self.mlflow.failure is not None:
+            self.note(self.mlflow.failure)
+            self.mlflow = None
+        notes = {"notes": self.notes} if self.notes else {}
+        self.notes = []
+        self.file.write(json.dumps(values | notes) + "\n")
+        self.file.flush()
+        numbers = {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, int | float) and name != "step"
+        }
+        for name, value in numbers.items():
+            self.events.add_scalar(f"{values['phase']}/{name}", value, values["step"])
+        self.events.flush()
+        if self.gauges is not None:
+            for name, value in numbers.items():
+                if name not in self.gauges:
+                    self.gauges[name] = Gauge(
+                        f"aln_{name}", f"training: {name}", tag_keys=("run", "phase")
+                    )
+                self.gauges[name].set(value, {"run": self.run.name, "phase": values["phase"]})
+        if self.mlflow is not None:
+            named = {f"{values['phase']}/{name}": value for name, value in numbers.items()}
+            self.mlflow.write(named, values["step"])
+
+    def picture(self, step: int, picture: np.ndarray, encoded: bytes) -> None:
+        """Keep the example images' masks at a step: RGB uint8 [H, W, 3] and the same as PNG."""
+        path = self.run / EXAMPLES_NAME / f"step-{step:06}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, encoded)
+        self.events.add_image("examples", picture, step, dataformats="HWC")
+        self.events.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        self.events.close()
+        if self.mlflow is not None:
+            self.mlflow.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf  # the last line of a killed run may be cut off
+
+
+def _intervals(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (run / METRICS_NAME).read_text().splitlines()]
+
+
+def waiting_summary(run: Path) -> str:
+    """How much of a run's training time went into waiting for batches, by phase, in one line; the
+    wait for the first batch of each start, while the loader starts, is named apart."""
+    seconds: dict[str, float] = {}
+    waited: dict[str, float] = {}
+    starting = 0.0
+    for values in _intervals(run):
+        phase, first = values["phase"], values["first_batch_seconds"]
+        seconds[phase] = seconds.get(phase, 0.0) + values["seconds"] - first
+        waited[phase] = waited.get(phase, 0.0) + values["waiting"] * values["seconds"] - first
+        starting += first
+    shares = [f"{phase} {max(0.0, waited[phase]) / seconds[phase]:.1%}" for phase in seconds]
+    return f"waiting for data: {', '.join(shares)}; for the first batches {starting:.1f} s"
+
+
+def summary(run: Path) -> str:
+    """The table at the end of training: each phase's steps, time and rate, and where it ended."""
+    columns = (
+        *(("accuracy", "accuracy"), ("clean_accuracy", "clean"), ("context_accuracy", "context")),
+        ("swapped_accuracy", "swapped"),
+        *(("target", "target"), ("area", "area"), ("area_weight", "lambda")),
+        *(("joint_share", "joint"), ("corruption_loss", "corruption loss")),
+        ("classifier_loss", "classifier loss"),
+    )
+    intervals = _intervals(run)
+    phases = list(dict.fromkeys(values["phase"] for values in intervals))
+    rows, start = [], 0
+    for phase in phases:
+        own = [values for values in intervals if values["phase"] == phase]
+        steps = own[-1]["step"] - start
+        seconds = sum(values["seconds"] for values in own)
+        images = sum(values["images_per_second"] * values["seconds"] for values in own)
+        start = own[-1]["step"]
+        # a column that some lines lack is taken from the last line that has it
+        last = {name: value for values in own for name, value in values.items()}
+        rows.append(
+            [phase, str(steps), duration(seconds), f"{images / seconds:.0f}"]
+            + [f"{last[name]:.3g}" if name in last else "-" for name, _ in columns]
+        )
+    headers = ["phase", "steps", "time", "images/s", *(title for _, title in columns)]
+    return table(headers, rows)
+
+
+def line(values: dict[str, Any]) -> str:
+    """One interval's values as the line that the terminal shows."""
+    parts = [f"step {values['step']}/{values['steps']}", f"epoch {values['epoch'] + 1}"]
+    if values["phase"] == "warmup":
+        parts += ["warm-up", f"loss {values['classifier_loss']:.3f}"]
+        parts += [f"accuracy {values['accuracy']:.3f}"]
+    else:
+        parts += [f"joint {values['joint_share']:.0%}"]
+        parts += [f"corruption loss {values['corruption_loss']:.3f}"]
+        if "imitation_loss" in values:
+            parts += [f"imitation loss {values['imitation_loss']:.3f}"]
+        parts += [f"classifier loss {values['classifier_loss']:.3f}"]
+        parts += [f"masked accuracy {values['accuracy']:.3f} (target {values['target']:.3f})"]
+        if "clean_accuracy" in values:
+            parts += [f"clean {values['clean_accuracy']:.3f}"]
+            parts += [f"context {values['context_accuracy']:.3f}"]
+            parts += [f"swapped masks {values['swapped_accuracy']:.3f}"]
+        parts += [f"lambda {values['area_weight']:.3g}", f"area {values['area']:.3f}"]
+    parts += [f"{values['images_per_second']:.0f} images/s", f"waiting {values['waiting']:.1%}"]
+    parts += [f"ETA {duration(values['eta_seconds'])}"]
+    parts += [f"NOTE: {text}" for text in values.get("notes", [])]
+    return " | ".join(parts)

@@ -1,0 +1,173 @@
+"""Layer-wise relevance propagation (LRP)."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from model.saliency import _resized
+
+SMALLEST_PART = 1e-9  # layer-wise relevance: a part nearer to 0 than this gets none
+
+
+# What layer-wise relevance treats alike; a normalization with the place of its weight.
+NORMALIZATIONS = {
+    functional.batch_norm: 3,
+    functional.instance_norm: 3,
+    functional.group_norm: 2,
+    functional.layer_norm: 2,
+}
+
+
+ACTIVATIONS = {
+    functional.silu,
+    functional.hardswish,
+    functional.gelu,
+    functional.mish,
+    functional.elu,
+    functional.relu6,
+    functional.hardtanh,
+}
+
+
+GATES = {
+    functional.sigmoid,
+    functional.hardsigmoid,
+    functional.softmax,
+    torch.sigmoid,
+    torch.softmax,
+    Tensor.sigmoid,
+    Tensor.sigmoid_,
+    Tensor.softmax,
+}
+
+
+class _Explained(torch.autograd.Function):
+    """A value whose gradient x input passes its relevance on to `part`, in proportion."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, part: Tensor) -> Tensor:
+        small = part.abs() <= SMALLEST_PART
+        ctx.save_for_backward((value / part).masked_fill_(small, 0))
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (ratio,) = ctx.saved_tensors
+        return None, gradient * ratio
+
+
+class _RelevanceRules(TorchFunctionMode):
+    """While entered, gradient x input of what torch computes is layer-wise relevance.
+
+    Values stay what they are; only their gradients change. What is not named here (linear layers,
+    pooling, sums, ReLU) keeps its gradient, which shares relevance in proportion already.
+
+    ones: 1 for each pixel that the first convolution reads, [B, 1, H, W]; None before it. Their
+    gradient is the relevance of the pixels.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ones: Tensor | None = None
+        self._convolved: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        named = kwargs or {}
+        if func is functional.conv2d:
+            return self._convolution(*args, **named)
+        if func in NORMALIZATIONS:
+            place = NORMALIZATIONS[func]
+            scale = named.get("weight", args[place] if len(args) > place else None)
+            # As one fixed factor per value: all relevance goes to the value that is normalized.
+            return self._normalization(args[0], func(*args, **named).detach(), scale)
+        if func in ACTIVATIONS:
+            value = func(args[0].detach().clone(), *args[1:], **named)  # may work in place
+            return _Explained.apply(value, args[0])
+        if func in GATES:
+            return func(args[0].detach().clone(), *args[1:], **named)  # a factor, no signal
+        return func(*args, **named)
+
+    def _convolution(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        weight = weight.detach()
+        place = (stride, padding, dilation)
+        with torch.no_grad():
+            value = functional.conv2d(x, weight, bias, *place, groups)
+        if self.ones is None:
+            self.ones = torch.ones_like(x[:, :1]).requires_grad_()
+            window = torch.ones_like(weight[:1, :1])
+            return _Explained.apply(value, functional.conv2d(self.ones, window, None, *place))
+
+        def positive(weight: Tensor) -> Tensor:
+            """The sum of the positive terms x * weight alone."""
+            above, below = weight.clamp(min=0), weight.clamp(max=0)
+            if not bool((x.detach() < 0).any()):  # as after a ReLU: half the cost
+                return functional.conv2d(x, above, None, *place, groups)
+            high = functional.conv2d(x.clamp(min=0), above, None, *place, groups)
+            return high + functional.conv2d(x.clamp(max=0), below, None, *place, groups)
+
+        output = _Explained.apply(value, positive(weight))
+        self._convolved = output, lambda signs: positive(weight * signs.view(-1, 1, 1, 1))
+        return output
+
+    def _normalization(self, x: Tensor, value: Tensor, scale: Tensor | None) -> Tensor:
+        convolved, self._convolved = self._convolved, None
+        if scale is not None and convolved is not None and x is convolved[0]:
+            signs = scale.detach().sign()
+            if bool((signs < 0).any()):  # what was negative before is positive after
+                return _Explained.apply(value, convolved[1](signs))
+        return _Explained.apply(value, x)
+
+
+def layerwise_relevance(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    """Layer-wise relevance propagation (LRP, Bach et al. 2015) of the class's logit to the pixels.
+
+    Positive values speak for the class, negative ones against it. They sum up to the logit less
+    what biases keep: those of linear layers, and those that made a value on their own. Rules:
+    linear layers share relevance by their terms x * weight, convolutions by the positive terms
+    alone (z+; the bias gets none), the first one evenly over its window (flat), so that brightness
+    does not count; normalizations and activations pass it on whole; sums share it in proportion,
+    maxima give it to the largest; gates (sigmoid, softmax) are factors.
+
+    network: logits from convolutions, in evaluation mode; anything made of torch.nn layers or
+    torch.nn.functional calls, uncompiled. Its weights and modules are not touched, and images do
+    not affect each other. images: normalized float [B, 3, H, W]; classes: int64 [B]. Returns
+    float32 [B, H, W]; where the first convolution sees another size (padding, a rearranging
+    stem), the map is resized bilinearly from there. Raises ValueError for a network without a
+    convolution.
+
+    Blur the signed map before a box is found. Measured on the generated set (1,000 images, GT-known
+    by the paper's rule, interval +-2.3 points), blurred: signed 84.1 %, positive part 84.1 %,
+    absolute value 84.8 %; not blurred: 45 % each. Other rules, signed and blurred: gamma 0.25
+    74.8 %, epsilon 13.2 %.
+    """
+    rules = _RelevanceRules()
+    with torch.enable_grad(), rules:
+        logits = network(images.detach())
+    if rules.ones is None:
+        raise ValueError(
+            f"{type(network).__name__} has no convolution, where relevance would reach the pixels; "
+            "layer-wise relevance is for convolutional networks."
+        )
+    score = logits.gather(1, classes.unsqueeze(1)).sum()
+    (relevance,) = torch.autograd.grad(score, rules.ones)
+    maps = relevance.squeeze(1)
+    return maps if maps.shape[-2:] == images.shape[-2:] else _resized(maps, images)

@@ -1,0 +1,112 @@
+"""The protocols under which boxes are compared: their coordinates and their IoU.
+
+Boxes are [x0, y0, x1, y1]. Ours are inclusive integer pixels; the truth's are numbers that each
+protocol reads in its own way, and the figures differ by up to a point (docs/formats.md).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How boxes are compared. plus: added to x1 - x0 and y1 - y0, 1 where coordinates are
+    inclusive pixels. text: the protocol in words."""
+
+    plus: int
+    text: str
+
+
+SIDE = 224  # of the square to which "int224" carries every image
+PROTOCOLS = {
+    "devkit": Protocol(
+        plus=1, text="original pixels, inclusive, widths + 1: the ILSVRC development kit's rule"
+    ),
+    "exclusive": Protocol(plus=0, text="original pixels, edges of boxes, no + 1"),
+    "int224": Protocol(
+        plus=1,
+        text="images carried to 224 x 224, the truth truncated to whole pixels, widths + 1: "
+        "as wsolevaluation does",
+    ),
+}
+IOU_THRESHOLD = 0.5  # from which a box is right
+
+
+def box_area(boxes: np.ndarray, plus: int = 1) -> np.ndarray:
+    """Pixels in boxes: [..., 4] -> [...]."""
+    return (boxes[..., 2:] - boxes[..., :2] + plus).prod(axis=-1)
+
+
+def iou(boxes: np.ndarray, others: np.ndarray, plus: int = 1) -> np.ndarray:
+    """Intersection over union: [..., 4] and [..., 4] -> float64 [...], in [0, 1].
+
+    For integer boxes areas are integers and the quotient is rounded once, so comparing it with
+    0.5 is exact. 0 where both boxes are empty (plus 0).
+    """
+    low, high = (
+        np.maximum(boxes[..., :2], others[..., :2]),
+        np.minimum(boxes[..., 2:], others[..., 2:]),
+    )
+    intersection = np.clip(high - low + plus, 0, None).prod(axis=-1)
+    union = box_area(boxes, plus) + box_area(others, plus) - intersection
+    return np.divide(intersection, union, out=np.zeros(union.shape), where=union > 0)
+
+
+def truth_boxes(boxes: np.ndarray, sizes: np.ndarray, protocol: str) -> np.ndarray:
+    """Ground truth, or boxes given in its coordinates, as the protocol reads them.
+
+    boxes: [M, 4] in original pixels; sizes: integer [M, 2], (height, width) of each box's image.
+    """
+    if protocol != "int224":
+        return boxes
+    sides = np.tile(sizes[:, ::-1], 2).astype(np.float64)
+    return (boxes.astype(np.float64) * SIDE / sides).astype(np.int64)
+
+
+def own_boxes(boxes: np.ndarray, grid: np.ndarray, sizes: np.ndarray, protocol: str) -> np.ndarray:
+    """Our boxes, in inclusive pixels of a map or image, in the protocol's coordinates.
+
+    boxes: integer [N, 4]; grid: (height, width) or [N, 2] of what they are pixels of; sizes:
+    the same of the original images. Returns int64 [N, 4].
+    """
+    if protocol == "int224":
+        edges = scale_boxes(boxes, grid, np.array([SIDE, SIDE])) + np.array([0, 0, 1, 1])
+        return np.minimum(edges, SIDE - 1)
+    inclusive = scale_boxes(boxes, grid, sizes)
+    return inclusive + np.array([0, 0, 1, 1]) if protocol == "exclusive" else inclusive
+
+
+def best_iou(
+    boxes: np.ndarray, truths: np.ndarray, starts: np.ndarray, plus: int = 1
+) -> np.ndarray:
+    """The largest IoU of each box with its image's ground-truth boxes.
+
+    boxes: [N, 4]; truths: [M, 4], image by image; starts: int64 [N + 1], image i's are
+    truths[starts[i]:starts[i + 1]]. Returns float64 [N] in [0, 1], NaN where there is none.
+    """
+    owners = np.repeat(np.arange(len(boxes)), np.diff(starts))
+    best = np.full(len(boxes), np.nan)
+    np.fmax.at(best, owners, iou(boxes[owners], truths, plus))
+    return best
+
+
+def scale_boxes(
+    boxes: np.ndarray, stored: np.ndarray | tuple[int, int], sizes: np.ndarray
+) -> np.ndarray:
+    """Boxes in pixels of one size -> boxes in pixels of another, of the same images.
+
+    boxes: integer [N, 4]; stored, sizes: integer (height, width) or [N, 2], from and to. The
+    edges of the pixels are scaled, x and y alone, and rounded to the nearest edge, in integers:
+    the whole of one is the whole of the other. Returns int64 [N, 4], within the image and of at
+    least one pixel.
+    """
+    from_size = np.asarray(stored, np.int64)[..., ::-1]
+    to_size = np.asarray(sizes, np.int64)[..., ::-1]
+
+    def edge(position: np.ndarray) -> np.ndarray:
+        return (2 * position * to_size + from_size) // (2 * from_size)
+
+    first = np.minimum(edge(boxes[:, :2].astype(np.int64)), to_size - 1)
+    last = np.maximum(edge(boxes[:, 2:].astype(np.int64) + 1) - 1, first)
+    return np.concatenate([first, last], axis=1)

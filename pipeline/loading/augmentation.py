@@ -1,0 +1,354 @@
+"""Random crops, flips, translations and colours of whole batches, on the device that trains.
+
+What is drawn is a pure function of (seed, epoch, step). Where each output pixel looks is worked
+out here once, in float64 on the host, and the pixels are computed in integers: so a CPU (numba)
+and a GPU (torch) give the same bits.
+"""
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.loading.order import Position
+
+WEIGHT_BITS = 11  # of an interpolation weight: two of them and a byte fill 30 bits
+PIXEL_BITS = 6  # kept below a grey level between interpolation and colour
+COLOUR_BITS = 12  # of a colour matrix's entries
+STREAM = 1  # sets these draws apart from the order's: a seed [a, b] is the same as [a, b, 0]
+WORD_BITS = 21  # of a channel among three in a word of 64: a byte times a weight takes 19
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random crop, translation and flip, the same for an image and its superpixels, and colours.
+
+    min_area: the smallest share of the image that a crop keeps, in (0, 1]. max_aspect: the
+    largest factor by which a crop's aspect differs from the image's, at least 1; where a crop of
+    its area would not fit into the image, the aspect gives way. flip: whether half of the crops
+    are mirrored left to right. translation: the largest share of the image's side, in [0, 1), by
+    which a crop reaches over its edge; there the image is `fill`, and a pixel belongs to the
+    superpixel of the nearest stored one. brightness, contrast, saturation: the largest relative
+    change of each, in [0, 1); contrast turns about the grey of `fill`.
+    """
+
+    min_area: float = 0.7
+    max_aspect: float = 1.16
+    flip: bool = True
+    translation: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_area <= 1 or not 1 <= self.max_aspect < float("inf"):
+            raise ValueError(
+                f"min_area {self.min_area} must lie in (0, 1], "
+                f"max_aspect {self.max_aspect} be at least 1"
+            )
+        for name in ("translation", "brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1)")
+
+    @property
+    def colours(self) -> bool:
+        """Whether colours change at all."""
+        return max(self.brightness, self.contrast, self.saturation) > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What happens to each image of a batch.
+
+    start, end: float64 [B, 2], the crop's corners (y, x) in pixels of the stored image;
+    start x > end x means: mirrored. colours: int32 [B, 3, 4], rows of an affine map of RGB in
+    units of 2**-COLOUR_BITS (grey levels in the last column), or None where they do not change.
+    fill: uint8 [3], the colour beyond the image's edge.
+    """
+
+    start: np.ndarray
+    end: np.ndarray
+    colours: np.ndarray | None
+    fill: np.ndarray
+
+    def part(self, first: int, stop: int) -> "Draw":
+        colours = None if self.colours is None else self.colours[first:stop]
+        return Draw(
+            start=self.start[first:stop], end=self.end[first:stop], colours=colours, fill=self.fill
+        )
+
+
+def draw(
+    total: int,
+    seed: int,
+    position: Position,
+    size: tuple[int, int],
+    mean: tuple[float, float, float],
+    augmentation: Augmentation,
+) -> Draw:
+    """What happens to the `total` images of the global batch at `position`.
+
+    size: height and width in pixels. mean: of the set's pixels, 0..255: the fill colour.
+    """
+    random = np.random.default_rng([seed, position.epoch, position.step, STREAM])
+    area, aspect, place_y, place_x, mirror = random.random((5, total))
+    area = augmentation.min_area + (1 - augmentation.min_area) * area
+    stretch = np.exp(np.log(augmentation.max_aspect) * (2 * aspect - 1)).clip(area, 1 / area)
+    shares = np.minimum(np.sqrt([area / stretch, area * stretch]), 1).T  # 1 but for rounding
+    place = np.stack([place_y, place_x], axis=1)
+    start = (1 - shares) * place + augmentation.translation * (2 * place - 1)
+    start, end = start * np.array(size), (start + shares) * np.array(size)
+    mirrored = (mirror < 0.5) & augmentation.flip
+    start[mirrored, 1], end[mirrored, 1] = end[mirrored, 1], start[mirrored, 1]
+    changes = random.random((3, total))
+    return Draw(
+        start=start,
+        end=end,
+        colours=_colour_maps(changes, mean, augmentation) if augmentation.colours else None,
+        fill=np.rint(mean).astype(np.uint8),
+    )
+
+
+def _colour_maps(
+    uniform: np.ndarray, mean: tuple[float, float, float], augmentation: Augmentation
+) -> np.ndarray:
+    """Brightness, then contrast, then saturation as one affine map: int32 [B, 3, 4]."""
+    ranges = np.array([augmentation.brightness, augmentation.contrast, augmentation.saturation])
+    brightness, contrast, saturation = 1 + (2 * uniform - 1) * ranges[:, None]
+    grey = (1 - saturation)[:, None, None] * np.tile(LUMA, (3, 1))
+    matrix = saturation[:, None, None] * np.eye(3) + grey
+    matrix *= (brightness * contrast)[:, None, None]
+    # rows of the luma's matrix add up to 1, so saturation leaves the grey offset as it is
+    offset = (1 - contrast) * float(LUMA @ np.array(mean))
+    offsets = np.broadcast_to(offset[:, None, None], (len(offset), 3, 1))
+    return np.rint(np.concatenate([matrix, offsets], axis=2) * 2**COLOUR_BITS).astype(np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Axis:
+    """Where the outputs along one axis look, int32 [B, n] each.
+
+    nearest: the stored pixel nearest to the output's centre. low: the pixel below the centre,
+    from -1 on; its neighbour is low + 1, and both stand for the edge's pixel where they lie
+    beyond it. weight: of that neighbour, in units of 2**-WEIGHT_BITS. inside: 1 where the centre
+    lies in the image.
+    """
+
+    nearest: np.ndarray
+    low: np.ndarray
+    weight: np.ndarray
+    inside: np.ndarray
+
+
+def _axis(start: np.ndarray, end: np.ndarray, size: int) -> _Axis:
+    centre = start[:, None] + (np.arange(size) + 0.5) * ((end - start) / size)[:, None]
+    pixel = np.floor(centre)
+    low = np.floor(centre - 0.5)
+    return _Axis(
+        nearest=np.clip(pixel, 0, size - 1).astype(np.int32),
+        low=np.clip(low, -1, size - 1).astype(np.int32),
+        weight=np.rint((centre - 0.5 - low) * 2**WEIGHT_BITS).astype(np.int32),
+        inside=((pixel >= 0) & (pixel < size)).astype(np.int32),
+    )
+
+
+def augment(
+    images: Tensor, segments: Tensor, drawn: Draw, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Crop, flip and recolour a batch: uint8 [B, H, W, 3] and int64 [B, H, W].
+
+    images: uint8 [B, H, W, 3]. segments: uint8 or uint16 [B, H, W], on the same device. out: on
+    a CPU, tensors to put the result into; fresh ones otherwise. The image is interpolated
+    linearly between pixel centres, the label is that of the nearest pixel.
+    """
+    height, width = segments.shape[1:]
+    rows = _axis(drawn.start[:, 0], drawn.end[:, 0], height)
+    columns = _axis(drawn.start[:, 1], drawn.end[:, 1], width)
+    if images.is_cuda:
+        return _augment_in_torch(images, segments, rows, columns, drawn)
+    return _augment_in_numba(images, segments, rows, columns, drawn, out)
+
+
+def _augment_in_torch(
+    images: Tensor, segments: Tensor, rows: _Axis, columns: _Axis, drawn: Draw
+) -> tuple[Tensor, Tensor]:
+    device, (height, width) = images.device, segments.shape[1:]
+
+    def sent(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    def neighbours(axis: _Axis, size: int) -> tuple[Tensor, Tensor]:
+        low = sent(axis.low).long()
+        return low.clamp(min=0), (low + 1).clamp(max=size - 1)
+
+    batch = torch.arange(len(images), device=device)[:, None, None]
+    upper, lower = (x[:, :, None] for x in neighbours(rows, height))
+    left, right = (x[:, None, :] for x in neighbours(columns, width))
+    across = sent(columns.weight)[:, None, :, None]
+    down = sent(rows.weight)[:, :, None, None]
+    one = 2**WEIGHT_BITS
+
+    def between(row: Tensor) -> Tensor:
+        ends = images[batch, row, left].int(), images[batch, row, right].int()
+        return ends[0] * (one - across) + ends[1] * across
+
+    values = between(upper) * (one - down) + between(lower) * down
+    shift = 2 * WEIGHT_BITS - PIXEL_BITS
+    values = (values + (1 << (shift - 1))) >> shift
+    shift, half = PIXEL_BITS, 1 << (PIXEL_BITS - 1)
+    if drawn.colours is not None:
+        maps = sent(drawn.colours)[:, None, None]  # [B, 1, 1, 3, 4]
+        mixed = (maps[..., :3] * values.unsqueeze(-2)).sum(dim=-1, dtype=torch.int32)
+        values = mixed + maps[..., 3] * (1 << PIXEL_BITS)
+        shift, half = shift + COLOUR_BITS, half << COLOUR_BITS
+    pixels = ((values + half) >> shift).clamp(0, 255).to(torch.uint8)
+    inside = sent(rows.inside)[:, :, None] * sent(columns.inside)[:, None, :]
+    pixels = torch.where(inside[..., None] > 0, pixels, sent(drawn.fill))
+    nearest = sent(rows.nearest).long()[:, :, None], sent(columns.nearest).long()[:, None, :]
+    return pixels, segments.int()[batch, *nearest].long()
+
+
+def _augment_in_numba(
+    images: Tensor,
+    segments: Tensor,
+    rows: _Axis,
+    columns: _Axis,
+    drawn: Draw,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    if out is None:
+        out = torch.empty_like(images), torch.empty(segments.shape, dtype=torch.int64)
+    pixels, labels = out
+    _augment_batch(
+        images.numpy(),
+        segments.numpy(),
+        (rows.nearest, rows.low, rows.weight, rows.inside),
+        (columns.nearest, columns.low, columns.weight, columns.inside),
+        drawn.colours if drawn.colours is not None else np.zeros((0, 3, 4), np.int32),
+        drawn.fill,
+        bool(columns.inside.all()),
+        pixels.numpy(),
+        labels.numpy(),
+    )
+    return out
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _augment_batch(  # type: ignore[no-untyped-def]
+    images, segments, rows, columns, colours, fill, whole_rows, pixels, labels
+):
+    """Fill `pixels` and `labels` image by image. rows, columns: the arrays of an `_Axis` each.
+
+    A crop is not smaller than what it looks at, so neighbouring outputs share stored rows: each
+    of those is interpolated along the row once, and outputs mix two of them. The sums are exact,
+    so it does not matter which direction comes first.
+    """
+    nearest_y, low_y, weight_y, inside_y = rows
+    nearest_x, low_x, weight_x, inside_x = columns
+    count, height, width = segments.shape
+    values = 3 * width
+    words, blended = np.empty(width + 2, np.uint64), np.empty(width, np.uint64)
+    place, weight = np.empty(width, np.int32), np.empty(width, np.uint64)
+    upper, lower = np.empty(values, np.int32), np.empty(values, np.int32)
+    fine = np.empty(values, np.int32)
+    planar = len(colours) > 0  # channel by channel, so that colours are mixed over whole rows
+    one = np.int32(1 << WEIGHT_BITS)
+    shift = np.int32(2 * WEIGHT_BITS - PIXEL_BITS)
+    half = np.int32(1 << (2 * WEIGHT_BITS - PIXEL_BITS - 1))
+    both = np.int32(half + (1 << (2 * WEIGHT_BITS - 1)))  # of the roundings to PIXEL_BITS and to 0
+    for b in range(count):
+        image = images[b].reshape(height, values)
+        for x in range(width):
+            place[x], weight[x] = low_x[b, x] + 1, weight_x[b, x]
+        in_upper = in_lower = -1  # which stored rows they hold
+        for y in range(height):
+            source, target = segments[b, nearest_y[b, y]], labels[b, y]
+            for x in range(width):
+                target[x] = source[np.uint32(nearest_x[b, x])]
+            out = pixels[b, y].reshape(values)
+            if inside_y[b, y] == 0:
+                for i in range(values):
+                    out[i] = fill[i % 3]
+                continue
+            above, below = max(low_y[b, y], 0), min(low_y[b, y] + 1, height - 1)
+            if above == in_lower:
+                upper, lower, in_upper, in_lower = lower, upper, in_lower, in_upper
+            if above != in_upper:
+                _blend_row(image[above], place, weight, words, blended, planar, upper)
+                in_upper = above
+            if below != in_lower:
+                _blend_row(image[below], place, weight, words, blended, planar, lower)
+                in_lower = below
+            down = np.int32(weight_y[b, y])
+            up = np.int32(one - down)
+            if planar:
+                for i in range(values):
+                    value = np.int32(upper[i] * up) + np.int32(lower[i] * down)
+                    fine[i] = np.int32(value + half) >> shift
+                _mix(fine, colours[b], out)
+            else:
+                for i in range(values):
+                    value = np.int32(upper[i] * up) + np.int32(lower[i] * down)
+                    out[i] = np.int32(value + both) >> np.int32(2 * WEIGHT_BITS)
+            if not whole_rows:
+                for x in range(width):
+                    if inside_x[b, x] == 0:
+                        for i in range(3):
+                            out[3 * x + i] = fill[i]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _blend_row(source, place, weight, words, blended, planar, out):  # type: ignore[no-untyped-def]
+    """Interpolate a stored row of RGB triples along itself, in units of 2**-WEIGHT_BITS.
+
+    place, weight: int32 and uint64 [W], the left neighbour, counted with one pixel put before the
+    row, and its neighbour's weight. words, blended: uint64 [W + 2], [W] to work in. out: int32
+    [3 W], triples, or channel by channel where `planar`.
+    """
+    width = len(place)
+    green, blue = np.uint64(WORD_BITS), np.uint64(2 * WORD_BITS)
+    channel = np.uint64((1 << WORD_BITS) - 1)
+    for x in range(width):  # a pixel's channels side by side in a word, so one product mixes all
+        first = np.uint32(3 * x)
+        words[x + 1] = (
+            np.uint64(source[first])
+            | (np.uint64(source[first + np.uint32(1)]) << green)
+            | (np.uint64(source[first + np.uint32(2)]) << blue)
+        )
+    words[0], words[width + 1] = words[1], words[width]
+    for x in range(width):
+        near = words[np.uint32(place[x])]
+        far = words[np.uint32(place[x]) + np.uint32(1)]
+        blended[x] = (near << np.uint64(WEIGHT_BITS)) + (far - near) * weight[x]
+    if planar:
+        reds, greens, blues = out[:width], out[width : 2 * width], out[2 * width :]
+        for x in range(width):
+            word = blended[x]
+            reds[x] = np.int32(word & channel)
+            greens[x] = np.int32((word >> green) & channel)
+            blues[x] = np.int32(word >> blue)
+    else:
+        for x in range(width):
+            word, first = blended[x], np.uint32(3 * x)
+            out[first] = np.int32(word & channel)
+            out[first + np.uint32(1)] = np.int32((word >> green) & channel)
+            out[first + np.uint32(2)] = np.int32(word >> blue)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _mix(fine, colours, out):  # type: ignore[no-untyped-def]
+    """Map one row's colours: `fine` int32 [3 W], channel by channel, to RGB triples."""
+    width = len(fine) // 3
+    shift = np.int32(PIXEL_BITS + COLOUR_BITS)
+    half = np.int32(1 << (PIXEL_BITS + COLOUR_BITS - 1))
+    red, green, blue = fine[:width], fine[width : 2 * width], fine[2 * width :]
+    for channel in range(3):
+        of_red, of_green, of_blue, offset = colours[channel]
+        offset = np.int32(offset * np.int32(1 << PIXEL_BITS)) + half
+        for x in range(width):
+            value = np.int32(of_red * red[x]) + np.int32(of_green * green[x])
+            value = np.int32(value + np.int32(of_blue * blue[x]) + offset) >> shift
+            out[3 * x + channel] = min(max(value, 0), 255)

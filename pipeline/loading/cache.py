@@ -1,0 +1,388 @@
+"""Shards of a remote set, brought to this machine ahead of use and shared by its processes.
+
+    FOLDER/<sha256>.tar    a shard whose hash has been checked; .idx, made from it, beside it
+    FOLDER/<sha256>.part   one that is on its way, with its space already taken
+    FOLDER/lock            two bytes per shard to lock, at an offset from its hash: one shared by
+                           the processes that use the shard, one held by who brings it; to evict
+                           it takes both. In it the bytes that all files take, or more where some
+                           were deleted since they were counted
+
+Files are named by their content, so sets and versions never mix. Locks belong to open files and
+end with their process, however it ends. The folder must be on a file system of this machine.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.loading.order import AHEAD, shards_at_once
+from pipeline.shards.format import Manifest, Shard, index_shard, split_of
+
+GIB = 1 << 30
+DEFAULT_LIMIT = 100.0  # GiB
+INDEX_BYTES = 320  # of a sample's line in the index, at most
+HASH_ATTEMPTS = 2
+COUNT_BYTES = 8
+ROOM_OFFSET = 1 << 62  # of the lock that a process holds while it counts and evicts
+ROOM_POLL = 0.2  # seconds between looks whether other shards were released
+ROOM_WAIT = 60.0  # seconds after which `path` gives up
+UPLOAD = "upload it again from the folder that jobs.preprocess wrote."
+CACHED = re.compile(r"[0-9a-f]{64}\.(tar|idx|part)")
+
+
+class NoRoomError(UserError):
+    """The limit is reached and every cached shard is in use."""
+
+
+def default_folder() -> Path:
+    """`shards` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "adversarial-localization" / "shards"
+
+
+def _lock(descriptor: int, kind: int, offset: int, wait: bool = True) -> bool:
+    """Set or drop (F_UNLCK) the lock of one byte; False where another holds it.
+
+    Open-file-description locks: those of two openings of the file exclude each other even within
+    a process, and any number of them needs one descriptor. See fcntl(2).
+    """
+    command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
+    try:
+        fcntl.fcntl(descriptor, command, struct.pack("hhqqi4x", kind, os.SEEK_SET, offset, 1, 0))
+    except OSError as error:
+        if not wait and error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _use_offset(sha256: str) -> int:
+    return 2 * int(sha256[:15], 16)
+
+
+def _bring_offset(sha256: str) -> int:
+    return _use_offset(sha256) + 1
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.3g} GiB"
+
+
+class ShardCache:
+    """The shards of one split as local files.
+
+    Of a local set those are the files themselves. Of a remote one they are copies in `folder`,
+    whose files together never exceed `limit_bytes`: the least recently used shards that no process
+    uses are evicted first. A shard counts as used from `path` until `release`, or the end of the
+    process. Not meant to be shared by threads, but for its own.
+    """
+
+    def __init__(
+        self, data: str | Path, manifest: Manifest, split: str, folder: Path, limit_bytes: int
+    ) -> None:
+        """Raises UserError where the folder cannot be used or the limit holds no shard."""
+        self._ahead: set[str] = set()  # hashes of what `prefetch` was asked for and is not used
+        self._queue: deque[Shard] = deque()  # what its thread has still to bring
+        self._thread: threading.Thread | None = None
+        self._mutex = threading.Lock()  # of the three above
+        self._use = -1  # descriptor that holds the shared locks
+        self.data, self.split, self.folder, self.limit = data, split, folder, limit_bytes
+        self.shards = split_of(manifest, split).shards
+        self.remote = storage.is_remote(data)
+        if not self.remote:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._use = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"the cache folder {folder} cannot be used ({error}); give one with --cache."
+            ) from error
+        for number in range(len(self.shards)):
+            self.check_limit([number])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the use of all shards and stop bringing more."""
+        with self._mutex:
+            self._ahead, self._queue = set(), deque()
+        if self._use >= 0:
+            os.close(self._use)
+            self._use = -1
+
+    def check_limit(self, numbers: Collection[int]) -> None:
+        """Raise UserError where shards that will be in use at once exceed the limit."""
+        shards = [self.shards[number] for number in set(numbers)]
+        _check_limit(self.data, self.split, shards, self.limit)
+
+    def path(self, number: int) -> Path:
+        """The local file of the split's shard `number`, its index beside it; waits until it is
+        there, its SHA-256 the manifest's.
+
+        Raises UserError where it cannot be brought: lost connection, wrong hash, full disk, no
+        room within the limit.
+        """
+        shard = self.shards[number]
+        if not self.remote:
+            return storage.local_path(self.data) / self.split / shard.name
+        with self._mutex:
+            self._ahead.discard(shard.sha256)
+        deadline = time.monotonic() + ROOM_WAIT
+        while True:
+            _lock(self._use, fcntl.F_RDLCK, _use_offset(shard.sha256))
+            if self._has(shard):
+                break
+            _lock(self._use, fcntl.F_UNLCK, _use_offset(shard.sha256))
+            try:
+                self._bring(shard, kept=())
+            except NoRoomError:  # others may be done with theirs soon
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(ROOM_POLL)
+        path = self._file(shard, "tar")
+        now = time.time_ns()  # finer than the file system's own clock
+        os.utime(path, ns=(now, now))
+        return path
+
+    def release(self, number: int) -> None:
+        """Say that this process no longer uses a shard, so that it may be evicted. Space is freed
+        once nothing maps the file any more."""
+        if self.remote:
+            _lock(self._use, fcntl.F_UNLCK, _use_offset(self.shards[number].sha256))
+
+    def prefetch(self, numbers: Sequence[int]) -> None:
+        """Start bringing these shards in the background, in this order, in place of those asked
+        for before.
+
+        What is brought ahead evicts neither shards in use nor others of `numbers`; where there is
+        no room it waits for a `release`. A failure here is left for `path` to meet and to raise.
+        """
+        if not self.remote:
+            return
+        with self._mutex:
+            self._queue = deque(self.shards[number] for number in numbers)
+            self._ahead = {shard.sha256 for shard in self._queue}
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._prefetch, daemon=True)
+                self._thread.start()
+
+    def _prefetch(self) -> None:
+        while True:
+            with self._mutex:
+                while self._queue and self._queue[0].sha256 not in self._ahead:
+                    self._queue.popleft()
+                if not self._queue:
+                    self._thread = None
+                    return
+                shard, kept = self._queue[0], self._ahead.copy()
+            try:
+                self._bring(shard, kept)
+            except NoRoomError:
+                time.sleep(ROOM_POLL)
+                continue
+            except (UserError, OSError):
+                pass
+            with self._mutex:
+                if self._queue and self._queue[0] is shard:
+                    self._queue.popleft()
+
+    def _file(self, shard: Shard, extension: str) -> Path:
+        return self.folder / f"{shard.sha256}.{extension}"
+
+    def _has(self, shard: Shard) -> bool:
+        """Whether the shard is there, whole. Its hash was checked before it got its name."""
+        try:
+            size = self._file(shard, "tar").stat().st_size
+        except FileNotFoundError:
+            return False
+        return size == shard.bytes and self._file(shard, "idx").exists()
+
+    @contextmanager
+    def _locked(self, offset: int) -> Iterator[int]:
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _lock(descriptor, fcntl.F_WRLCK, offset)
+            yield descriptor
+        finally:
+            os.close(descriptor)  # and with it the lock
+
+    def _bring(self, shard: Shard, kept: Collection[str]) -> None:
+        """Have the shard in the folder; of several processes one downloads, the others wait.
+
+        kept: hashes of shards not to be evicted for it.
+        """
+        part = self._file(shard, "part")
+        with self._locked(_bring_offset(shard.sha256)):
+            if self._has(shard):
+                return
+            try:
+                with part.open("wb") as file:
+                    self._reserve(file, shard, kept)
+                    self._download(file, shard)
+                    file.flush()
+                    os.fsync(file.fileno())
+                with self._file(shard, "idx").open("wb") as file:
+                    file.write(index_shard(part))
+                    file.flush()
+                    os.fsync(file.fileno())
+                part.replace(self._file(shard, "tar"))
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise UserError(
+                    f"the disk of the cache folder {self.folder} is full, and no unused shard is "
+                    f"left to evict: {shard.name} needs {_gib(cached_bytes(shard))}. Free space "
+                    "or give another folder with --cache."
+                ) from error
+            finally:
+                part.unlink(missing_ok=True)
+
+    def _reserve(self, file: BinaryIO, shard: Shard, kept: Collection[str]) -> None:
+        """Take the disk space for a shard, so that nobody else counts on it, evicting others."""
+        needed, unused = cached_bytes(shard), None
+        with self._locked(ROOM_OFFSET) as lock:
+            count = os.pread(lock, COUNT_BYTES, 0)  # at least what all files take
+            used = int.from_bytes(count, "little") if count else self.limit
+            if used + needed > self.limit:
+                used, unused = self._unused(kept)
+            while used + needed > self.limit:
+                if not unused:
+                    raise NoRoomError(
+                        f"no room for {shard.name} in the cache {self.folder}: shards of "
+                        f"{_gib(used)} are in use, --cache-limit is {_gib(self.limit)}; give a "
+                        f"limit of at least {_gib(used + needed)}."
+                    )
+                used -= self._evict(unused.pop(0))
+            while True:
+                try:
+                    os.posix_fallocate(file.fileno(), 0, shard.bytes)
+                    break
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    unused = self._unused(kept)[1] if unused is None else unused
+                    if not unused:
+                        raise
+                self._evict(unused.pop(0))
+            with self._file(shard, "idx").open("wb") as index:
+                index.truncate(INDEX_BYTES * shard.images)  # counted, filled later
+            os.pwrite(lock, (used + needed).to_bytes(COUNT_BYTES, "little"), 0)
+
+    def _unused(self, kept: Collection[str]) -> tuple[int, list[str]]:
+        """Bytes of all files in the cache, and the hashes that may be tried for eviction, the
+        least recently used first."""
+        used, last = 0, dict[str, int]()
+        for entry in os.scandir(self.folder):
+            if not CACHED.fullmatch(entry.name):
+                continue
+            try:
+                status = entry.stat()
+            except FileNotFoundError:
+                continue  # its process gave it up just now
+            sha256 = entry.name.split(".")[0]
+            used += status.st_size
+            last[sha256] = max(last.get(sha256, 0), status.st_mtime_ns)
+        return used, sorted(last.keys() - set(kept), key=lambda sha256: (last[sha256], sha256))
+
+    def _evict(self, sha256: str) -> int:
+        """Delete a shard that no process uses, or what a killed one left of it; the bytes won."""
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for offset in (_bring_offset(sha256), _use_offset(sha256)):
+                if not _lock(descriptor, fcntl.F_WRLCK, offset, wait=False):
+                    return 0
+            won = 0
+            for extension in ("tar", "idx", "part"):
+                path = self.folder / f"{sha256}.{extension}"
+                if path.exists():
+                    won += path.stat().st_size
+                    path.unlink()
+            return won
+        finally:
+            os.close(descriptor)
+
+    def _download(self, file: BinaryIO, shard: Shard) -> None:
+        place = storage.join(self.data, self.split, shard.name)
+
+        def copy() -> tuple[int, str]:
+            file.seek(0)
+            size, digest = 0, hashlib.sha256()
+            for piece in storage.chunks(place):
+                size += len(piece)
+                if size > shard.bytes:
+                    break
+                file.write(piece)
+                digest.update(piece)
+            return size, digest.hexdigest()
+
+        for _ in range(HASH_ATTEMPTS):
+            try:
+                size, sha256 = storage.attempt(place, copy)
+            except storage.MissingError as error:
+                raise UserError(
+                    f"{place} is missing, but dataset.json names it; {UPLOAD}"
+                ) from error
+            if (size, sha256) == (shard.bytes, shard.sha256):
+                return
+        found = (
+            f"SHA-256 {sha256}"
+            if size == shard.bytes
+            else f"{'over ' * (size > shard.bytes)}{min(size, shard.bytes)} bytes"
+        )
+        expected = f"SHA-256 {shard.sha256}" if size == shard.bytes else f"{shard.bytes} bytes"
+        raise UserError(
+            f"{place} has {found}, dataset.json says {expected} (read {HASH_ATTEMPTS} times): it "
+            f"was damaged or replaced; {UPLOAD}"
+        )
+
+
+def _check_limit(data: str | Path, split: str, shards: Sequence[Shard], limit: int) -> None:
+    needed = sum(cached_bytes(shard) for shard in shards)
+    if storage.is_remote(data) and needed > limit:
+        raise UserError(
+            f"--cache-limit {_gib(limit)} is too small: {len(shards)} shards of "
+            f"{storage.join(data, split)} are needed at once, {_gib(needed)}; give a larger one, "
+            "or copy the set to a local disk and name that as --data."
+        )
+
+
+def check_window(
+    data: str | Path,
+    manifest: Manifest,
+    limit: int,
+    window: int | None,
+    batch_size: int,
+    ranks: int,
+) -> None:
+    """Raise UserError where a cache of `limit` bytes, shared by that many ranks, cannot hold all
+    shards of the train split that are in use at once, when `window` are shuffled together.
+
+    The ranks are at the same step, but one may still wait for its batch while another holds the
+    shards of the last one that it made ahead. Without room for both, each would wait for the other.
+    """
+    shards = split_of(manifest, "train").shards
+    if window is None or window >= len(shards):
+        return
+    reach = batch_size * (1 + AHEAD if ranks > 1 else 1)
+    count = shards_at_once([shard.images for shard in shards], window, reach)
+    largest = sorted(shards, key=cached_bytes, reverse=True)[:count]
+    _check_limit(data, "train", largest, limit)
+
+
+def cached_bytes(shard: Shard) -> int:
+    """Bytes that a shard takes in the cache, with its index."""
+    return shard.bytes + INDEX_BYTES * shard.images

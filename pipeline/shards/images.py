@@ -1,0 +1,135 @@
+"""An image file's bytes -> RGB pixels at the stored size."""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+MAX_PIXELS = 2**26  # 67 million: above any ILSVRC image, and 200 MB once decoded
+# Pillow's other formats include PostScript, which it hands to an interpreter.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+DECODE_FACTOR = 2  # JPEGs are decoded to at least this many times the stored size, then averaged
+# Of the eighths in which JPEGs can be decoded. The others have no vectorized transform: 3/8 takes
+# as long as 4/8, and 5/8 to 7/8 longer than the whole (benchmarks/image_stages.py).
+EIGHTHS = (1, 2, 4, 8)
+
+# Images are spread over processes; threads inside one would only fight for the same cores.
+cv2.setNumThreads(1)
+
+
+class ImageError(ValueError):
+    """Bytes that hold no usable image. The message is `kind: detail`; kinds are few."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedImage:
+    """pixels: uint8 [H, W, 3], RGB, at the size asked for. height, width: the file's own, in
+    pixels as stored (no EXIF rotation). note: harmless damage that was met, or None."""
+
+    pixels: np.ndarray
+    height: int
+    width: int
+    note: str | None = None
+
+
+def read_image(data: bytes, height: int, width: int) -> DecodedImage:
+    """Decode `data` (one of FORMATS, whatever its name) and resize it, without keeping its aspect.
+
+    Shrinking averages areas, enlarging interpolates linearly. EXIF orientation is ignored, since
+    boxes refer to pixels as stored; alpha is dropped; 16-bit grey keeps its high byte. Raises
+    ImageError for empty, truncated or undecodable data and for more than MAX_PIXELS pixels.
+    """
+    if not data:
+        raise ImageError("empty file: it has 0 bytes")
+    pixels, original_height, original_width, note = _decode(data, height, width)
+    return DecodedImage(
+        pixels=resize(pixels, height, width),
+        height=original_height,
+        width=original_width,
+        note=note,
+    )
+
+
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [h, w, 3] -> uint8 [height, width, 3]: areas averaged where an axis shrinks, linear
+    interpolation where it grows."""
+    from pipeline.shards.pixels import shrink
+
+    h, w = pixels.shape[:2]
+    shrunk = (min(w, width), min(h, height))
+    if shrunk != (w, h):
+        pixels = shrink(np.ascontiguousarray(pixels), shrunk[1], shrunk[0])
+    if shrunk != (width, height):
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.ascontiguousarray(pixels)
+
+
+def _decode(data: bytes, height: int, width: int) -> tuple[np.ndarray, int, int, str | None]:
+    if data[:2] == b"\xff\xd8":
+        try:
+            full_height, full_width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:  # also sound files with a rare chroma subsampling: Pillow decides
+            colours = "unknown"
+        if colours in ("YCbCr", "Gray", "RGB"):
+            _check_size(full_height, full_width)
+            least = decoded_size((full_height, full_width), (height, width))
+            pixels, note = _decode_jpeg(data, *least)
+            return pixels, full_height, full_width, note
+    pixels = _decode_with_pillow(data)
+    return pixels, *pixels.shape[:2], None
+
+
+def decoded_size(full: tuple[int, int], stored: tuple[int, int]) -> tuple[int, int]:
+    """Height and width at which a JPEG of the size `full` is decoded to be stored at `stored`: the
+    smallest of its EIGHTHS that is DECODE_FACTOR times as large, or the whole."""
+    wanted = [8 * DECODE_FACTOR * side for side in stored]
+    fits = (n for n in EIGHTHS if n * full[0] >= wanted[0] and n * full[1] >= wanted[1])
+    eighths = next(fits, EIGHTHS[-1])
+    return -(-full[0] * eighths // 8), -(-full[1] * eighths // 8)
+
+
+def _decode_jpeg(data: bytes, height: int, width: int) -> tuple[np.ndarray, str | None]:
+    size = {"min_height": height, "min_width": width}
+    try:
+        return simplejpeg.decode_jpeg(data, **size), None
+    except ValueError as error:
+        # Stray bytes between segments are met in sound ILSVRC files; every pixel is there.
+        if "extraneous bytes" not in str(error):
+            raise ImageError(f"damaged JPEG: {error}") from error
+        return simplejpeg.decode_jpeg(data, **size, strict=False), str(error)
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the size is checked below, odd EXIF does not matter
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(image.height, image.width)
+                image.load()
+                return _to_rgb(image)
+    except (ImageError, MemoryError):
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"no image format: it begins with {data[:8].hex(' ')}") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"too many pixels: {error}") from error
+    except Exception as error:  # decoders raise anything, from struct.error to SyntaxError
+        raise ImageError(f"cannot be decoded: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)  # convert() would clip
+        return np.stack([grey] * 3, axis=-1)
+    if image.mode in ("I", "F"):
+        raise ImageError(f"unknown range of grey: its pixels are {image.mode!r}, of 32 bits")
+    return np.asarray(image.convert("RGB"))
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ImageError(f"too many pixels: {width}x{height} is above the limit of {MAX_PIXELS}")

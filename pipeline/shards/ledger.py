@@ -1,0 +1,238 @@
+"""The ledger: a row per source image that says what became of it, in parquet.
+
+Each shard's rows lie beside it in a part, which is written last: a shard without one is not
+finished. The finished set has one `ledger.parquet` with the rows of all parts in order.
+"""
+
+import hashlib
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.shards.format import Shard
+from pipeline.storage import write_atomically
+
+LEDGER_NAME = "ledger.parquet"
+OK, REJECTED = "ok", "rejected"
+FACTS = b"shard_facts"
+READ_AHEAD = 16  # parts: remote ones take tens of milliseconds each
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),  # position of the image over all splits, train first
+        ("split", pa.string()),
+        ("key", pa.string()),
+        ("id", pa.string()),
+        ("path", pa.string()),  # relative to the source
+        ("wnid", pa.string()),
+        ("label", pa.int32()),
+        ("status", pa.string()),  # OK or REJECTED
+        ("reason", pa.string()),  # of a rejection, as `kind: detail`
+        ("note", pa.string()),  # what was odd about an image or its boxes
+        ("shard", pa.string()),
+        ("position", pa.int32()),  # of the sample in its shard
+        ("width", pa.int32()),  # of the file, in pixels
+        ("height", pa.int32()),
+        ("superpixels", pa.int32()),
+        ("boxes", pa.list_(pa.list_(pa.int32()))),  # inclusive [x0, y0, x1, y1] in file pixels
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFacts:
+    """What a part says of its shard as a whole. shard: None where every image was rejected.
+
+    index_bytes: size of the index; sums, squares: over all stored pixels, per channel of 0..255;
+    pixels: how many there are.
+    """
+
+    shard: Shard | None
+    index_bytes: int
+    pixels: int
+    sums: tuple[int, int, int]
+    squares: tuple[int, int, int]
+
+    @property
+    def images(self) -> int:
+        """Accepted images."""
+        return self.shard.images if self.shard else 0
+
+
+@dataclass(kw_only=True)
+class Totals:
+    """What the ledger's rows of one split add up to."""
+
+    rejected: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)  # by kind, the part before the colon
+    class_counts: np.ndarray  # int64 [classes], of accepted images
+    superpixels: int = 0
+    max_superpixels: int = 0
+
+    @classmethod
+    def of_none(cls, classes: int) -> "Totals":
+        """Those of no rows, in a set of so many classes."""
+        return cls(class_counts=np.zeros(classes, np.int64))
+
+    def merge(self, other: "Totals") -> None:
+        """Add the totals of other rows."""
+        self.rejected += other.rejected
+        self.reasons += other.reasons
+        self.class_counts = self.class_counts + other.class_counts
+        self.superpixels += other.superpixels
+        self.max_superpixels = max(self.max_superpixels, other.max_superpixels)
+
+    def add(self, table: pa.Table) -> None:
+        """Add the ledger's rows in `table`."""
+        rejected = table.filter(pc.field("status") == REJECTED)
+        self.rejected += rejected.num_rows
+        self.reasons.update(reason.split(":")[0] for reason in rejected["reason"].to_pylist())
+        accepted = table.filter(pc.field("status") == OK)
+        if accepted.num_rows:
+            labels = accepted["label"].to_numpy()
+            self.class_counts += np.bincount(labels, minlength=len(self.class_counts))
+            self.superpixels += pc.sum(accepted["superpixels"]).as_py()
+            largest = pc.max(accepted["superpixels"]).as_py()
+            self.max_superpixels = max(self.max_superpixels, largest)
+
+
+def write_part(place: str | Path, rows: Sequence[dict[str, Any]], facts: ShardFacts) -> None:
+    """Write one shard's rows atomically, which commits the shard."""
+    table = pa.Table.from_pylist(list(rows), SCHEMA)
+    content = json.dumps(asdict(facts), sort_keys=True).encode()
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({FACTS: content}), sink)
+    write_atomically(place, sink.getvalue().to_pybytes())
+
+
+def read_facts(part: str | Path) -> ShardFacts:
+    """The facts in a part's metadata. Raises UserError where it is missing or damaged."""
+
+    def read() -> dict[str, Any]:
+        with storage.open_input(part) as file:
+            return json.loads(pq.read_schema(file).metadata[FACTS])
+
+    try:
+        content = storage.attempt(part, read)
+        return ShardFacts(
+            shard=Shard(**content["shard"]) if content["shard"] else None,
+            index_bytes=content["index_bytes"],
+            pixels=content["pixels"],
+            sums=tuple(content["sums"]),
+            squares=tuple(content["squares"]),
+        )
+    except UserError:
+        raise
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{part} cannot be read ({error}); run jobs.preprocess again.") from error
+
+
+def read_part(part: str | Path) -> pa.Table:
+    """A part's rows. Raises UserError where it is missing or damaged."""
+
+    def read() -> pa.Table:
+        with storage.open_input(part) as file:
+            return pq.read_table(file, partitioning=None).cast(SCHEMA)
+
+    try:
+        return storage.attempt(part, read)
+    except UserError:
+        raise
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise UserError(f"{part} cannot be read ({error}); run jobs.preprocess again.") from error
+
+
+def committed_facts(part: str | Path, sizes: dict[str, int]) -> ShardFacts | None:
+    """The facts of a finished shard: one whose part can be read, and whose shard and index are as
+    long as it says (their bytes are not read). sizes: of the files in the part's folder, by name.
+    """
+    if storage.name(part) not in sizes:
+        return None
+    try:
+        facts = read_facts(part)
+    except storage.UnreachableError:
+        raise
+    except UserError:
+        return None
+    if facts.shard is not None:
+        index = Path(facts.shard.name).with_suffix(".idx").name
+        found = sizes.get(facts.shard.name), sizes.get(index)
+        if found != (facts.shard.bytes, facts.index_bytes):
+            return None
+    return facts
+
+
+def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`read(item)` for each item, in order, READ_AHEAD of them at once."""
+    ahead: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        for item in items:
+            ahead.append(pool.submit(read, item))
+            if len(ahead) > READ_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def merge_parts(
+    parts: Iterable[str | Path], output: str | Path, splits: Sequence[str], classes: int
+) -> tuple[dict[str, Totals], str]:
+    """Write the rows of `parts`, in order, to `output`/ledger.parquet, a row group each; their
+    totals by split, and the file's SHA-256. A bounded number of parts is held in memory."""
+    totals = {name: Totals.of_none(classes) for name in splits}
+    place = storage.join(output, LEDGER_NAME)
+    with storage.atomic_file(place) as file:
+        with pq.ParquetWriter(file, SCHEMA) as writer:
+            for table in read_ahead(read_part, parts):
+                writer.write_table(table)
+                totals[table["split"][0].as_py()].add(table)
+        digest = hashlib.sha256()
+        file.seek(0)
+        while piece := file.read(storage.CHUNK):
+            digest.update(piece)
+    return totals, digest.hexdigest()
+
+
+def read_ledger(
+    data: str | Path,
+    split: str,
+    columns: Sequence[str] | None = None,
+    status: str | None = OK,
+) -> pa.Table:
+    """The ledger's rows of one split of the set at place `data`, in row order.
+
+    columns: those wanted (see SCHEMA), all by default. status: only rows of this status, those
+    with a sample by default; None gives every row. Raises UserError where there is no ledger.
+    """
+    place = storage.join(data, LEDGER_NAME)
+    chosen = pc.field("split") == split
+    if status is not None:
+        chosen &= pc.field("status") == status
+    names = list(columns) if columns is not None else None
+
+    def read() -> pa.Table:
+        with storage.open_input(place) as file:
+            return pq.read_table(file, columns=names, filters=chosen, partitioning=None)
+
+    try:
+        return storage.attempt(place, read)
+    except storage.MissingError as error:
+        raise UserError(
+            f"{place} is missing; run jobs.preprocess again to finish the set."
+        ) from error
+    except pa.ArrowException as error:
+        raise UserError(f"{place} cannot be read ({error}); run jobs.preprocess again.") from error

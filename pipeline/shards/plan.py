@@ -1,0 +1,267 @@
+"""What to make of a collection of images: the parameters, the shards, and whose output it is."""
+
+import errno
+import fcntl
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.shards.format import FORMAT_VERSION
+from pipeline.shards.superpixels import check_superpixels
+from pipeline.sources.files import SourceFiles
+from pipeline.sources.find import LAYOUTS, Source, find_layout, list_images
+from pipeline.sources.listing import digest
+
+PLAN_NAME = "plan.json"
+SIDES = range(32, 513)  # of a stored image, pixels
+SIZE = re.compile(r"(\d{1,4})(?:x(\d{1,4}))?")
+# The packages that decide the bytes of a shard.
+VERSIONS = ("fast-slic", "numpy", "opencv-python-headless", "pillow", "pyarrow", "simplejpeg")
+# What may differ between two runs that share one output.
+FREE_FIELDS = ("source", "output", "layout", "workers", "max_bad_share")
+
+
+def _flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """What to preprocess, and how. Raises ValueError for a value out of range."""
+
+    source: str = field(
+        metadata={"help": "folder with the images or archives, or its URI (s3://...)"}
+    )
+    output: str = field(
+        metadata={"help": "folder or URI (s3://...) for the shards; an unfinished one is continued"}
+    )
+    layout: str = _flag("auto", f"auto, {', '.join(LAYOUTS)}")
+    image_size: int | str = _flag(
+        64, "pixels of the stored images: one number for squares, else HEIGHTxWIDTH; 32 to 512"
+    )
+    superpixels: int = _flag(100, "superpixels asked for per image; an image can have fewer")
+    compactness: float = _flag(10.0, "weight of place against colour in superpixels; above 0")
+    image_format: str = _flag("rgb", "rgb (raw) or jpg (quality 95, a third of the size)")
+    samples_per_shard: int = _flag(1000, "source images per shard; from 1")
+    workers: int | None = _flag(
+        None, "Ray tasks in flight; by default one runs and one waits for each CPU of the cluster"
+    )
+    seed: int = _flag(0, "of the order of the train images; from 0")
+    max_bad_share: float = _flag(
+        0.01, "share of rejected images, 0 to 1, above which the job fails"
+    )
+
+    def __post_init__(self) -> None:
+        size = SIZE.fullmatch(str(self.image_size))
+        sides = [int(side) for side in size.groups(size[1])] if size else []
+        if size and sides[0] == sides[1]:  # one way to write each size, since plans are compared
+            object.__setattr__(self, "image_size", sides[0])
+        checks = {
+            "image_size": (
+                bool(sides) and all(side in SIDES for side in sides),
+                "32 to 512, or two of them as HEIGHTxWIDTH",
+            ),
+            "compactness": (0 < self.compactness <= 1000, "above 0, up to 1000"),
+            "image_format": (self.image_format in ("rgb", "jpg"), "rgb or jpg"),
+            "samples_per_shard": (self.samples_per_shard >= 1, "from 1"),
+            "workers": (self.workers is None or self.workers >= 1, "from 1"),
+            "seed": (self.seed >= 0, "from 0"),
+            "max_bad_share": (0 <= self.max_bad_share <= 1, "0 to 1"),
+        }
+        for name, (good, allowed) in checks.items():
+            if not good:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is out of range; allowed: {allowed}"
+                )
+        check_superpixels(self.height, self.width, self.superpixels)
+
+    @property
+    def height(self) -> int:
+        """Of the stored images, in pixels."""
+        return int(str(self.image_size).split("x")[0])
+
+    @property
+    def width(self) -> int:
+        """Of the stored images, in pixels."""
+        return int(str(self.image_size).split("x")[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """One shard: `rows` images, of which image i has row `first_row` + i of the ledger."""
+
+    split: str
+    number: int
+    first_row: int
+    rows: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.number:06d}"
+
+    def part(self, output: str) -> str:
+        """Place of the ledger part; the shard and its index lie beside it."""
+        return storage.join(output, self.split, f"{self.name}.parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be made. order: int64 [images], where in its split's table the image of each
+    ledger row is. fingerprint: content of plan.json; two plans that differ in it would write other
+    bytes."""
+
+    source: str
+    output: str
+    listed: Source
+    tasks: tuple[ShardTask, ...]
+    order: np.ndarray
+    fingerprint: dict[str, Any]
+
+    def images(self, task: ShardTask) -> pa.Table:
+        """The listed rows of one shard, in its order; a copy, so that it is all that is sent."""
+        rows = self.order[task.first_row : task.first_row + task.rows]
+        return self.listed.images[task.split].take(rows)
+
+
+def make_plan(config: PreprocessConfig) -> Plan:
+    """List the source and divide it into shards: train shuffled over the whole set, val in order.
+
+    Raises UserError for paths or a source that cannot be used.
+    """
+    source, output = place_of(config.source), place_of(config.output)
+    if f"{output}/".startswith(f"{source}/"):
+        raise UserError(f"output {output} lies inside source {source}; choose one outside it.")
+    with SourceFiles(source) as files:
+        found = find_layout(files) if config.layout == "auto" else config.layout
+        listed = list_images(files, found)
+    counts = {split: table.num_rows for split, table in listed.images.items()}
+    shuffle = np.random.default_rng(config.seed).permutation
+    orders = [
+        shuffle(count) if split == "train" else np.arange(count) for split, count in counts.items()
+    ]
+    fingerprint = {
+        "format": FORMAT_VERSION,
+        "configuration": {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS},
+        "layout": found,
+        "images": counts,
+        "listing": {split: digest(table) for split, table in listed.images.items()},
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+    return Plan(
+        source=source,
+        output=output,
+        listed=listed,
+        tasks=tuple(shard_tasks(counts, config.samples_per_shard)),
+        order=np.concatenate(orders),
+        fingerprint=fingerprint,
+    )
+
+
+def shard_tasks(counts: dict[str, int], samples_per_shard: int) -> Iterator[ShardTask]:
+    """The shards of a set with these numbers of images by split, train first, in order."""
+    row = 0
+    for split, count in counts.items():
+        for number, start in enumerate(range(0, count, samples_per_shard)):
+            rows = min(samples_per_shard, count - start)
+            yield ShardTask(split=split, number=number, first_row=row, rows=rows)
+            row += rows
+
+
+def place_of(text: str) -> str:
+    """The place that a user wrote, for processes in any working folder."""
+    return storage.absolute(text if "://" in text else Path(text).expanduser())
+
+
+def read_fingerprint(output: str) -> dict[str, Any]:
+    """Content of the plan.json at place `output`. Raises MissingError where there is none and
+    UserError where it is damaged."""
+    place = storage.join(output, PLAN_NAME)
+    try:
+        found = json.loads(storage.read_bytes(place))
+        if isinstance(found, dict):
+            return found
+        raise ValueError("it holds no object")
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{place} is damaged ({error}); delete {output}.") from error
+
+
+def claim_output(plan: Plan) -> None:
+    """Make the output folder this plan's own, or raise UserError where it is another's."""
+    path = storage.join(plan.output, PLAN_NAME)
+    if storage.is_file(plan.output):
+        raise UserError(f"{plan.output} is a file; choose an empty folder.")
+    if storage.is_file(path):
+        there = read_fingerprint(plan.output)
+        if there != plan.fingerprint:
+            raise UserError(
+                f"{plan.output} holds shards of another configuration "
+                f"({_difference(there, plan.fingerprint)}); choose another output or delete it."
+            )
+        return
+    if any(storage.entries(plan.output)):
+        raise UserError(
+            f"{plan.output} is not empty and holds no {PLAN_NAME}; choose an empty folder."
+        )
+    if not storage.is_remote(plan.output):
+        for split in plan.listed.images:
+            (storage.local_path(plan.output) / split).mkdir(parents=True, exist_ok=True)
+    content = json.dumps(plan.fingerprint, indent=1, sort_keys=True) + "\n"
+    storage.write_atomically(path, content.encode())
+
+
+@contextmanager
+def alone_at(output: str) -> Iterator[None]:
+    """Keep other drivers from a claimed local output, and leave no temporary file there.
+
+    Raises UserError where another is at work. On a remote output nothing is locked: objects appear
+    whole, and two drivers of one plan write the same bytes.
+    """
+    if storage.is_remote(output):
+        yield
+        return
+    folder = storage.local_path(output)
+    with (folder / PLAN_NAME).open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another jobs.preprocess is at work on {output}; wait for it, or end it."
+            ) from error
+        except OSError as error:  # some network file systems have no locks: as on remote outputs
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        _clean(folder)
+        try:
+            yield
+        finally:  # tasks that were killed and repeated
+            _clean(folder)
+
+
+def _clean(folder: Path) -> None:
+    for path in (folder, *(x for x in folder.iterdir() if x.is_dir())):
+        storage.remove_temporaries(path)
+
+
+def _difference(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first thing in which two fingerprints differ, in words."""
+    for name in ("format", "layout", "configuration", "images", "versions"):
+        old, new = there.get(name), now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in sorted({*old, *new}):
+                if old.get(key) != new.get(key):
+                    return f"{name} {key}: {old.get(key)} there, {new.get(key)} now"
+        elif old != new:
+            return f"{name}: {old} there, {new} now"
+    return "the source's files, labels or boxes have changed since"

@@ -1,0 +1,183 @@
+"""The files of a source, here or on object storage: which there are, and ranges of their bytes."""
+
+import errno
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+STREAMS = 32  # requests at once to object storage, where each waits tens of milliseconds
+
+
+class SourceFiles:
+    """The files below `source`, a folder or URI, by paths relative to it with forward slashes.
+
+    A context manager, which closes the archives that it opened. Raises UserError where the folder
+    is not there.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.remote = storage.is_remote(source)
+        self._root = "" if self.remote else str(storage.local_path(source))
+        if not self.remote and not Path(self._root).is_dir():
+            raise UserError(
+                f"source {source} does not exist on this node, or is no folder; name the folder "
+                "that holds the images or archives, and mount it on every node."
+            )
+        self._descriptors: dict[str, int] = {}
+        self._opened: dict[str, pa.NativeFile] = {}
+        self._opening = threading.Lock()
+        self._pool = ThreadPoolExecutor(STREAMS) if self.remote else None
+
+    def place(self, path: str) -> str:
+        """The place of a file, for messages."""
+        return storage.join(self.source, *path.split("/")) if path else self.source
+
+    def entries(self, path: str = "") -> tuple[list[str], list[str]]:
+        """Sorted names of the folders and of the files in a folder, hidden ones left out; none
+        where there is no such folder."""
+        if self.remote:
+            folders, files = storage.entries(self.place(path))
+        else:
+            folders, files = [], []
+            try:
+                with os.scandir(self._local(path)) as entries:
+                    for entry in entries:
+                        (folders if entry.is_dir() else files).append(entry.name)
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+        shown = ([x for x in names if not x.startswith(".")] for names in (folders, files))
+        return sorted(next(shown)), sorted(next(shown))
+
+    def walk(self, path: str = "") -> Iterator[tuple[str, list[str]]]:
+        """Every folder from `path` down, in sorted order, with the names of its files.
+
+        Links are followed, and no folder comes twice.
+        """
+        return self._walk(path, self.entries(path), set())
+
+    def _walk(
+        self, path: str, entries: tuple[list[str], list[str]], visited: set[str]
+    ) -> Iterator[tuple[str, list[str]]]:
+        if not self.remote:
+            real = os.path.realpath(self._local(path))
+            if real in visited:  # a link back to a folder above
+                return
+            visited.add(real)
+        folders, names = entries
+        yield path, names
+        below = [joined(path, name) for name in folders]
+        for folder, listed in zip(below, self.ahead(self.entries, below), strict=True):
+            yield from self._walk(folder, listed, visited)
+
+    def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """`function` of each item, in order; from object storage several at once."""
+        for result in self._begun(function, ((item,) for item in items)):
+            yield result()
+
+    def fetched(
+        self, ranges: Iterable[tuple[str, int | None, int | None]]
+    ) -> Iterator[Callable[[], bytes]]:
+        """What gives each range's bytes when called, as `read` does; from object storage they are
+        on their way before."""
+        return self._begun(self.read, ranges)
+
+    def _begun(
+        self, function: Callable[..., Result], arguments: Iterable[tuple[Any, ...]]
+    ) -> Iterator[Callable[[], Result]]:
+        """What gives `function` of each arguments; object storage is asked STREAMS calls ahead."""
+        if self._pool is None:
+            yield from (partial(function, *each) for each in arguments)
+            return
+        waiting = deque[Callable[[], Result]]()
+        for each in arguments:
+            waiting.append(self._pool.submit(function, *each).result)
+            if len(waiting) == STREAMS:
+                yield waiting.popleft()
+        yield from waiting
+
+    def size(self, path: str) -> int:
+        """Size of a file in bytes."""
+        if self.remote:
+            return int(self._open(path).size())
+        return os.fstat(self._descriptor(path)).st_size
+
+    def read(self, path: str, offset: int | None = None, size: int | None = None) -> bytes:
+        """A whole file, or `size` bytes of it from `offset` on.
+
+        A file that is read in ranges stays open. Raises OSError as the file system does, and
+        UserError where object storage cannot be reached or the file ends before the range.
+        """
+        if offset is None or size is None:
+            return self._read_whole(path)
+        if self.remote:
+            file = self._open(path)
+            data = storage.attempt(self.place(path), lambda: file.read_at(size, offset))
+        else:
+            data = os.pread(self._descriptor(path), size, offset)
+        if len(data) < size:
+            raise UserError(
+                f"{self.place(path)} has {len(data)} of {size} bytes at {offset}: it has changed "
+                "since it was listed; run the same command again."
+            )
+        return data
+
+    def _read_whole(self, path: str) -> bytes:
+        if not self.remote:
+            with open(self._local(path), "rb", buffering=0) as file:  # noqa: PTH123  (no Path: slow)
+                return file.readall()
+        try:
+            return storage.read_bytes(self.place(path))
+        except storage.MissingError as error:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+
+    def _local(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+    def _descriptor(self, path: str) -> int:
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(self._local(path), os.O_RDONLY)
+        return self._descriptors[path]
+
+    def _open(self, path: str) -> pa.NativeFile:
+        with self._opening:
+            if path not in self._opened:
+                self._opened[path] = storage.open_input(self.place(path))
+            return self._opened[path]
+
+    def __enter__(self) -> "SourceFiles":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        for file in self._opened.values():
+            file.close()
+        self._descriptors.clear()
+        self._opened.clear()
+
+
+def joined(folder: str, name: str) -> str:
+    """The path of `name` in a folder of a source, whose root is the empty path."""
+    return f"{folder}/{name}" if folder else name

@@ -1,0 +1,114 @@
+"""Which images, labels and boxes a collection holds, in every layout there is."""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import UserError
+from pipeline.sources.archives import is_archive, is_packed
+from pipeline.sources.files import SourceFiles
+from pipeline.sources.ilsvrc import IMAGES, list_ilsvrc
+from pipeline.sources.labels import WNID
+from pipeline.sources.layouts import (
+    class_folders,
+    cub_root,
+    list_cub,
+    list_folders,
+    list_tiny_imagenet,
+)
+from pipeline.sources.listing import is_image, stem, with_labels
+from pipeline.sources.webdatasets import list_webdataset, shard_names
+
+LAYOUTS = {
+    "ilsvrc": list_ilsvrc,
+    "tiny-imagenet": list_tiny_imagenet,
+    "cub": list_cub,
+    "webdataset": list_webdataset,
+    "folders": list_folders,
+}
+LAYOUT_HELP = (
+    "ilsvrc: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or train/<wnid>/*.JPEG and "
+    "val/*.JPEG or val/<wnid>/*.JPEG, or Kaggle's ILSVRC/Data/CLS-LOC; XML boxes anywhere below; "
+    "tiny-imagenet: wnids.txt, train/<wnid>/images, val/images, val/val_annotations.txt; "
+    "cub: images.txt, image_class_labels.txt, classes.txt, images/; "
+    "webdataset: train-000000.tar with jpg, png or webp and cls or json; "
+    "folders: <class>/* or train/<class>/* and val/<class>/*"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A listed collection. classes: sorted wnids; the class index is the position in them.
+
+    class_names: readable, in the same order. images: by split, train first, a row per image in a
+    fixed order, see pipeline/sources/listing.py.
+    """
+
+    layout: str
+    classes: tuple[str, ...]
+    class_names: tuple[str, ...]
+    images: dict[str, pa.Table]
+
+
+def find_layout(files: SourceFiles) -> str:
+    """The layout of a collection, one of LAYOUTS. Raises UserError for an empty or unknown one."""
+    folders, names = files.entries()
+    place = files.place("")
+    if not folders and not names:
+        raise UserError(f"source {place} is an empty folder; name the folder with the images.")
+    if "wnids.txt" in names and "train" in folders:
+        return "tiny-imagenet"
+    if cub_root(files) is not None:
+        return "cub"
+    if _is_ilsvrc(files, names):
+        return "ilsvrc"
+    if shard_names(files):
+        return "webdataset"
+    if any(class_folders(files, "train")) or any(class_folders(files, "")):
+        return "folders"
+    packed = [name for name in names if is_packed(name)]
+    if packed:
+        raise UserError(
+            f"source {place} holds {packed[0]}, which only unpacked can be read in places; run "
+            "`tar xf` on it and name the folder that this makes."
+        )
+    raise UserError(f"source {place} has no known layout. Known: {LAYOUT_HELP}.")
+
+
+def _is_ilsvrc(files: SourceFiles, names: list[str]) -> bool:
+    kaggle = (files.entries(x)[0] for x in ("Data", "ILSVRC/Data"))
+    if {*names} & {*IMAGES} or any("CLS-LOC" in found for found in kaggle):
+        return True
+    in_train, in_val = files.entries("train"), files.entries("val")
+    class_tars = (stem(name) for name in in_train[1] if is_archive(name))
+    if any(WNID.fullmatch(name) for name in (*in_train[0], *in_val[0], *class_tars)):
+        return True
+    return any(map(is_image, in_val[1]))
+
+
+def list_images(files: SourceFiles, layout: str) -> Source:
+    """Every image of the collection, read by `layout`, one of LAYOUTS.
+
+    An image whose label is unknown, or that the labels name but the folder lacks, is listed with
+    its `problem`. Raises UserError for an unknown layout, a collection without images, a damaged
+    archive and labels that contradict each other.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(f"layout {layout!r} is unknown; allowed: auto, {', '.join(LAYOUTS)}.")
+    listed = LAYOUTS[layout](files)
+    images = {split: table for split, table in listed.images.items() if table.num_rows}
+    if not images:
+        raise UserError(
+            f"source {files.place('')} holds no images in the {layout} layout. "
+            f"Known: {LAYOUT_HELP}."
+        )
+    # Of the train images, or of val where there is no train split.
+    first = pc.unique(next(iter(images.values()))["wnid"]).drop_null()
+    classes = listed.classes or tuple(sorted(first.to_pylist()))
+    return Source(
+        layout=layout,
+        classes=classes,
+        class_names=tuple(listed.names.get(wnid, wnid) for wnid in classes),
+        images={split: with_labels(table, classes) for split, table in images.items()},
+    )

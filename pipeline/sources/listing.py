@@ -1,0 +1,202 @@
+"""A collection's images in columns: a row per image, about a hundred bytes each.
+
+A million images as Python objects would take a gigabyte; as columns they take a tenth of it, and
+the rows of one shard are cut from them when its turn comes.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.sources.annotations import Box
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
+BATCH = 4096  # rows that wait as Python objects
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("path", pa.string()),  # of a file, relative to the source, with forward slashes
+        ("offset", pa.int64()),  # where in that file the image begins; null: it is the whole file
+        ("size", pa.int64()),  # bytes from there
+        ("wnid", pa.string()),  # null where unknown
+        ("label", pa.int32()),  # position of the wnid in the classes; null where there is a problem
+        # inclusive [x0, y0, x1, y1], neither sorted nor clipped yet, in pixels of an image of
+        # box_width x box_height, of the file's own size where those are null
+        ("boxes", pa.list_(pa.list_(pa.int32(), 4))),
+        ("box_width", pa.int32()),
+        ("box_height", pa.int32()),
+        ("note", pa.string()),  # what is odd about the labels but leaves the image usable
+        ("problem", pa.string()),  # why it cannot be used, as `kind: detail`
+    ]
+)
+
+
+class Listed(NamedTuple):
+    """A collection as its layout tells it: rows by split, train first, and readable names by wnid.
+    classes: all wnids, sorted, where others than the train images' are known."""
+
+    images: dict[str, pa.Table]
+    names: dict[str, str]
+    classes: tuple[str, ...] | None = None
+
+
+class Rows:
+    """Collects the rows of one split."""
+
+    def __init__(self) -> None:
+        self._batches: list[pa.RecordBatch] = []
+        self._waiting: list[dict[str, Any]] = []
+
+    def add(
+        self,
+        *,
+        id: str,
+        path: str,
+        wnid: str | None,
+        offset: int | None = None,
+        size: int | None = None,
+        boxes: Sequence[Box] = (),
+        box_size: tuple[int, int] | None = None,
+        note: str | None = None,
+        problem: str | None = None,
+    ) -> None:
+        """One image; see SCHEMA. Names that are not UTF-8 are escaped and become its problem."""
+        if not all(map(_is_utf8, (id, path, wnid or ""))):
+            id, path = _escaped(id), _escaped(path)
+            wnid = wnid if wnid and _is_utf8(wnid) else None
+            problem = "file name is not UTF-8: rename it"
+        width, height = box_size or (None, None)
+        self._waiting.append(
+            {
+                "id": id,
+                "path": path,
+                "offset": offset,
+                "size": size,
+                "wnid": wnid,
+                "boxes": boxes,
+                "box_width": width,
+                "box_height": height,
+                "note": note and _escaped(note),
+                "problem": problem,
+            }
+        )
+        if len(self._waiting) == BATCH:
+            self._flush()
+
+    def add_many(
+        self,
+        ids: Sequence[str],
+        paths: Sequence[str],
+        wnid: str | None,
+        offsets: Sequence[int] | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        """Images of one class, as `add` for each but at a tenth of the time."""
+        nothing = [None] * len(ids)
+        try:
+            columns = {
+                "id": pa.array(ids, pa.string()),
+                "path": pa.array(paths, pa.string()),
+                "wnid": pa.array([wnid] * len(ids), pa.string()),
+                "offset": pa.array(offsets or nothing, pa.int64()),
+                "size": pa.array(sizes or nothing, pa.int64()),
+                "boxes": pa.array([[]] * len(ids), SCHEMA.field("boxes").type),
+            }
+        except UnicodeEncodeError:
+            for row in zip(ids, paths, offsets or nothing, sizes or nothing, strict=True):
+                self.add(id=row[0], path=row[1], wnid=wnid, offset=row[2], size=row[3])
+            return
+        self._flush()
+        empty = {field.name: pa.nulls(len(ids), field.type) for field in SCHEMA}
+        self._batches.append(pa.RecordBatch.from_pydict(empty | columns, SCHEMA))
+
+    def table(self, *order: str) -> pa.Table:
+        """All rows, sorted by these columns; equal ones stay in the order they came."""
+        self._flush()
+        table = pa.Table.from_batches(self._batches, SCHEMA)
+        self._batches = []
+        keys = [(name, "ascending") for name in order]
+        return table.take(pc.sort_indices(table, keys)).combine_chunks() if keys else table
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._batches.append(pa.RecordBatch.from_pylist(self._waiting, SCHEMA))
+            self._waiting = []
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def stem(path: str) -> str:
+    """The last name of a path without its suffix."""
+    return PurePosixPath(path).stem
+
+
+def replaced(table: pa.Table, **columns: Any) -> pa.Table:
+    """The rows with other values in these columns of SCHEMA."""
+    for name, column in columns.items():
+        field = SCHEMA.field(name)
+        values = column if isinstance(column, pa.ChunkedArray) else pa.array(column, field.type)
+        table = table.set_column(SCHEMA.get_field_index(name), field, values)
+    return table
+
+
+def with_labels(table: pa.Table, classes: Sequence[str]) -> pa.Table:
+    """The rows with their label, and with a problem where their class has none."""
+    known = pa.array(classes, pa.string())
+    labels = pc.index_in(table["wnid"], known)
+    unnamed = pc.and_(pc.is_null(labels), pc.is_null(table["problem"]))
+    prefix = "label unknown: "
+    strange = pc.binary_join_element_wise(prefix, "no train image has class ", table["wnid"], "")
+    reason = pc.fill_null(strange, prefix + "no folder, annotation or list names its class")
+    problems = pc.if_else(unnamed, reason, table["problem"])
+    labels = pc.if_else(pc.is_null(problems), labels, pa.scalar(None, pa.int32()))
+    # In one chunk: taking rows out of many would gather all of them each time.
+    return replaced(table, label=labels, problem=problems).combine_chunks()
+
+
+def digest(table: pa.Table) -> str:
+    """Hexadecimal SHA-256 of the rows' values, whatever chunks and buffers hold them."""
+    sha = hashlib.sha256()
+    for name in table.column_names:
+        _update(sha, pa.concat_arrays(table[name].chunks) if table.num_rows else table[name])
+    return sha.hexdigest()
+
+
+def _update(sha: Any, array: pa.Array) -> None:
+    if not len(array):
+        return
+    sha.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)))
+    if pa.types.is_list(array.type):
+        _update_numbers(sha, pc.list_value_length(array))
+        _update(sha, array.flatten())
+    elif pa.types.is_fixed_size_list(array.type):
+        _update(sha, array.flatten())
+    elif pa.types.is_string(array.type):
+        filled = pc.fill_null(array, "")
+        _update_numbers(sha, pc.binary_length(filled))
+        offsets = np.frombuffer(filled.buffers()[1], np.int32)[filled.offset :][: len(filled) + 1]
+        if offsets[-1] > offsets[0]:
+            sha.update(memoryview(filled.buffers()[2])[offsets[0] : offsets[-1]])
+    else:
+        _update_numbers(sha, array)
+
+
+def _update_numbers(sha: Any, array: pa.Array) -> None:
+    sha.update(np.ascontiguousarray(pc.fill_null(array, 0).to_numpy(zero_copy_only=False)))
+
+
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()

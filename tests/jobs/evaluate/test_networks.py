@@ -1,0 +1,304 @@
+"""Networks of torchvision and timm with random weights, read from local files."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from jobs.evaluate.networks import load_network, network_logits, network_maps, prepare
+from jobs.evaluate.tasks import network_says
+from model.classifier import ten_crops
+from model.saliency import blur
+from pipeline.errors import UserError
+
+WNIDS = ("n01", "n02", "n03", "n04")
+SIZE = 64
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchvision_operators() -> None:
+    """Declare the compiled operators that torchvision's import describes further.
+
+    Where its wheel was built for CUDA and torch for the CPU, its library cannot be loaded, and the
+    import fails at the first of them. The networks themselves use none.
+    """
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            schema = "(Tensor boxes, Tensor scores, float threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", schema)
+
+
+def build(name: str, outputs: int = 4) -> nn.Module:
+    """The named network straight from its package: random weights, and statistics of noise, with
+    which features live in its last layers too."""
+    kind, model = name.split(":")
+    torch.manual_seed(0)
+    if kind == "timm":
+        import timm
+
+        net = timm.create_model(model, pretrained=False, num_classes=outputs)
+    else:
+        from torchvision import models
+
+        net = models.get_model(model, weights=None, num_classes=outputs)
+    if any(True for _ in net.buffers()):  # nets without a batch norm need none
+        with torch.no_grad():
+            net.train()(torch.randn((4, 3, SIZE, SIZE)))
+    return net.eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randint(
+        0, 256, (2, 3, 32, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+
+
+def plain(path: Path, state: dict[str, Tensor]) -> Path:
+    torch.save(state, path.with_suffix(".pth"))
+    return path.with_suffix(".pth")
+
+
+def nested_and_parallel(path: Path, state: dict[str, Tensor]) -> Path:
+    content = {"epoch": 3, "state_dict": {f"module.{n}": v for n, v in state.items()}}
+    torch.save(content, path.with_suffix(".pt"))
+    return path.with_suffix(".pt")
+
+
+def safe(path: Path, state: dict[str, Tensor]) -> Path:
+    save_file(state, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("torchvision:resnet18", plain),
+        ("torchvision:vgg11", nested_and_parallel),
+        ("torchvision:densenet121", safe),
+        ("torchvision:mobilenet_v3_small", plain),
+        ("timm:resnet18", safe),
+        ("timm:mobilenetv3_small_050", nested_and_parallel),
+        ("timm:convnext_atto", plain),
+    ],
+)
+def test_a_network_read_from_its_file_says_and_shows_what_the_network_itself_does(
+    name: str,
+    write: Callable[[Path, dict[str, Tensor]], Path],
+    tmp_path: Path,
+    images: Tensor,
+) -> None:
+    net = build(name)
+    path = write(tmp_path / "weights", net.state_dict())
+    network = load_network(name, path, WNIDS, None, SIZE)
+    path.unlink()  # half a GB for one of them
+    x = prepare(network, images)
+    assert x.shape == (2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        torch.testing.assert_close(network_logits(network, x), net(x))
+    maps = network_maps(network, images, torch.tensor([1, 3]))
+    assert set(maps) == {"cam", "gradient", "lrp"}
+    for values in maps.values():
+        assert values.shape == (2, 32, 40)
+        assert values.dtype == np.float32
+        assert np.isfinite(values).all()
+        assert (values.std(axis=(1, 2)) > 0).all()
+    assert (maps["gradient"] >= 0).all()
+
+
+def test_a_networks_classes_come_from_ten_crops_where_asked_for(
+    tmp_path: Path, images: Tensor
+) -> None:
+    net = build("torchvision:resnet18")
+    path = plain(tmp_path / "w", net.state_dict())
+    network = load_network("torchvision:resnet18", path, WNIDS, None, SIZE)
+    x, labels = prepare(network, images), torch.tensor([1, 3])
+    whole, cropped = (network_says(network, images, labels, crops=crops) for crops in (False, True))
+    with torch.no_grad():
+        alone = torch.softmax(net(x), dim=1)
+        views = [torch.softmax(net(view), dim=1) for view in ten_crops(x)]
+        mean = torch.stack(views).mean(dim=0)
+    for (columns, _), expected in ((whole, alone), (cropped, mean)):
+        best = columns["network_scores"][:, 0]
+        np.testing.assert_allclose(best, expected.amax(dim=1), rtol=1e-4)
+    assert not np.allclose(whole[0]["network_scores"], cropped[0]["network_scores"], rtol=1e-3)
+    for name, values in whole[1].items():
+        assert (values == cropped[1][name]).all()
+
+
+def test_images_are_normalized_as_the_weights_expect(tmp_path: Path) -> None:
+    path = plain(tmp_path / "w", build("torchvision:resnet18").state_dict())
+    network = load_network("torchvision:resnet18", path, WNIDS, None, None)
+    assert network.size == (224, 224)
+    grey = torch.full((1, 3, 10, 20), 128, dtype=torch.uint8)
+    expected = [(128 / 255 - m) / s for m, s in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
+    x = prepare(network, grey)
+    assert x.shape == (1, 3, 224, 224)
+    torch.testing.assert_close(x.amin(dim=(0, 2, 3)), torch.tensor(expected))
+    torch.testing.assert_close(x.amax(dim=(0, 2, 3)), torch.tensor(expected))
+
+
+def test_cam_of_resnet18_is_its_features_weighted_by_hand(tmp_path: Path) -> None:
+    net: Any = build("torchvision:resnet18")
+    path = plain(tmp_path / "w", net.state_dict())
+    network = load_network("torchvision:resnet18", path, WNIDS, None, SIZE)
+    images = torch.randint(0, 256, (1, 3, SIZE, SIZE), dtype=torch.uint8)
+    x = prepare(network, images)
+    with torch.no_grad():
+        for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            x = getattr(net, part)(x)
+        cells = (net.fc.weight[2].view(1, -1, 1, 1) * x).sum(dim=1, keepdim=True)
+        expected = functional.interpolate(cells, (SIZE, SIZE), mode="bilinear")[0, 0].numpy()
+    cam = network_maps(network, images, torch.tensor([2]))["cam"][0]
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(cam, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+
+
+def test_outputs_are_found_by_wnid_whatever_their_order(tmp_path: Path, images: Tensor) -> None:
+    name = "torchvision:mobilenet_v3_small"
+    net = build(name, 6)
+    path = plain(tmp_path / "w", net.state_dict())
+    mapping = tmp_path / "LOC_synset_mapping.txt"
+    mapping.write_text("n09 other\nn03 a cat, feline\nn01 dog\nn08 more\n\nn04 cow\nn02 fly\n")
+    network = load_network(name, path, WNIDS, mapping, SIZE)
+    assert network.outputs.tolist() == [2, 5, 1, 4]
+    x = prepare(network, images)
+    with torch.no_grad():
+        torch.testing.assert_close(network_logits(network, x), net(x)[:, [2, 5, 1, 4]])
+    # The maps of classes n03 and n01 are those of outputs 1 and 2 of the network itself.
+    own = load_network(name, path, ("o0", "o1", "o2", "o3", "o4", "o5"), None, SIZE)
+    by_wnid = network_maps(network, images, torch.tensor([2, 0]))
+    by_output = network_maps(own, images, torch.tensor([1, 2]))
+    for kind, values in by_wnid.items():
+        np.testing.assert_array_equal(values, by_output[kind])
+
+
+def test_gradient_and_relevance_at_the_stored_size_are_blurred_there(tmp_path: Path) -> None:
+    from model.relevance import layerwise_relevance
+    from model.saliency import gradient_saliency
+
+    net = build("torchvision:resnet18")
+    path = plain(tmp_path / "w", net.state_dict())
+    network = load_network("torchvision:resnet18", path, WNIDS, None, SIZE)
+    images = torch.randint(0, 256, (1, 3, SIZE, SIZE), dtype=torch.uint8)
+    labels = torch.tensor([1])
+    maps = network_maps(network, images, labels)
+    x = prepare(network, images)
+    for name, compute in (("gradient", gradient_saliency), ("lrp", layerwise_relevance)):
+        np.testing.assert_array_equal(maps[name], blur(compute(net, x, labels).numpy()))
+
+
+def test_a_map_is_the_same_alone_and_among_others(tmp_path: Path) -> None:
+    net = build("timm:mobilenetv3_small_050")
+    path = plain(tmp_path / "w", net.state_dict())
+    network = load_network("timm:mobilenetv3_small_050", path, WNIDS, None, SIZE)
+    many = torch.randint(0, 256, (18, 3, SIZE, SIZE), dtype=torch.uint8)
+    labels = torch.arange(18) % 4
+    together = network_maps(network, many, labels)
+    for i in (0, 15, 16, 17):
+        alone = network_maps(network, many[i : i + 1], labels[i : i + 1])
+        for kind, values in alone.items():
+            scale = float(np.abs(values).max())
+            assert scale > 0
+            np.testing.assert_allclose(together[kind][i], values[0], atol=1e-3 * scale)
+
+
+def test_the_old_names_in_densenets_official_files_are_read(tmp_path: Path) -> None:
+    net = build("torchvision:densenet121")
+    state = net.state_dict()
+    old = {
+        name.replace("norm1.", "norm.1.")
+        .replace("norm2.", "norm.2.")
+        .replace("conv1.", "conv.1.")
+        .replace("conv2.", "conv.2.")
+        if "denselayer" in name
+        else name: value
+        for name, value in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    assert any(".norm.1." in name for name in old)
+    network = load_network("torchvision:densenet121", plain(tmp_path / "w", old), WNIDS, None, SIZE)
+    for name, value in network.module.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.equal(value, state[name]), name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18", "neither torchvision:NAME nor timm:NAME"),
+        ("keras:resnet18", "neither torchvision:NAME nor timm:NAME"),
+        ("torchvision:resnet19", "torchvision knows no classifier 'resnet19'. Near it: .*resnet18"),
+        ("timm:rexnet_9", "timm knows no classifier 'rexnet_9'"),
+        ("timm:hf-hub:someone/net", "timm knows no classifier"),
+    ],
+)
+def test_an_unknown_name_is_an_error(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load_network(name, tmp_path / "none.pth", WNIDS, None, None)
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    name = "torchvision:resnet18"
+
+    def load(path: Path, wnids: tuple[str, ...] = WNIDS) -> None:
+        load_network(name, path, wnids, None, SIZE)
+
+    with pytest.raises(UserError, match=r"none.pth is missing; nothing is downloaded"):
+        load(tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(UserError, match=r"text.pth cannot be read"):
+        load(tmp_path / "text.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="holds no state dict"):
+        load(tmp_path / "list.pth")
+    state = build(name).state_dict()
+    with pytest.raises(UserError, match=r"with 3 outputs: 2 of another shape \(fc.weight \[4, 512"):
+        load(plain(tmp_path / "more", state), WNIDS[:3])
+    state["extra"] = state.pop("conv1.weight")
+    with pytest.raises(UserError, match=r"1 missing \(conv1.weight\); 1 unexpected \(extra\)"):
+        load(plain(tmp_path / "renamed", state))
+    with pytest.raises(UserError, match=r"missing \(conv1.weight, .*, \.\.\.\); .* unexpected \("):
+        load(plain(tmp_path / "other", build("timm:mobilenetv3_small_050").state_dict()))
+
+
+def test_classes_that_the_network_lacks_or_has_twice_are_named(tmp_path: Path) -> None:
+    path = plain(tmp_path / "w", build("torchvision:resnet18").state_dict())
+    listed = tmp_path / "classes.txt"
+    listed.write_text("n01\nn02\nn04\nn05\n")
+    with pytest.raises(UserError, match="does not know 1 of the data set's 4 classes: n03 "):
+        load_network("torchvision:resnet18", path, WNIDS, listed, SIZE)
+    listed.write_text("n01\nn02\nn01\nn03\nn04\n")
+    with pytest.raises(UserError, match="names n01 as class 1 and as class 3"):
+        load_network("torchvision:resnet18", path, WNIDS, listed, SIZE)
+    with pytest.raises(UserError, match=r"absent.txt cannot be read"):
+        load_network("torchvision:resnet18", path, WNIDS, tmp_path / "absent.txt", SIZE)
+
+
+def test_sizes_and_networks_without_a_feature_map_are_errors(tmp_path: Path) -> None:
+    path = plain(tmp_path / "w", build("torchvision:resnet18").state_dict())
+    with pytest.raises(UserError, match="--network-size 63 is below 64"):
+        load_network("torchvision:resnet18", path, WNIDS, None, 63)
+    path = plain(tmp_path / "vit", build("timm:vit_tiny_patch16_224").state_dict())
+    name = "timm:vit_tiny_patch16_224"
+    with pytest.raises(UserError, match=f"{name} has no map of features before its pooling"):
+        load_network(name, path, WNIDS, None, None)
+    with pytest.raises(UserError, match=f"{name} cannot be fed images of 96 x 96 pixels"):
+        load_network(name, path, WNIDS, None, 96)
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
+def test_a_missing_package_is_one_line_with_the_remedy(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name.split(":")[0], None)
+    with pytest.raises(UserError, match=r"pip install '.\[networks\]'; torchvision must be") as e:
+        load_network(name, tmp_path / "w.pth", WNIDS, None, None)
+    assert "\n" not in str(e.value)

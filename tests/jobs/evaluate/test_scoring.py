@@ -1,0 +1,281 @@
+"""Scoring of boxes from any place: the real ILSVRC ground truth, and small cases by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.evaluate import __main__ as job
+from jobs.evaluate.config import EvaluateConfig, Evaluation, evaluate
+from pipeline.errors import UserError
+from pipeline.evaluation.formats import Guesses, write_guesses, write_score_map
+from pipeline.evaluation.truth import GroundTruth, write_metadata
+from tests.jobs.kills import one_worker_killed
+
+DATA = Path(__file__).parents[4] / "shared" / "data" / "ilsvrc-val-boxes"
+
+
+def quiet(done: int, total: int) -> None:
+    pass
+
+
+def scored(ground_truth: Path, output: Path, **options: object) -> Evaluation:
+    values: dict = {"ground_truth": ground_truth, "output": output} | options
+    return evaluate(EvaluateConfig(**values), quiet)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real ILSVRC val ground truth is not here")
+@pytest.mark.parametrize(
+    ("protocol", "gt_known"), [("devkit", 40.70), ("exclusive", 40.34), ("int224", 41.11)]
+)
+def test_whole_image_boxes_on_the_real_ilsvrc_val_set(
+    protocol: str, gt_known: float, tmp_path: Path
+) -> None:
+    metrics = scored(DATA, tmp_path, protocol=protocol).metrics
+    whole = metrics["methods"]["whole_image"]
+    assert round(100 * whole["gt_known"], 2) == gt_known
+    assert whole["n"] == 50_000
+    assert {n: round(100 * whole["protocols"][n]["gt_known"], 2) for n in whole["protocols"]}[
+        protocol
+    ] == gt_known
+    if protocol == "devkit":  # a centred box of half the area, and the first box alone
+        assert round(100 * metrics["methods"]["centred_box"]["gt_known"], 1) == 53.7
+        first = whole["protocols"]["devkit, first box"]["gt_known"]
+        assert 0.9 <= 100 * (whole["gt_known"] - first) <= 1.5
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> GroundTruth:
+    """Four images of 100 x 80 pixels with boxes by hand; the last one has two."""
+    truth = GroundTruth(
+        ids=tuple(f"val/image_{i}.JPEG" for i in range(4)),
+        labels=np.array([0, 1, 2, 1]),
+        sizes=np.array([[80, 100]] * 4),
+        boxes=np.array(
+            [[0, 0, 49, 39], [10, 10, 29, 29], [0, 0, 99, 79], [0, 0, 9, 9], [60, 40, 99, 79]]
+        ),
+        starts=np.array([0, 1, 2, 3, 5]),
+        classes=("n00000001", "n00000002", "n00000003"),
+        class_names=("one", "two", "three"),
+    )
+    write_metadata(tmp_path / "meta", truth)
+    (tmp_path / "classes.txt").write_text("n00000001 one\nn00000002 two\nn00000003 three\n")
+    return truth
+
+
+def guesses_of(labels: list[list[int]], boxes: list[list[list[int]]]) -> Guesses:
+    full_labels = np.full((len(labels), 5), -1)
+    full_boxes = np.full((len(labels), 5, 4), -1)
+    for i, (names, found) in enumerate(zip(labels, boxes, strict=True)):
+        full_labels[i, : len(names)] = names
+        full_boxes[i, : len(found)] = found
+    return Guesses(labels=full_labels, boxes=full_boxes)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_given_predictions_by_the_official_rule(
+    four: GroundTruth, tmp_path: Path, suffix: str
+) -> None:
+    guesses = guesses_of(
+        [[0], [0, 1], [2], [1, 1]],
+        [
+            [[0, 0, 49, 39]],  # right
+            [[10, 10, 29, 29], [10, 10, 29, 29]],  # the second guess has the class: top-5 only
+            [[0, 0, 49, 39]],  # a quarter of the box: wrong
+            [[20, 20, 30, 30], [60, 40, 99, 79]],  # the second guess has the box: top-5 only
+        ],
+    )
+    path = tmp_path / f"boxes{suffix}"
+    write_guesses(path, four, guesses)
+    row = scored(
+        tmp_path / "meta", tmp_path, predictions=path, classes=tmp_path / "classes.txt"
+    ).metrics["methods"]["predictions"]
+    assert row["gt_known"] == 2 / 4
+    assert row["top1_loc"] == 1 / 4
+    assert row["top5_loc"] == 3 / 4
+    assert (row["top1_cls"], row["top5_cls"]) == (3 / 4, 1.0)
+    assert row["errors"]["class_wrong"] == 1
+    assert row["errors"]["too_small"] == 1
+    assert row["errors"]["elsewhere"] == 1
+    assert row["protocols"]["devkit, first box"]["top5_loc"] == 2 / 4  # box 2 of image 4 is out
+
+
+def test_score_maps_by_hand(four: GroundTruth, tmp_path: Path, ray_local: None) -> None:
+    """Maps that are .8 on a true box and .2 elsewhere, but for the last image: all .2."""
+    for i in range(4):
+        values = np.full((80, 100), 0.2, np.float32)
+        x0, y0, x1, y1 = four.boxes[four.starts[i]]
+        if i < 3:
+            values[y0 : y1 + 1, x0 : x1 + 1] = 0.8
+        path = tmp_path / "maps" / f"{four.ids[i]}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, values)
+    evaluation = scored(tmp_path / "meta", tmp_path, score_maps=tmp_path / "maps", workers=1)
+    row = evaluation.metrics["methods"]["score_maps"]
+    # the third map is .8 everywhere and the fourth .2 everywhere: flat, so the box is the image
+    assert row["gt_known"] == 3 / 4
+    assert row["counts"]["nothing_found"] == 2
+    assert evaluation.predictions["score_maps_found"].to_pylist() == [True, True, False, False]
+    # from a threshold of .25 of the maximum, 51 of 204 levels, to 1 the first three are right
+    assert row["max_box_acc"] == 3 / 4
+    assert row["max_box_acc_threshold"] == 0.25
+    assert row["max_box_acc_v2"] == 3 / 4
+    assert evaluation.predictions["score_maps_auc"].to_pylist()[:2] == [1.0, 1.0]
+    assert row["subsets"]["small_boxes"]["n"] == 3
+    assert row["curves"]["corloc"]["0.5"][50] == 3 / 4
+
+
+def test_the_sweep_at_224_pixels_by_hand(
+    four: GroundTruth, tmp_path: Path, ray_local: None
+) -> None:
+    """A map's box is carried as x0, y0, x0 + width, y0 + height, clipped to 223, + 1 as the
+    reference evaluator does; the truth is multiplied by 224 / side and truncated."""
+    drawn = [
+        [(0, 0, 109, 109, 255)],  # truth 0 0 49 39 of 100 x 80 -> 0 0 109 109; box 0 0 110 110
+        [(22, 28, 63, 80, 255), (100, 100, 223, 223, 128)],  # truth 22 28 64 81: only from 128 on
+        [(0, 0, 223, 223, 255)],  # truth 0 0 221 221; box clipped to 223
+        # truths 0 0 20 25 and 134 112 221 221: the second contour, which is never the largest
+        [(0, 30, 223, 100, 255), (134, 112, 222, 222, 255)],
+    ]
+    for image_id, boxes in zip(four.ids, drawn, strict=True):
+        values = np.zeros((224, 224))
+        for x0, y0, x1, y1, level in boxes:
+            values[y0 : y1 + 1, x0 : x1 + 1] = level / 255
+        path = tmp_path / "maps" / f"{image_id}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, values)
+    evaluation = scored(
+        tmp_path / "meta",
+        tmp_path,
+        protocol="int224",
+        score_maps=tmp_path / "maps",
+        workers=1,
+    )
+    row = evaluation.metrics["methods"]["score_maps"]
+    # below 128 / 255 the larger contour of image 1 hides the right one; int(.502 * 255) = 128
+    assert row["max_box_acc"] == 3 / 4
+    assert row["max_box_acc_threshold"] == 0.502
+    assert row["max_box_acc_v2"] == 1.0  # over all contours every image is right, even at IoU .7
+    assert evaluation.predictions["score_maps_iou"].to_pylist()[::2] == [
+        110 * 110 / 111**2,
+        222 * 222 / 224**2,
+    ]
+
+
+def test_a_classifiers_labels_are_those_of_rows_that_have_none(
+    four: GroundTruth, tmp_path: Path
+) -> None:
+    path = tmp_path / "top.csv"
+    path.write_text(
+        "".join(f"{name},{label}\n" for name, label in zip(four.ids, "0021", strict=True))
+    )
+    metrics = scored(tmp_path / "meta", tmp_path, classifier=path).metrics
+    whole = metrics["methods"]["whole_image"]
+    assert whole["class_from"] == "other"
+    assert (whole["top1_cls"], whole["gt_known"], whole["top1_loc"]) == (3 / 4, 1 / 4, 1 / 4)
+    assert metrics["other"] == {"top1": 3 / 4, "top5": 3 / 4}
+
+
+def test_any_number_of_shards_scores_maps_alike(
+    four: GroundTruth, tmp_path: Path, ray_local: None
+) -> None:
+    rng = np.random.default_rng(0)
+    for image_id in four.ids:
+        write_score_map(tmp_path / "maps", image_id, rng.random((20, 20)) ** 3)
+    found = []
+    for shards in (1, 3):
+        evaluation = scored(
+            tmp_path / "meta",
+            tmp_path,
+            protocol="int224",
+            score_maps=tmp_path / "maps",
+            workers=2,
+            shards=shards,
+        )
+        found.append(json.dumps(evaluation.metrics | {"seconds": 0}))
+    assert found[0] == found[1]
+
+
+def test_a_killed_worker_changes_no_figure_of_score_maps(
+    four: GroundTruth, tmp_path: Path, ray_local: None
+) -> None:
+    rng = np.random.default_rng(1)
+    for image_id in four.ids:
+        path = tmp_path / "maps" / f"{image_id}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, rng.random((500, 500), np.float32))  # noise takes the sweep longest
+    options: dict = {"score_maps": tmp_path / "maps", "workers": 2, "shards": 4}
+    expected = scored(tmp_path / "meta", tmp_path, **options)
+    with one_worker_killed("score_map_range") as killed:
+        again = scored(tmp_path / "meta", tmp_path, **options)
+    assert len(killed) == 1
+    assert again.predictions.equals(expected.predictions)
+    assert json.dumps(again.metrics | {"seconds": 0}) == json.dumps(
+        expected.metrics | {"seconds": 0}
+    )
+
+
+def test_a_missing_score_map_is_one_line_that_names_it(
+    four: GroundTruth, tmp_path: Path, ray_local: None
+) -> None:
+    for image_id in four.ids[:3]:
+        write_score_map(tmp_path / "maps", image_id, np.eye(10))
+    with pytest.raises(UserError, match=r"image_3\.JPEG\.npy") as caught:
+        scored(tmp_path / "meta", tmp_path, score_maps=tmp_path / "maps", workers=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_blacklist_gives_further_figures_and_changes_no_other(
+    four: GroundTruth, tmp_path: Path
+) -> None:
+    (tmp_path / "blacklist.txt").write_text("3\n")
+    plain = scored(tmp_path / "meta", tmp_path).metrics["methods"]["whole_image"]
+    listed = scored(tmp_path / "meta", tmp_path, blacklist=tmp_path / "blacklist.txt").metrics
+    whole = listed["methods"]["whole_image"]
+    assert whole["gt_known"] == plain["gt_known"] == 1 / 4
+    assert whole["protocols"]["devkit, without blacklist"] == {
+        "gt_known": 0.0,
+        "top1_loc": None,
+        "top5_loc": None,
+        "mean_iou": pytest.approx((0.25 + 0.05 + 0.2) / 3),
+        "n": 3,
+    }
+
+
+def test_the_job_scores_ground_truth_alone(
+    four: GroundTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "eval"
+    job.main(["--ground-truth", str(tmp_path / "meta"), "--output", str(output)])
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["methods"]["whole_image"]["gt_known"] == 1 / 4
+    assert metrics["methods"]["whole_image"]["top1_loc"] is None
+    assert list(metrics["methods"]) == ["whole_image", "centred_box"]
+    assert (output / "report.html").is_file()
+    assert "Whole image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either --data .* or --ground-truth"),
+        ({"data": "a", "ground_truth": Path("b")}, "either --data .* or --ground-truth"),
+        ({"ground_truth": Path("b"), "run": (Path("r"),)}, "--run needs images"),
+        ({"data": "a", "run": (Path("r"),) * 3}, "at most two"),
+        ({"data": "a", "network": "timm:resnet18"}, "--network and --network-weights"),
+        (
+            {
+                "data": "a",
+                "classifier": Path("c"),
+                "network": "timm:resnet18",
+                "network_weights": Path("w"),
+            },
+            "--classifier beside --network needs --run",
+        ),
+        ({"data": "a", "centred_box": (0.5, 1.5)}, r"shares in \(0, 1\]"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluateConfig(output=Path("out"), **options)

@@ -1,0 +1,220 @@
+"""Locating in batches, with random nets."""
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jobs.localize.batches import Job, LocalizeConfig, Prepared, locate, prepare, process_batch
+from jobs.runs import Nets, colour_statistics, load_nets, save_nets
+from model.localization import localize
+from model.masking import mask_map
+from model.step import normalize
+from pipeline.errors import UserError
+from pipeline.evaluation.protocols import scale_boxes
+from pipeline.shards.format import read_manifest, read_shard, shard_paths
+from pipeline.shards.ledger import read_ledger
+
+SIZE = 32
+
+
+@pytest.fixture
+def nets(random_run: Path) -> Nets:
+    torch.set_num_threads(1)  # as the job does
+    return load_nets(random_run)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def random_images(nets: Nets, count: int) -> list[Prepared]:
+    """Noise over a bright rectangle, each of another size."""
+    rng = np.random.default_rng(0)
+    images = []
+    for i in range(count):
+        pixels = rng.integers(0, 120, (40 + i, 90 - i, 3)).astype(np.uint8)
+        pixels[10 : 15 + i, 20 : 30 + i] += 100
+        images.append(prepare(nets.config, png(pixels)))
+    return images
+
+
+def test_an_image_is_located_as_from_its_shard(small_set: Path, nets: Nets) -> None:
+    config, manifest = nets.config, read_manifest(small_set)
+    paths = read_ledger(small_set, "val", ["path"])["path"].to_pylist()
+    (shard, *_) = shard_paths(small_set, manifest, "val")
+    samples = list(read_shard(shard, manifest))[:8]
+    prepared = [
+        prepare(config, (small_set.parent / "images" / path).read_bytes()) for path in paths[:8]
+    ]
+    found = locate(nets, prepared, batch_size=8)
+    for sample, one, image in zip(samples, found, prepared, strict=True):
+        x = torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None].contiguous()
+        x = normalize(x, *colour_statistics(config, x.device))
+        segments = torch.from_numpy(sample.segments.astype(np.int64))[None]
+        with torch.no_grad():
+            values = mask_map(nets.corruption, x, segments, manifest.max_superpixels).numpy()
+            scores = torch.softmax(nets.clean_classifier(x), dim=1)[0].numpy()
+        np.testing.assert_allclose(one.map, values[0], atol=1e-6)
+        size = np.array([[sample.meta["height"], sample.meta["width"]]])
+        assert (image.height, image.width) == tuple(size[0])
+        box = scale_boxes(localize(values)[0], np.array((SIZE, SIZE)), size)
+        assert [one.box] == box.tolist()
+        best = np.argsort(-scores)[:5]
+        assert [wnid for wnid, _, _ in one.top5] == [config.classes[c] for c in best]
+        assert [score for *_, score in one.top5] == pytest.approx(scores[best].tolist(), rel=1e-5)
+
+
+def test_an_images_result_does_not_depend_on_its_batch_to_the_last_bit(nets: Nets) -> None:
+    images = random_images(nets, 20)
+    whole = locate(nets, images, batch_size=20)
+    alone = [locate(nets, [image], batch_size=20)[0] for image in images]
+    turned = locate(nets, images[::-1], batch_size=20)[::-1]
+    for one, two, three in zip(whole, alone, turned, strict=True):
+        assert one.map.tobytes() == two.map.tobytes() == three.map.tobytes()
+        assert (one.box, one.found, one.top5) == (two.box, two.found, two.top5)
+        assert (one.box, one.found, one.top5) == (three.box, three.found, three.top5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7])
+def test_batch_sizes_agree_to_rounding(nets: Nets, batch_size: int) -> None:
+    images = random_images(nets, batch_size)
+    expected = locate(nets, images, batch_size=32)
+    for one, two in zip(locate(nets, images, batch_size=batch_size), expected, strict=True):
+        np.testing.assert_allclose(one.map, two.map, atol=1e-6)
+        assert one.box == two.box
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_finds_what_the_cpu_finds(nets: Nets) -> None:
+    images = random_images(nets, 20)
+    expected = locate(nets, images, batch_size=32)
+    for net in (nets.corruption, nets.clean_classifier):
+        net.to("cuda")
+    for one, two in zip(locate(nets, images, batch_size=32), expected, strict=True):
+        np.testing.assert_allclose(one.map, two.map, atol=5e-3)  # TF32 convolutions
+
+
+def test_each_rule_gives_its_own_box_of_the_same_map(nets: Nets) -> None:
+    images = random_images(nets, 8)
+    boxes = {}
+    for rule in ("paper", "mean", "quantile"):
+        found = locate(nets, images, batch_size=8, rule=rule)
+        maps = np.stack([one.map for one in found])
+        sizes = np.array([(image.height, image.width) for image in images])
+        expected = scale_boxes(localize(maps, rule)[0], np.array((SIZE, SIZE)), sizes)
+        boxes[rule] = [one.box for one in found]
+        assert boxes[rule] == expected.tolist()
+    assert boxes["paper"] != boxes["mean"] != boxes["quantile"]
+
+
+def test_a_flat_map_is_the_whole_image_and_not_found(nets: Nets) -> None:
+    with torch.no_grad():
+        nets.corruption.output.weight.zero_()
+    (one,) = locate(nets, random_images(nets, 1), batch_size=4)
+    assert (one.box, one.found) == ([0, 0, 89, 39], False)
+
+
+def test_every_kind_of_image_is_located_in_its_stored_pixels(
+    random_run: Path, nets: Nets, tmp_path: Path
+) -> None:
+    colours = np.random.default_rng(0).integers(0, 255, (48, 80, 3)).astype(np.uint8)
+    picture, grey = Image.fromarray(colours), Image.fromarray(colours[..., 0])
+    rotated = Image.Exif()
+    rotated[274] = 6  # orientation: a viewer turns it by 90 degrees
+    kinds = {
+        "plain.png": picture,
+        "alpha.png": picture.convert("RGBA"),
+        "turned.png": picture,
+        "grey.png": grey,
+        "grey16.png": Image.fromarray(colours[..., 0].astype(np.uint16) * 257),
+        "palette.png": picture.convert("P"),
+        "cmyk.tif": picture.convert("CMYK"),
+        "one.png": picture.crop((0, 0, 1, 1)),
+    }
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+    picture.save(tmp_path / "turned.png", exif=rotated)
+    paths = [tmp_path / name for name in kinds]
+    paths.append(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff 'quoted' \xe7.png")))
+    picture.save(os.fsencode(paths[-1]), "PNG")
+    config = LocalizeConfig(
+        images=(tmp_path,), run=random_run, output=tmp_path / "out", masks=True, batch_size=16
+    )
+    jobs = [Job(path=p, overlay=f"{p.name}.png", mask=f"masks/{p.name}.png") for p in paths]
+    entries = process_batch(nets, config, jobs)
+    assert [entry["image"] for entry in entries] == [str(path) for path in paths]
+    for entry in entries:
+        size = (1, 1) if entry["image"].endswith("one.png") else (80, 48)
+        assert (entry["status"], entry["width"], entry["height"]) == ("ok", *size)
+        for kind, mode in (("overlay", "RGB"), ("mask", "L")):
+            with Image.open(config.output / entry[kind]) as image:
+                assert (image.size, image.mode) == (size, mode)
+    found = {name: (e["box"], e["top5"]) for name, e in zip(kinds, entries, strict=False)}
+    assert found["plain.png"] == found["alpha.png"] == found["turned.png"]
+    assert found["grey.png"] == found["grey16.png"]
+    assert (entries[-1]["box"], entries[-1]["top5"]) == found["plain.png"]
+
+
+def test_a_mask_of_an_image_of_the_nets_size_is_its_map(
+    random_run: Path, nets: Nets, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (SIZE, SIZE, 3)).astype(np.uint8)
+    (tmp_path / "a.png").write_bytes(png(pixels))
+    config = LocalizeConfig(
+        images=(), run=random_run, output=tmp_path / "out", masks=True, overlays=False
+    )
+    job = Job(path=tmp_path / "a.png", overlay="a.png", mask="masks/a.png")
+    (entry,) = process_batch(nets, config, [job])
+    (one,) = locate(nets, [prepare(nets.config, png(pixels))], batch_size=config.batch_size)
+    with Image.open(tmp_path / "out" / "masks" / "a.png") as mask:
+        assert (np.asarray(mask) == np.rint(one.map * 255)).all()
+    assert "overlay" not in entry
+    assert not (tmp_path / "out" / "a.png").exists()
+
+
+def test_a_batch_without_a_usable_image_gives_reasons_alone(
+    random_run: Path, nets: Nets, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "folder.jpg").mkdir()
+    names = ("empty.jpg", "folder.jpg", "none.jpg")
+    config = LocalizeConfig(images=(), run=random_run, output=tmp_path / "out")
+    jobs = [Job(path=tmp_path / n, overlay=f"{n}.png", mask=f"masks/{n}.png") for n in names]
+    entries = process_batch(nets, config, jobs)
+    assert [(entry["status"], entry["error"]) for entry in entries] == [
+        ("failed", "empty file: it has 0 bytes"),
+        ("failed", "Is a directory"),
+        ("failed", "No such file or directory"),
+    ]
+
+
+def test_diverged_nets_end_the_job_with_the_remedy(nets: Nets, tmp_path: Path) -> None:
+    with torch.no_grad():
+        nets.corruption.output.weight.fill_(torch.nan)
+    save_nets(tmp_path, nets, {})
+    with pytest.raises(UserError, match="train it again"):
+        locate(load_nets(tmp_path), random_images(nets, 1), batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rule": "median"}, "--rule median is out of range: one of paper, mean, quantile"),
+        ({"batch_size": 0}, "--batch-size 0 is out of range"),
+        ({"threads": 0}, "--threads 0 is out of range"),
+        ({"device": "gpu"}, "--device gpu is out of range: auto, cpu or cuda"),
+    ],
+)
+def test_flags_out_of_range_name_what_is_allowed(change: dict[str, str], message: str) -> None:
+    good = LocalizeConfig(images=(), run=Path("run"), output=Path("out"))
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(good, **change)  # type: ignore[arg-type]

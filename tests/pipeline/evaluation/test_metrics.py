@@ -1,0 +1,295 @@
+"""Figures by hand, against plain loops, and their invariances."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.evaluation.metrics import (
+    ERRORS,
+    Outcomes,
+    Sweep,
+    bootstrap_intervals,
+    class_figures,
+    curves,
+    error_kinds,
+    figures,
+    intervals,
+    largest_shares,
+    share_interval,
+    size_figures,
+    subset_masks,
+    sweep_figures,
+    top_k,
+)
+from pipeline.evaluation.protocols import best_iou
+from pipeline.evaluation.sweep import IOU_GRID, thresholds
+
+
+def outcomes(ious: Any, top1: Any = None, **more: Any) -> Outcomes:
+    ious = np.asarray(ious, float)
+    right = None if top1 is None else np.asarray(top1, bool)
+    return Outcomes(ious=ious, errors=np.zeros(len(ious), int), top1=right, **more)
+
+
+def test_figures_by_hand() -> None:
+    # IoU .5 is right, just below is not; the fourth image has no known box but counts as class.
+    one = outcomes(
+        [0.5, 0.4999, 0.75, np.nan],
+        [True, True, False, True],
+        top5=np.array([True, True, True, True]),
+        top5_right=np.array([True, False, True, False]),
+        auc=np.array([0.9, 0.5, 0.7, np.nan]),
+        auc_other=np.array([0.6, 0.5, np.nan, np.nan]),
+    )
+    assert figures(one) == {
+        "gt_known": 2 / 3,
+        "top1_loc": 1 / 3,
+        "top5_loc": 2 / 3,
+        "top1_cls": 3 / 4,
+        "top5_cls": 1.0,
+        "mean_iou": pytest.approx((0.5 + 0.4999 + 0.75) / 3, abs=1e-15),
+        "auc": pytest.approx(0.7, abs=1e-15),
+        "auc_other": 0.55,
+        "auc_gap": pytest.approx(0.15, abs=1e-15),  # of the two images that have both
+        "n": 3,
+        "counts": {
+            "images": 4,
+            "with_boxes": 3,
+            "gt_known": 2,
+            "top1_loc": 1,
+            "top5_loc": 2,
+            "top1_cls": 3,
+            "top5_cls": 4,
+        },
+        "errors": dict.fromkeys(ERRORS, 0) | {"right": 3},
+    }
+
+
+def test_what_a_method_does_not_know_is_none_and_not_zero() -> None:
+    found = figures(outcomes([0.9, 0.1]))
+    assert found["gt_known"] == 0.5
+    for name in ("top1_loc", "top5_loc", "top1_cls", "top5_cls", "auc", "auc_other", "auc_gap"):
+        assert found[name] is None
+    assert "top1_loc" not in found["counts"]
+
+
+def test_no_images_and_no_boxes_give_no_share() -> None:
+    unknown = figures(outcomes([np.nan], [True]))
+    assert (unknown["gt_known"], unknown["mean_iou"], unknown["top1_cls"]) == (None, None, 1.0)
+    assert figures(outcomes([], []))["top1_cls"] is None
+
+
+def test_figures_do_not_depend_on_the_order_of_the_images() -> None:
+    rng = np.random.default_rng(1)
+    ious, right, auc = rng.random(999) ** 7, rng.random(999) < 0.5, rng.random(999)
+    order = rng.permutation(999)
+    first = figures(outcomes(ious, right, auc=auc, auc_other=auc[::-1]))
+    again = outcomes(ious[order], right[order], auc=auc[order], auc_other=auc[::-1][order])
+    assert first == figures(again)
+
+
+def test_class_counts_add_up_to_the_whole() -> None:
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 5, 300)
+    labels[labels == 3] = 4  # a class without images
+    one = outcomes(rng.random(300), rng.random(300) < 0.5)
+    parts = class_figures(one, labels, 5)
+    assert [part["n"] for part in parts] == np.bincount(labels, minlength=5).tolist()
+    assert parts[3]["gt_known"] is None
+    for name, count in figures(one)["counts"].items():
+        assert sum(part["counts"][name] for part in parts) == count
+    second = labels == 2
+    assert one.top1 is not None
+    assert parts[2] == figures(outcomes(one.ious[second], one.top1[second]))
+
+
+def boxes_and_starts(truths: list[list[list[int]]]) -> tuple[np.ndarray, np.ndarray]:
+    flat = np.array([box for boxes in truths for box in boxes], np.int64).reshape(-1, 4)
+    return flat, np.cumsum([0] + [len(boxes) for boxes in truths])
+
+
+def test_hard_subsets_by_hand() -> None:
+    sizes = np.array([[100, 100]] * 5)
+    truths = [
+        [[0, 0, 99, 49]],  # exactly half the image, centred at y .25: not small, off centre
+        [[30, 30, 69, 69]],  # .16 of it, in the middle: small
+        [[0, 0, 9, 9], [30, 30, 69, 69]],  # one of two boxes is central: small, not off centre
+        [[25, 0, 99, 99]],  # centre x (25 + 100) / 2 = 62.5: exactly an eighth off is not more
+        [],  # no box: in no subset
+    ]
+    boxes, starts = boxes_and_starts(truths)
+    masks = subset_masks(boxes, starts, sizes)
+    assert masks["small_boxes"].tolist() == [False, True, True, False, False]
+    assert masks["off_centre"].tolist() == [True, False, False, False, False]
+    shares = largest_shares(boxes, starts, sizes)
+    np.testing.assert_allclose(shares, [0.5, 0.16, 0.16, 0.75, 0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "box", "truths"),
+    [
+        ("right", [0, 0, 9, 9], [[0, 0, 9, 9]]),
+        ("several_instances", [0, 0, 29, 9], [[0, 0, 9, 9], [20, 0, 29, 9]]),
+        ("too_small", [2, 2, 4, 4], [[0, 0, 9, 9]]),
+        ("too_large", [0, 0, 29, 29], [[5, 5, 9, 9]]),
+        ("elsewhere", [20, 20, 29, 29], [[0, 0, 9, 9]]),
+        # half in, half out: 50 of 100 pixels shared, IoU 1/3, neither mostly inside nor covering
+        ("elsewhere", [5, 0, 14, 9], [[0, 0, 9, 9]]),
+    ],
+)
+def test_error_kinds_by_hand(kind: str, box: list[int], truths: list[list[int]]) -> None:
+    boxes, starts = boxes_and_starts([truths])
+    right = np.array([kind == "right"])
+    found = error_kinds(np.array([box]), np.array([True]), right, None, boxes, starts)
+    assert ERRORS[found[0]] == kind
+    lost = error_kinds(np.array([box]), np.array([False]), right, None, boxes, starts)
+    assert ERRORS[lost[0]] == ("right" if kind == "right" else "nothing_found")
+    wrong = np.array([False])
+    classed = error_kinds(np.array([box]), np.array([True]), right, wrong, boxes, starts)
+    assert ERRORS[classed[0]] == ("class_wrong" if kind == "right" else kind)
+
+
+def test_error_counts_split_the_images_with_boxes_as_the_figures_do() -> None:
+    rng = np.random.default_rng(3)
+    corners = np.sort(rng.integers(0, 30, (400, 2, 2)), axis=1).reshape(-1, 4)
+    truths = np.sort(rng.integers(0, 30, (400, 2, 2)), axis=1).reshape(-1, 4)
+    truths[:150] = corners[:150]  # a share that is right
+    starts = np.minimum(np.arange(401), 390)  # the last ten have no box
+    ious = best_iou(corners, truths[:390], starts)
+    top1 = rng.random(400) < 0.5
+    right = np.nan_to_num(ious) >= 0.5
+    kinds = error_kinds(corners, rng.random(400) < 0.9, right, top1, truths[:390], starts)
+    one = Outcomes(ious=ious, errors=kinds, top1=top1)
+    all_figures = figures(one)
+    counts = all_figures["errors"]
+    assert sum(counts.values()) == all_figures["n"] == 390
+    assert counts["right"] == all_figures["counts"]["top1_loc"]
+    assert counts["right"] + counts["class_wrong"] == all_figures["counts"]["gt_known"]
+    assert min(counts.values()) > 0 or counts["several_instances"] == 0  # one box an image
+    labels = rng.integers(0, 3, 400)
+    parts = [part["errors"] for part in class_figures(one, labels, 3)]
+    assert {kind: sum(part[kind] for part in parts) for kind in ERRORS} == counts
+
+
+def test_size_bins_hold_every_image_with_a_box_once() -> None:
+    shares = np.array([0.0, 0.0624, 0.0625, 0.3, 1.0, 0.2])
+    one = outcomes([0.9, 0.9, 0.1, 0.6, 0.7, np.nan])
+    bins = size_figures(one, shares)
+    assert [part["n"] for part in bins] == [2, 1, 0, 1, 0, 1]
+    assert [part["gt_known"] for part in bins] == [1.0, 0.0, None, 1.0, None, 1.0]
+    assert (bins[0]["low"], bins[-1]["high"]) == (0.0, 1.0)
+
+
+def made_sweep(largest: np.ndarray) -> Sweep:
+    """largest: IoU of each image at each threshold [N, T]; images 0, 4, 8 ... fall to group 0."""
+    counts = np.zeros((4, len(thresholds()), len(IOU_GRID) + 1), np.int64)
+    for image, row in enumerate(largest):
+        for threshold, value in enumerate(row):
+            counts[image % 4, threshold, (value >= IOU_GRID).sum()] += 1
+    return Sweep(largest=counts, contours=counts)
+
+
+def test_max_box_acc_takes_one_threshold_for_all_images_and_v2_one_per_iou() -> None:
+    ious = np.zeros((4, len(thresholds())))
+    ious[0, 100:200] = 0.6  # right at .1 to .2
+    ious[1, 150:300] = 0.5
+    ious[2, 150:160] = 0.35
+    ious[3, 700:] = 0.95
+    found = sweep_figures(made_sweep(ious), np.full(4, 0.1), None)
+    assert found["max_box_acc"] == 0.5  # images 0 and 1 between .15 and .2
+    assert found["max_box_acc_threshold"] == pytest.approx(0.15)
+    # IoU .3: three images at .15; .5: two; .7: one
+    assert found["max_box_acc_v2"] == pytest.approx((0.75 + 0.5 + 0.25) / 3, abs=1e-15)
+    off_centre = sweep_figures(made_sweep(ious), np.full(2, 0.1), "off_centre")  # images 2 and 3
+    assert off_centre["max_box_acc"] == 0.5
+    assert off_centre["max_box_acc_threshold"] == pytest.approx(0.7)
+
+
+def test_a_method_without_maps_has_one_box_at_every_threshold() -> None:
+    found = sweep_figures(None, np.array([0.3, 0.5, 0.7, 0.2, np.nan]), None)
+    assert found["max_box_acc"] == 0.5
+    assert found["max_box_acc_threshold"] is None
+    assert found["max_box_acc_v2"] == pytest.approx((3 / 4 + 2 / 4 + 1 / 4) / 3, abs=1e-15)
+    assert sweep_figures(None, np.array([np.nan]), None)["max_box_acc"] is None
+
+
+def test_curves_by_hand() -> None:
+    ious = np.zeros((4, len(thresholds())))
+    ious[0, :500] = 0.8
+    ious[1, :300] = 0.5
+    drawn = curves(outcomes([0.8, 0.5, 0.02, np.nan], sweep=made_sweep(ious[:3])))
+    assert drawn["gt_known"][0] == 2 / 3  # IoU .05
+    assert drawn["gt_known"][drawn["iou"].index(0.55)] == 1 / 3
+    at = {t: i for i, t in enumerate(drawn["thresholds"])}
+    assert [drawn["corloc"]["0.5"][at[t]] for t in (0.0, 0.29, 0.3, 0.49, 0.5)] == [
+        2 / 3,
+        2 / 3,
+        1 / 3,
+        1 / 3,
+        0,
+    ]
+    assert drawn["corloc"]["0.7"][0] == 1 / 3
+    assert curves(outcomes([0.8]))["corloc"] is None
+
+
+def test_interval_of_a_share_is_the_bootstraps() -> None:
+    values = np.zeros((1000, 1))
+    values[:300] = 1
+    resampled = bootstrap_intervals(values, seed=0)[0]
+    np.testing.assert_allclose(share_interval(0.3, 1000), resampled, atol=0.004)
+    # near share -+ 1.96 sqrt(share (1 - share) / n) = .3 -+ .0284
+    np.testing.assert_allclose(share_interval(0.3, 1000), [0.2716, 0.3284], atol=0.001)
+    assert share_interval(1.0, 7) == [1.0, 1.0]
+    assert share_interval(0.0, 7) == [0.0, 0.0]
+
+
+def test_bootstrap_is_paired_repeatable_and_seeded() -> None:
+    rng = np.random.default_rng(3)
+    column = rng.random((400, 1))
+    twice = bootstrap_intervals(np.hstack([column, column]), seed=5)
+    np.testing.assert_array_equal(twice[0], twice[1])
+    np.testing.assert_array_equal(bootstrap_intervals(column, seed=5)[0], twice[0])
+    assert (bootstrap_intervals(column, seed=6)[0] != twice[0]).any()
+    assert twice[0, 0] < column.mean() < twice[0, 1]
+
+
+def test_bootstrap_equals_a_plain_loop_over_the_same_draws() -> None:
+    values = np.random.default_rng(4).random((50, 2))
+    drawn = np.random.default_rng(9).integers(0, 50, (1000, 50))
+    means = np.array([values[rows].mean(axis=0) for rows in drawn])
+    expected = np.quantile(means, [0.025, 0.975], axis=0).T
+    np.testing.assert_allclose(bootstrap_intervals(values, seed=9), expected, atol=1e-8)
+
+
+def test_intervals_hold_every_figure_and_skip_what_is_unknown() -> None:
+    rng = np.random.default_rng(6)
+    ious = rng.random(50)
+    ious[:5] = np.nan
+    methods = {
+        "aln": outcomes(ious, rng.random(50) < 0.7, auc=rng.random(50), auc_other=rng.random(50)),
+        "none": outcomes(np.full(50, np.nan), np.ones(50)),
+    }
+    rows = {n: figures(o) | sweep_figures(o.sweep, o.ious, None) for n, o in methods.items()}
+    found = intervals(methods, rows, seed=0)
+    for figure, interval in found["aln"].items():
+        if rows["aln"][figure] is None:
+            assert interval is None
+        else:
+            assert interval is not None
+            assert interval[0] <= rows["aln"][figure] <= interval[1]
+            assert interval[0] < interval[1]
+    assert {"gt_known", "top1_loc", "top1_cls", "mean_iou", "auc_gap", "max_box_acc"} <= set(
+        found["aln"]
+    )
+    assert found["none"]["gt_known"] is None
+    assert found["none"]["mean_iou"] is None
+    assert found["none"]["top1_cls"] == [1.0, 1.0]
+
+
+def test_top_k_by_hand() -> None:
+    predicted = np.array([[2, 0, 1], [1, 2, 0], [0, 1, 2]])
+    labels = np.array([2, 2, 2])
+    assert top_k(predicted, labels, 1).tolist() == [True, False, False]
+    assert top_k(predicted, labels, 2).tolist() == [True, True, False]
+    assert top_k(predicted, labels, 5).all()

@@ -1,0 +1,333 @@
+"""Augmentation against references that share no code with it: float64 NumPy, one axis at a time."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pipeline.loading.augmentation import (
+    Augmentation,
+    Draw,
+    _augment_in_numba,
+    _augment_in_torch,
+    _axis,
+    augment,
+    draw,
+)
+from pipeline.loading.order import Position
+
+MEAN = (120.2, 60.7, 30.0)
+FILL = (120, 61, 30)
+PLAIN = Augmentation(min_area=1.0, max_aspect=1.0, flip=False)
+AUGMENTATIONS = st.builds(
+    Augmentation,
+    min_area=st.floats(0.05, 1),
+    max_aspect=st.floats(1, 3),
+    flip=st.booleans(),
+    translation=st.sampled_from([0.0, 0.1, 0.9]),
+    brightness=st.sampled_from([0.0, 0.4, 0.99]),
+    contrast=st.sampled_from([0.0, 0.4, 0.99]),
+    saturation=st.sampled_from([0.0, 0.4, 0.99]),
+)
+SIZES = st.tuples(st.integers(1, 23), st.integers(1, 23))
+DTYPES = st.sampled_from(["uint8", "uint16"])
+
+
+def made_batch(count: int, size: tuple[int, int], dtype: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Noise, the hardest image to interpolate, and superpixels of any label the type holds."""
+    random = np.random.default_rng(seed)
+    images = random.integers(0, 256, (count, *size, 3), np.uint8)
+    segments = random.integers(0, np.iinfo(dtype).max + 1, (count, *size)).astype(dtype)
+    return torch.from_numpy(images), torch.from_numpy(segments)
+
+
+def centres(start: float, end: float, size: int) -> np.ndarray:
+    """Where each output pixel's centre lies in the stored image, in pixels."""
+    return start + (np.arange(size) + 0.5) * (end - start) / size
+
+
+def reference_labels(segments: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """The label of the stored pixel nearest to each output pixel's centre."""
+    for axis, size in enumerate(segments.shape):
+        distance = np.abs(centres(start[axis], end[axis], size)[:, None] - np.arange(size) - 0.5)
+        segments = segments.take(distance.argmin(axis=1), axis)
+    return segments
+
+
+def reference_image(image: np.ndarray, drawn: Draw, n: int) -> np.ndarray:
+    """Linear interpolation between pixel centres, colours, and the fill beyond the edge."""
+    result = image.astype(np.float64)
+    inside = np.ones(image.shape[:2], bool)
+    for axis, size in enumerate(image.shape[:2]):
+        centre = centres(drawn.start[n, axis], drawn.end[n, axis], size)
+        hats = np.maximum(1 - np.abs(centre[:, None] - 0.5 - np.arange(-1, size + 1)), 0)
+        hats[:, 1] += hats[:, 0]  # the edge's pixel stands for its neighbour beyond it
+        hats[:, size] += hats[:, size + 1]
+        result = np.moveaxis(np.tensordot(hats[:, 1:-1], result, (1, axis)), 0, axis)
+        shape = (-1, 1) if axis == 0 else (1, -1)
+        inside &= ((centre >= 0) & (centre < size)).reshape(shape)
+    if drawn.colours is not None:
+        matrix = drawn.colours[n].astype(np.float64) / 4096
+        result = (result @ matrix[:, :3].T + matrix[:, 3]).clip(0, 255)
+    return np.where(inside[..., None], result, drawn.fill)
+
+
+@given(
+    size=SIZES,
+    dtype=DTYPES,
+    augmentation=AUGMENTATIONS,
+    seed=st.integers(0, 2**40),
+    step=st.integers(0, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_image_and_superpixels_are_those_of_the_reference(
+    size: tuple[int, int], dtype: str, augmentation: Augmentation, seed: int, step: int
+) -> None:
+    """Labels exactly, images within a grey level."""
+    images, segments = made_batch(4, size, dtype, seed)
+    drawn = draw(4, seed, Position(epoch=1, step=step), size, MEAN, augmentation)
+    pixels, labels = augment(images, segments, drawn)
+    assert (pixels.dtype, labels.dtype) == (torch.uint8, torch.int64)
+    for n in range(4):
+        expected = reference_labels(segments[n].numpy(), drawn.start[n], drawn.end[n])
+        assert np.array_equal(labels[n].numpy(), expected)
+        difference = pixels[n].numpy() - reference_image(images[n].numpy(), drawn, n)
+        assert np.abs(difference).max() <= 1
+
+
+@given(
+    size=SIZES,
+    dtype=DTYPES,
+    augmentation=AUGMENTATIONS,
+    seed=st.integers(0, 2**40),
+    count=st.integers(0, 5),
+)
+@settings(max_examples=200, deadline=None)
+def test_torch_and_numba_give_the_same_bits(
+    size: tuple[int, int], dtype: str, augmentation: Augmentation, seed: int, count: int
+) -> None:
+    """What a GPU runs, here on CPU tensors: it is integers throughout."""
+    images, segments = made_batch(count, size, dtype, seed)
+    drawn = draw(count, seed, Position(), size, MEAN, augmentation)
+    rows = _axis(drawn.start[:, 0], drawn.end[:, 0], size[0])
+    columns = _axis(drawn.start[:, 1], drawn.end[:, 1], size[1])
+    found = _augment_in_torch(images, segments, rows, columns, drawn)
+    expected = _augment_in_numba(images, segments, rows, columns, drawn)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_torch_and_numba_agree_where_integers_are_largest(colours: bool) -> None:
+    """White and black checks, factors just below twice or none of each: no overflow, no wrap."""
+    checks = torch.tensor([[0, 255], [255, 0]], dtype=torch.uint8).repeat(6, 6)
+    images = checks[None, :, :, None].repeat(8, 1, 1, 3)
+    images[4:, ..., 1:] = 0  # pure red
+    segments = torch.zeros((8, 12, 12), dtype=torch.uint8)
+    change = 0.999 if colours else 0.0
+    augmentation = Augmentation(
+        translation=0.5, brightness=change, contrast=change, saturation=change
+    )
+    for step in range(50):
+        drawn = draw(8, 0, Position(step=step), (12, 12), (255.0, 255.0, 255.0), augmentation)
+        rows = _axis(drawn.start[:, 0], drawn.end[:, 0], 12)
+        columns = _axis(drawn.start[:, 1], drawn.end[:, 1], 12)
+        found = _augment_in_torch(images, segments, rows, columns, drawn)[0]
+        assert torch.equal(found, _augment_in_numba(images, segments, rows, columns, drawn)[0])
+        for n in range(8):
+            difference = found[n].numpy() - reference_image(images[n].numpy(), drawn, n)
+            assert np.abs(difference).max() <= 1
+
+
+def test_a_shift_and_a_flip_by_hand() -> None:
+    """A crop that lies half a pixel to the left of the image, and its mirror image."""
+    row = torch.tensor([[[0, 0, 0], [100, 100, 100], [200, 200, 200], [40, 40, 40]]])
+    images = row[None].to(torch.uint8).repeat(2, 1, 1, 1)
+    segments = torch.tensor([[[5, 6, 7, 8]]], dtype=torch.uint8).repeat(2, 1, 1)
+    drawn = Draw(
+        start=np.array([[0.0, -1.0], [0.0, 3.0]]),
+        end=np.array([[1.0, 3.0], [1.0, -1.0]]),
+        colours=None,
+        fill=np.array(FILL, np.uint8),
+    )
+    pixels, labels = augment(images, segments, drawn)
+    assert pixels[0, 0].tolist() == [[*FILL], [0] * 3, [100] * 3, [200] * 3]
+    assert pixels[1, 0].tolist() == [[200] * 3, [100] * 3, [0] * 3, [*FILL]]
+    assert labels[0, 0].tolist() == [5, 5, 6, 7]
+    assert labels[1, 0].tolist() == [7, 6, 5, 5]
+
+
+def test_nothing_drawn_changes_nothing_and_inputs_stay_as_they_are() -> None:
+    images, segments = made_batch(3, (13, 10), "uint16", 0)
+    kept = images.clone(), segments.clone()
+    drawn = draw(3, 0, Position(), (13, 10), MEAN, PLAIN)
+    pixels, labels = augment(images, segments, drawn)
+    assert torch.equal(pixels, images)
+    assert torch.equal(labels, segments.long())
+    everything = draw(3, 0, Position(), (13, 10), MEAN, Augmentation(contrast=0.5))
+    assert not torch.equal(augment(images, segments, everything)[0], images)
+    assert torch.equal(images, kept[0])
+    assert torch.equal(segments, kept[1])
+
+
+def corners(size: tuple[int, int], **changes: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The lower and upper corners of 5000 crops as shares of the image, and which are mirrored."""
+    drawn = draw(5000, 0, Position(epoch=3, step=2), size, MEAN, Augmentation(**changes))
+    low, high = np.minimum(drawn.start, drawn.end), np.maximum(drawn.start, drawn.end)
+    assert (drawn.start[:, 0] <= drawn.end[:, 0]).all()  # never upside down
+    return low / size, high / size, drawn.start[:, 1] > drawn.end[:, 1]
+
+
+@pytest.mark.parametrize(
+    ("min_area", "max_aspect"), [(0.7, 1.16), (0.3, 1.5), (1.0, 1.0), (1.0, 2.0), (0.5, 4.0)]
+)
+def test_crops_stay_inside_and_keep_the_stated_area_and_aspect(
+    min_area: float, max_aspect: float
+) -> None:
+    low, high, _ = corners((48, 64), min_area=min_area, max_aspect=max_aspect)
+    assert low.min() >= -1e-9
+    assert high.max() <= 1 + 1e-9
+    areas = (high - low).prod(axis=1)
+    aspects = (high - low)[:, 1] / (high - low)[:, 0]
+    assert areas.min() >= min_area - 1e-9
+    assert areas.mean() == pytest.approx((1 + min_area) / 2, abs=0.01)  # uniform
+    assert np.abs(np.log(aspects)).max() <= np.log(max_aspect) + 1e-9
+    if 1 < max_aspect <= 1 / min_area:  # the whole range is used, evenly to both sides
+        assert aspects.max() == pytest.approx(max_aspect, rel=0.01)
+        assert aspects.min() == pytest.approx(1 / max_aspect, rel=0.01)
+        assert np.log(aspects).mean() == pytest.approx(0, abs=0.02)
+    room = 1 - (high - low)
+    if min_area < 1:  # anywhere in the image, evenly
+        assert (low[room > 0.05] / room[room > 0.05]).mean() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("translation", [0.1, 0.6])
+def test_translated_crops_reach_over_each_edge_by_the_stated_share_at_most(
+    translation: float,
+) -> None:
+    low, high, _ = corners((48, 64), translation=translation)
+    for beyond in (-low[:, 0], -low[:, 1], high[:, 0] - 1, high[:, 1] - 1):
+        assert translation * 0.95 < beyond.max() <= translation + 1e-9
+
+
+def test_half_of_the_crops_are_mirrored_or_none() -> None:
+    assert corners((48, 64))[2].mean() == pytest.approx(0.5, abs=0.03)
+    assert not corners((48, 64), flip=False)[2].any()
+
+
+def test_draws_depend_on_seed_epoch_and_step_alone_and_parts_are_theirs() -> None:
+    everything = Augmentation(brightness=0.2)
+
+    def drawn(seed: int = 1, epoch: int = 2, step: int = 3) -> Draw:
+        position = Position(epoch=epoch, step=step)
+        return draw(9, seed, position, (8, 8), MEAN, everything)
+
+    one = drawn()
+    for other in (drawn(seed=2), drawn(epoch=3), drawn(step=4), drawn(seed=3, step=1)):
+        assert not np.isclose(one.start, other.start).any()
+    for low, high in ((0, 4), (4, 9), (3, 3)):
+        part = drawn().part(low, high)
+        assert np.array_equal(part.start, one.start[low:high])
+        assert np.array_equal(part.end, one.end[low:high])
+        assert part.colours is not None
+        assert one.colours is not None
+        assert np.array_equal(part.colours, one.colours[low:high])
+    assert one.fill.tolist() == [*FILL]
+
+
+def test_the_first_crops_of_an_epoch_are_drawn_apart_from_its_order() -> None:
+    """NumPy takes the seeds [3, 5] and [3, 5, 0] for the same."""
+    drawn = draw(100, 3, Position(epoch=5), (10, 10), MEAN, Augmentation(max_aspect=1.0))
+    areas = np.abs(drawn.end - drawn.start).prod(axis=1) / 100
+    of_the_order = 0.7 + 0.3 * np.random.default_rng([3, 5]).random(100)
+    assert not np.isclose(areas, of_the_order).any()
+
+
+def luma(pixels: np.ndarray) -> np.ndarray:
+    return (pixels @ np.array([0.299, 0.587, 0.114]))[..., None]
+
+
+def recoloured(images: Tensor, **ranges: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of a batch recoloured alone: its pixels, and the maps that were drawn, float [B, 3, 4]."""
+    segments = torch.zeros(images.shape[:3], dtype=torch.uint8)
+    plain = {"min_area": 1.0, "max_aspect": 1.0, "flip": False}
+    augmentation = Augmentation(**plain, **ranges)  # type: ignore[arg-type]
+    drawn = draw(len(images), 0, Position(), images.shape[1:3], MEAN, augmentation)  # type: ignore[arg-type]
+    assert drawn.colours is not None
+    return augment(images, segments, drawn)[0].numpy().astype(np.float64), drawn.colours / 4096
+
+
+def test_each_colour_change_alone_is_that_of_its_definition() -> None:
+    """The factor is read off the drawn map; the pixels must be within a grey level of it."""
+    images = made_batch(400, (3, 4), "uint8", 0)[0]
+    plain = images.numpy().astype(np.float64)
+    grey = luma(np.array(MEAN))
+
+    pixels, maps = recoloured(images, brightness=0.4)
+    factors = maps[:, 0, 0]
+    expected = plain * factors[:, None, None, None]
+    assert np.abs(pixels - expected.clip(0, 255)).max() <= 1
+    bounds = {"brightness": (factors.min(), factors.max())}
+
+    pixels, maps = recoloured(images, contrast=0.4)
+    factors = maps[:, 0, 0]
+    expected = grey + (plain - grey) * factors[:, None, None, None]
+    assert np.abs(pixels - expected.clip(0, 255)).max() <= 1
+    bounds["contrast"] = factors.min(), factors.max()
+
+    pixels, maps = recoloured(images, saturation=0.4)
+    factors = 1 - maps[:, 0, 1] / 0.587
+    expected = luma(plain) + (plain - luma(plain)) * factors[:, None, None, None]
+    assert np.abs(pixels - expected.clip(0, 255)).max() <= 1
+    bounds["saturation"] = factors.min(), factors.max()
+
+    for low, high in bounds.values():
+        assert (low, high) == (pytest.approx(0.6, abs=0.02), pytest.approx(1.4, abs=0.02))
+        assert low >= 0.6 - 1e-3
+        assert high <= 1.4 + 1e-3
+
+
+def test_all_colour_changes_together_are_brightness_then_contrast_then_saturation() -> None:
+    """Step by step in floats, with the factors that each alone draws at the same position."""
+    images = made_batch(400, (3, 4), "uint8", 0)[0]
+    brightness = recoloured(images, brightness=0.3)[1][:, 0, 0][:, None, None, None]
+    contrast = recoloured(images, contrast=0.5)[1][:, 0, 0][:, None, None, None]
+    saturation = 1 - recoloured(images, saturation=0.4)[1][:, 0, 1][:, None, None, None] / 0.587
+    expected = images.numpy() * brightness
+    expected = luma(np.array(MEAN)) * (1 - contrast) + expected * contrast
+    expected = luma(expected) * (1 - saturation) + expected * saturation
+    found = recoloured(images, brightness=0.3, contrast=0.5, saturation=0.4)[0]
+    assert np.abs(found - expected.clip(0, 255)).max() <= 1
+
+
+def test_colours_change_neither_crops_nor_superpixels() -> None:
+    images, segments = made_batch(16, (9, 11), "uint16", 0)
+    plain = draw(16, 0, Position(), (9, 11), MEAN, Augmentation(translation=0.2))
+    coloured = draw(16, 0, Position(), (9, 11), MEAN, Augmentation(translation=0.2, contrast=0.9))
+    assert np.array_equal(plain.start, coloured.start)
+    assert np.array_equal(plain.end, coloured.end)
+    one, other = augment(images, segments, plain), augment(images, segments, coloured)
+    assert torch.equal(one[1], other[1])
+    assert not torch.equal(one[0], other[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("min_area", (0.0, -0.1, 1.1, float("nan"))),
+        ("max_aspect", (0.99, 0.0, float("inf"), float("nan"))),
+        *(
+            (name, (-0.1, 1.0, float("nan")))
+            for name in ("translation", "brightness", "contrast", "saturation")
+        ),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(name: str, values: tuple[float, ...]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name} {value}"):
+            Augmentation(**{name: value})  # type: ignore[arg-type]

@@ -1,0 +1,191 @@
+import dataclasses
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+
+from pipeline.errors import UserError
+from pipeline.shards.format import (
+    MANIFEST_NAME,
+    Manifest,
+    Sample,
+    Split,
+    manifest_to_json,
+    pack_shard,
+    read_index,
+    read_manifest,
+    read_shard,
+    sha256_file,
+    shard_paths,
+    split_of,
+    write_shard,
+)
+from pipeline.storage import write_atomically
+
+HEIGHT, WIDTH = 6, 8
+
+
+def make_sample(row: int, dtype: type = np.uint8, key: str | None = None) -> Sample:
+    rng = np.random.default_rng(row)
+    return Sample(
+        key=key or f"train-{row:08d}",
+        row=row,
+        label=row % 3,
+        image=rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8),
+        segments=np.arange(HEIGHT * WIDTH, dtype=dtype).reshape(HEIGHT, WIDTH) // 4,
+        meta={"id": f"ä'{row}", "wnid": "n1", "width": 80, "height": 60, "boxes": [[1, 2, 3, 4]]},
+    )
+
+
+def make_manifest(**changes: Any) -> Manifest:
+    split = Split(images=3, rejected=1, shards=(), class_counts=(1, 1, 1))
+    manifest = Manifest(
+        classes=("a", "b", "c"),
+        class_names=("A", "B", "C"),
+        height=HEIGHT,
+        width=WIDTH,
+        image_format="rgb",
+        segments_dtype="uint8",
+        max_superpixels=12,
+        mean=(1.0, 2.0, 3.0),
+        std=(4.0, 5.0, 6.0),
+        splits={"train": split},
+        configuration={"seed": 0},
+        versions={"numpy": "2"},
+    )
+    return dataclasses.replace(manifest, **changes)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_what_is_read_is_what_was_written(tmp_path: Path, dtype: type) -> None:
+    samples = [make_sample(row, dtype) for row in (0, 7, 2**40)]
+    write_shard(tmp_path / "a.tar", pack_shard(samples, "rgb"))
+    manifest = make_manifest(segments_dtype=np.dtype(dtype).name)
+    read = list(read_shard(tmp_path / "a.tar", manifest))
+    assert len(read) == 3
+    for there, wanted in zip(read, samples, strict=True):
+        assert np.array_equal(there.image, wanted.image)
+        assert np.array_equal(there.segments, wanted.segments)
+        assert there.segments.dtype == dtype
+        for name in ("key", "row", "label", "meta"):
+            assert getattr(there, name) == getattr(wanted, name)
+
+
+def test_jpeg_samples_come_back_nearly_the_same(tmp_path: Path) -> None:
+    flat = dataclasses.replace(make_sample(1), image=np.full((HEIGHT, WIDTH, 3), 90, np.uint8))
+    write_shard(tmp_path / "a.tar", pack_shard([flat], "jpg"))
+    (read,) = read_shard(tmp_path / "a.tar", make_manifest(image_format="jpg"))
+    assert np.abs(read.image.astype(int) - 90).max() <= 2
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    shards = [
+        write_shard(tmp_path / f"{n}.tar", pack_shard([make_sample(0), make_sample(1)], "rgb"))
+        for n in "ab"
+    ]
+    assert shards[0].sha256 == shards[1].sha256 == sha256_file(tmp_path / "b.tar")
+    assert (tmp_path / "a.idx").read_bytes() == (tmp_path / "b.idx").read_bytes()
+    assert shards[0].bytes == (tmp_path / "a.tar").stat().st_size
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["a.idx", "a.tar", "b.idx", "b.tar"]
+
+
+def test_a_shard_is_byte_for_byte_what_tarfile_writes(tmp_path: Path) -> None:
+    samples = [make_sample(row, key=f"train-{row:08d}") for row in range(30)]
+    samples[3].meta["id"] = "x" * 700  # a member of two blocks
+    write_shard(tmp_path / "a.tar", pack_shard(samples, "rgb"))
+    buffer = io.BytesIO()
+    with (
+        tarfile.open(tmp_path / "a.tar") as written,
+        tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for member in written:
+            info = tarfile.TarInfo(member.name)
+            info.size, info.mode = member.size, 0o644
+            tar.addfile(info, written.extractfile(member))
+    assert (tmp_path / "a.tar").read_bytes() == buffer.getvalue()
+
+
+def test_the_index_points_at_the_members_bytes(tmp_path: Path) -> None:
+    samples = [make_sample(row) for row in range(3)]
+    write_shard(tmp_path / "a.tar", pack_shard(samples, "rgb"))
+    content = (tmp_path / "a.tar").read_bytes()
+    for sample, members in zip(samples, read_index(tmp_path / "a.tar"), strict=True):
+        parts = {name: content[start : start + size] for name, (start, size) in members.items()}
+        assert parts["rgb"] == sample.image.tobytes()
+        assert parts["seg"] == sample.segments.tobytes()
+        assert parts["cls"] == sample.label.to_bytes(4, "little")
+        assert parts["row"] == sample.row.to_bytes(8, "little")
+        assert json.loads(parts["json"]) == sample.meta
+
+
+def test_webdataset_reads_a_shard(tmp_path: Path) -> None:
+    samples = [make_sample(row) for row in range(3)]
+    write_shard(tmp_path / "a.tar", pack_shard(samples, "rgb"))
+    read = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False))
+    assert [x["__key__"] for x in read] == [x.key for x in samples]
+    assert [x["rgb"] for x in read] == [x.image.tobytes() for x in samples]
+    assert [x["seg"] for x in read] == [x.segments.tobytes() for x in samples]
+
+
+@pytest.mark.parametrize("key", ["a.b", "a/b", "a" * 91])
+def test_a_key_that_readers_would_split_is_refused(key: str) -> None:
+    with pytest.raises(UserError, match="holds a dot or slash"):
+        pack_shard([make_sample(0, key=key)], "rgb")
+
+
+def test_a_shard_cut_off_or_without_its_index_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    write_shard(path, pack_shard([make_sample(row) for row in range(3)], "rgb"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000])
+    with pytest.raises(UserError, match="cut off"):
+        read_index(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        list(read_shard(path, make_manifest()))
+    path.with_suffix(".idx").unlink()
+    with pytest.raises(UserError, match=r"a\.idx is missing"):
+        read_index(path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, "text is no bytes")  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(manifest_to_json(make_manifest()))
+    assert read_manifest(tmp_path) == make_manifest()
+
+
+def test_manifests_of_another_version_damaged_or_missing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no dataset\.json"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST_NAME).write_text(manifest_to_json(make_manifest(format=99)))
+    with pytest.raises(UserError, match="format version 99; this program reads 1"):
+        read_manifest(tmp_path)
+    (tmp_path / MANIFEST_NAME).write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        read_manifest(tmp_path)
+
+
+def test_shards_missing_or_of_another_size_are_named(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    path = tmp_path / "train" / "train-000000.tar"
+    shard = write_shard(path, pack_shard([make_sample(0)], "rgb"))
+    split = Split(images=1, rejected=0, shards=(shard,), class_counts=(1, 0, 0))
+    manifest = make_manifest(splits={"train": split})
+    assert shard_paths(tmp_path, manifest, "train") == [path]
+    path.write_bytes(b"short")
+    with pytest.raises(UserError, match="has 5 bytes"):
+        shard_paths(tmp_path, manifest, "train")
+    with pytest.raises(UserError, match="no split 'test'; it has train"):
+        split_of(manifest, "test")

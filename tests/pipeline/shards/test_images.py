@@ -1,0 +1,275 @@
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.shards.images import MAX_PIXELS, ImageError, decoded_size, read_image, resize
+from pipeline.shards.pixels import add_moments
+
+
+def encoded(pixels: np.ndarray, format: str, mode: str | None = None, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def halves(height: int = 40, width: int = 60) -> np.ndarray:
+    """Left half red, right half blue, brightest in the upper rows."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:, : width // 2, 0] = 200
+    pixels[:, width // 2 :, 2] = 100
+    return pixels
+
+
+def close(pixels: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
+    return float(np.abs(pixels.astype(int) - expected.astype(int)).mean()) <= tolerance
+
+
+def test_png_pixels_come_unchanged_at_their_own_size() -> None:
+    decoded = read_image(encoded(halves(), "PNG"), 40, 60)
+    assert np.array_equal(decoded.pixels, halves())
+    assert (decoded.height, decoded.width, decoded.note) == (40, 60, None)
+
+
+def test_shrinking_averages_areas() -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[0, 0] = 100
+    pixels[2:, 2:] = 8
+    assert resize(pixels, 2, 2)[:, :, 0].tolist() == [[25, 0], [0, 8]]
+
+
+def test_enlarging_interpolates_and_keeps_the_range() -> None:
+    enlarged = resize(halves(4, 4), 32, 32)
+    assert enlarged.shape == (32, 32, 3)
+    assert (enlarged[:, 0, 0].min(), enlarged[:, -1, 2].max()) == (200, 100)
+    assert set(np.unique(enlarged[:, :, 1])) == {0}
+    assert len(np.unique(enlarged[0, :, 0])) > 2  # a ramp between the halves, not blocks
+
+
+def test_an_axis_that_shrinks_is_averaged_while_the_other_grows() -> None:
+    pixels = np.zeros((4, 1, 3), np.uint8)
+    pixels[0] = 100
+    assert resize(pixels, 2, 3)[:, :, 0].tolist() == [[50, 50, 50], [0, 0, 0]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    shrunk=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    seed=st.integers(0, 9),
+)
+def test_shrinking_is_the_mean_of_the_covered_area(
+    height: int, width: int, shrunk: tuple[float, float], seed: int
+) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    if seed == 0:
+        pixels[:] = 255
+    small = max(1, round(height * shrunk[0])), max(1, round(width * shrunk[1]))
+    exact = pixels.astype(np.float64)
+    for axis in (0, 1):  # repeat each pixel so often that outputs cover whole ones
+        exact = exact.repeat(small[axis], axis=axis)
+    exact = exact.reshape(small[0], height, small[1], width, 3).mean(axis=(1, 3))
+    assert np.abs(resize(pixels, *small) - exact).max() <= 0.5 + 0.03
+
+
+def test_shrinking_is_opencvs_area_interpolation_but_for_rounding() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
+    theirs = cv2.resize(pixels, (224, 100), interpolation=cv2.INTER_AREA).astype(int)
+    difference = np.abs(resize(pixels, 100, 224) - theirs)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+def test_the_aspect_is_not_kept() -> None:
+    pixels = read_image(encoded(halves(40, 200), "PNG"), 32, 32).pixels
+    assert pixels[:, :16, 0].min() == 200
+    assert pixels[:, 16:, 2].min() == 100
+
+
+def test_a_scaled_jpeg_is_close_to_the_average_of_the_whole_one() -> None:
+    row, column = np.mgrid[:600, :800]
+    smooth = np.stack([row * 255 // 599, column * 255 // 799, (row + column) % 256 // 2], -1)
+    data = encoded(smooth.astype(np.uint8), "JPEG", quality=95)
+    decoded = read_image(data, 64, 64)
+    assert close(decoded.pixels, resize(simplejpeg.decode_jpeg(data), 64, 64), 2.0)
+    assert (decoded.height, decoded.width) == (600, 800)
+
+
+@pytest.mark.parametrize(
+    ("full", "stored", "expected"),
+    [
+        ((375, 500), (64, 64), (188, 250)),  # 3/8 would do, and takes as long
+        ((375, 500), (224, 224), (375, 500)),  # never enlarged
+        ((256, 256), (64, 64), (128, 128)),
+        ((255, 257), (64, 64), (255, 257)),  # a half would be 127.5
+        ((1100, 1000), (64, 64), (275, 250)),
+        ((9000, 4096), (256, 32), (1125, 512)),
+        ((64, 9000), (32, 32), (64, 9000)),
+    ],
+)
+def test_the_size_to_decode_to_by_hand(
+    full: tuple[int, int], stored: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert decoded_size(full, stored) == expected
+    data = encoded(np.zeros((*full, 3), np.uint8), "JPEG")
+    decoded = simplejpeg.decode_jpeg(data, min_height=expected[0], min_width=expected[1])
+    assert decoded.shape[:2] == expected
+
+
+def test_moments_are_exact_sums_over_images_of_any_size() -> None:
+    moments, random = np.zeros((2, 3), np.int64), np.random.default_rng(0)
+    expected = np.zeros((2, 3), np.int64)
+    bright = np.full((512, 512, 3), 255, np.uint8)
+    for pixels in (*(random.integers(0, 256, (7, n, 3), np.uint8) for n in range(1, 30)), bright):
+        add_moments(pixels, moments)
+        levels = pixels.reshape(-1, 3).astype(np.int64)
+        expected += [levels.sum(axis=0), (levels**2).sum(axis=0)]
+    assert np.array_equal(moments, expected)
+
+
+def test_exif_orientation_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to show"
+    decoded = read_image(encoded(halves(), "JPEG", quality=95, exif=exif), 40, 60)
+    assert (decoded.height, decoded.width) == (40, 60)
+    assert close(decoded.pixels, halves(), 6)
+
+
+def test_grey_jpegs_and_pngs_give_equal_channels() -> None:
+    grey = np.full((40, 60), 77, np.uint8)
+    for format in ("JPEG", "PNG"):
+        assert read_image(encoded(grey, format), 32, 32).pixels.tolist() == [[[77] * 3] * 32] * 32
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte() -> None:
+    pixels = read_image(encoded(np.full((32, 32), 40000, np.uint16), "PNG"), 32, 32).pixels
+    assert np.unique(pixels).tolist() == [40000 // 256]
+
+
+def test_cmyk_jpegs_are_converted() -> None:
+    decoded = read_image(encoded(halves(), "JPEG", "CMYK", quality=95), 40, 60)
+    assert close(decoded.pixels, halves(), 6)
+
+
+def test_palettes_bilevel_and_alpha_are_converted() -> None:
+    assert close(read_image(encoded(halves(), "PNG", "P"), 40, 60).pixels, halves(), 8)
+    assert np.array_equal(read_image(encoded(halves(), "PNG", "RGBA"), 40, 60).pixels, halves())
+    bilevel = read_image(encoded(np.full((32, 32), 255, np.uint8), "PNG", "1"), 32, 32)
+    assert np.unique(bilevel.pixels).tolist() == [255]
+
+
+def test_float_pixels_of_unknown_range_are_rejected() -> None:
+    with pytest.raises(ImageError, match="unknown range of grey"):
+        read_image(encoded(np.full((32, 32), 0.5, np.float32), "TIFF"), 32, 32)
+
+
+def test_stray_bytes_between_jpeg_segments_are_noted_not_rejected() -> None:
+    data = encoded(halves(), "JPEG", quality=95)
+    end = data.rindex(b"\xff\xd9")
+    decoded = read_image(data[:end] + b"\0" * 20 + data[end:], 40, 60)
+    assert "extraneous bytes" in (decoded.note or "")
+    assert close(decoded.pixels, halves(), 6)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_an_image_cut_off_anywhere_is_rejected(format: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    data = encoded(noise, format)
+    for length in (1, 10, 100, len(data) // 2, len(data) * 9 // 10):
+        with pytest.raises(ImageError, match=r"damaged|decoded|image format"):
+            read_image(data[:length], 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", "empty file"),
+        (b"<html>not found</html>", "no image format"),
+        (b"\xff\xd8", "no image format"),
+        (bytes(1000), "no image format"),
+    ],
+)
+def test_what_is_no_image_is_rejected_by_kind(data: bytes, kind: str) -> None:
+    with pytest.raises(ImageError, match=f"^{kind}: "):
+        read_image(data, 32, 32)
+
+
+def test_a_decompression_bomb_is_rejected_before_it_is_decoded() -> None:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
+
+    for side in (8193, 30000, 2**31 - 1):  # just above the limit, far above, absurd
+        assert side * side > MAX_PIXELS
+        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
+        with pytest.raises(ImageError, match="too many pixels"):
+            read_image(data, 32, 32)
+    jpeg = bytearray(encoded(halves(), "JPEG"))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 20000, 20000)
+    with pytest.raises(ImageError, match="too many pixels: 20000x20000"):
+        read_image(bytes(jpeg), 32, 32)
+
+
+MODES = {
+    "JPEG": ("RGB", "L", "CMYK"),
+    "PNG": ("RGB", "L", "P", "RGBA", "LA", "1", "I;16"),
+    "GIF": ("P", "L"),
+    "BMP": ("RGB", "L", "P", "1"),
+    "WEBP": ("RGB", "RGBA"),
+    "TIFF": ("RGB", "L", "P", "RGBA", "CMYK", "1", "I;16"),
+}
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    form=st.sampled_from(sorted(MODES)),
+    data=st.data(),
+    size=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    stored=st.tuples(st.integers(32, 512), st.integers(32, 512)),
+)
+def test_any_size_and_mode_of_each_format_is_stored_at_any_size(
+    form: str, data: st.DataObject, size: tuple[int, int], stored: tuple[int, int]
+) -> None:
+    mode = data.draw(st.sampled_from(MODES[form]))
+    level = data.draw(st.integers(0, 255))
+    flat = np.full(size, level, np.uint8)
+    if mode == "I;16":
+        content = encoded(flat.astype(np.uint16) * 256, form)
+    else:
+        content = encoded(np.stack([flat] * 3, -1), form, mode)
+    decoded = read_image(content, *stored)
+    assert decoded.pixels.shape == (*stored, 3)
+    assert decoded.pixels.dtype == np.uint8
+    assert (decoded.height, decoded.width) == size
+    if mode not in ("1", "P"):  # which keep other levels
+        assert np.abs(decoded.pixels.astype(int) - level).max() <= 3
+
+
+def test_a_postscript_file_is_no_image_and_never_interpreted() -> None:
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+    with pytest.raises(ImageError, match="no image format"):
+        read_image(script, 32, 32)
+
+
+def test_imagenet_samples_are_near_the_exact_area_average(imagenet_samples: Path) -> None:
+    differences = []
+    for path in sorted(imagenet_samples.glob("*.JPEG"))[:30]:
+        decoded = read_image(path.read_bytes(), 64, 64)
+        with Image.open(path) as image:
+            assert (decoded.width, decoded.height) == image.size
+            exact = resize(np.asarray(image.convert("RGB")), 64, 64)
+        differences.append(np.abs(decoded.pixels.astype(int) - exact).mean())
+    # Two grey levels come from decoding at twice the size; plain linear sampling gives nine.
+    assert np.mean(differences) < 2.5

@@ -1,0 +1,458 @@
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+import ray
+from PIL import Image
+
+from jobs import cli
+from jobs.preprocess.__main__ import progress_line, summary
+from jobs.preprocess.preview import write_previews
+from pipeline.errors import UserError
+from pipeline.shards.format import read_manifest, read_shard, shard_paths
+from pipeline.shards.ledger import read_ledger
+from pipeline.shards.make import Outcome, Progress, make_shard, preprocess
+from pipeline.shards.plan import Plan, PreprocessConfig, claim_output, make_plan
+
+CLASSES = ("n00000001", "n00000002", "n00000003")
+TRAIN, VAL = 30, 10
+
+
+def jpeg(seed: int, height: int = 48, width: int = 72) -> bytes:
+    buffer = io.BytesIO()
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), np.uint8)
+    Image.fromarray(coarse).resize((width, height)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_source(root: Path, train: int = TRAIN) -> Path:
+    """An ILSVRC layout: `train` train images, one of them cut off; VAL val images, two of
+    unknown label and one with a bad box."""
+    for i in range(train):
+        wnid = CLASSES[i % 3]
+        (root / "train" / wnid).mkdir(parents=True, exist_ok=True)
+        data = jpeg(i)
+        (root / "train" / wnid / f"{wnid}_{i}.JPEG").write_bytes(data[:300] if i == 4 else data)
+    for folder in ("val", "boxes"):
+        (root / folder).mkdir()
+    for i in range(VAL):
+        stem = f"ILSVRC2012_val_{i + 1:08d}"
+        (root / "val" / f"{stem}.JPEG").write_bytes(jpeg(1000 + i))
+        if i < 8:
+            x1 = 500 if i == 3 else 40
+            (root / "boxes" / f"{stem}.xml").write_text(
+                f"<annotation><object><name>{CLASSES[i % 3]}</name><bndbox><xmin>{i}</xmin>"
+                f"<ymin>5</ymin><xmax>{x1}</xmax><ymax>30</ymax></bndbox></object></annotation>"
+            )
+    return root
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("source"))
+
+
+def configured(source: Path, output: Path, **changes: Any) -> PreprocessConfig:
+    values: dict[str, Any] = {
+        "source": str(source),
+        "output": str(output),
+        "image_size": 32,
+        "superpixels": 50,
+        "samples_per_shard": 8,
+        "workers": 2,
+        "max_bad_share": 0.2,
+    }
+    return PreprocessConfig(**(values | changes))
+
+
+def quiet(progress: Progress) -> None:
+    assert progress.resumed + progress.done <= progress.total
+
+
+def run(source: Path, output: Path, **changes: Any) -> Outcome:
+    return preprocess(configured(source, output, **changes), quiet, cli.connect_ray)
+
+
+def contents(output: Path) -> dict[str, str]:
+    """SHA-256 of every file below `output`."""
+    return {
+        str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(output.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def made(
+    ray_local: None,
+    source: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Outcome]:
+    output = tmp_path_factory.mktemp("made") / "shards"
+    return output, run(source, output)
+
+
+def test_every_source_image_is_in_the_ledger_once_and_every_good_one_in_a_shard(
+    made: tuple[Path, Outcome], source: Path
+) -> None:
+    output, _ = made
+    manifest = read_manifest(output)
+    assert {name: (s.images, s.rejected) for name, s in manifest.splits.items()} == {
+        "train": (TRAIN - 1, 1),
+        "val": (VAL - 2, 2),
+    }
+    paths = []
+    for split in ("train", "val"):
+        table = read_ledger(output, split, status=None).to_pylist()
+        paths += [row["path"] for row in table]
+        good = {row["row"]: row for row in table if row["status"] == "ok"}
+        samples = [
+            x for path in shard_paths(output, manifest, split) for x in read_shard(path, manifest)
+        ]
+        assert [sample.row for sample in samples] == list(good)
+        for sample in samples:
+            row = good[sample.row]
+            assert sample.key == row["key"] == f"{split}-{sample.row:08d}"
+            assert (sample.label, manifest.classes[sample.label]) == (row["label"], row["wnid"])
+            assert int(sample.segments.max()) + 1 == row["superpixels"] <= manifest.max_superpixels
+            assert sample.meta["boxes"] == row["boxes"]
+            assert (row["width"], row["height"]) == (72, 48)
+    assert sorted(paths) == sorted(str(x.relative_to(source)) for x in source.rglob("*.JPEG"))
+
+
+def test_rows_run_over_all_splits_and_point_at_the_sample(made: tuple[Path, Outcome]) -> None:
+    output, _ = made
+    rows = [r for split in ("train", "val") for r in read_ledger(output, split, status=None)["row"]]
+    assert [row.as_py() for row in rows] == list(range(TRAIN + VAL))
+    manifest = read_manifest(output)
+    for row in read_ledger(output, "train").to_pylist():
+        samples = list(read_shard(output / "train" / row["shard"], manifest))
+        assert samples[row["position"]].key == row["key"]
+
+
+def test_rejected_images_are_recorded_with_their_reason(made: tuple[Path, Outcome]) -> None:
+    output, outcome = made
+    (bad,) = read_ledger(
+        output, "train", ["id", "reason", "label", "shard"], "rejected"
+    ).to_pylist()
+    assert (bad["id"], bad["label"], bad["shard"]) == ("n00000002_4", 1, None)
+    assert bad["reason"].startswith(("damaged JPEG", "cannot be decoded"))
+    unknown = read_ledger(output, "val", ["id", "reason", "label"], "rejected").to_pylist()
+    assert [x["id"] for x in unknown] == ["ILSVRC2012_val_00000009", "ILSVRC2012_val_00000010"]
+    assert all(x["reason"].startswith("label unknown:") and x["label"] is None for x in unknown)
+    assert outcome.totals is not None
+    assert "2 (2 label unknown)" in summary(outcome)
+
+
+def test_a_box_over_the_edge_is_clipped_and_noted_and_its_image_kept(
+    made: tuple[Path, Outcome],
+) -> None:
+    output, _ = made
+    rows = read_ledger(output, "val", ["boxes", "note"]).to_pylist()
+    assert rows[2] == {"boxes": [[2, 5, 40, 30]], "note": None}
+    assert rows[3]["boxes"] == [[3, 5, 71, 30]]
+    assert rows[3]["note"] == "box 0 clipped to the image: was (3, 5, 500, 30)"
+
+
+def test_mean_and_deviation_are_those_of_the_train_pixels(made: tuple[Path, Outcome]) -> None:
+    output, _ = made
+    manifest = read_manifest(output)
+    shards = shard_paths(output, manifest, "train")
+    pixels = np.stack([x.image for path in shards for x in read_shard(path, manifest)])
+    flat = pixels.reshape(-1, 3).astype(np.float64)
+    assert manifest.mean == pytest.approx(flat.mean(axis=0), rel=1e-12)
+    assert manifest.std == pytest.approx(flat.std(axis=0), rel=1e-9)
+    assert sum(manifest.splits["train"].class_counts) == len(pixels) == TRAIN - 1
+
+
+def ids(plan: Plan, split: str) -> list[str]:
+    tasks = [task for task in plan.tasks if task.split == split]
+    return [x for task in tasks for x in plan.images(task)["id"].to_pylist()]
+
+
+def test_train_images_are_shuffled_over_the_whole_set_by_the_seed_and_val_stays_in_order(
+    source: Path, tmp_path: Path
+) -> None:
+    plans = [make_plan(configured(source, tmp_path / "a", seed=seed)) for seed in (0, 0, 1)]
+    orders = [ids(plan, "train") for plan in plans]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2])
+    first_classes = {name.split("_")[0] for name in orders[0][:8]}
+    assert first_classes == set(CLASSES)
+    val = ids(plans[2], "val")
+    assert val == sorted(val)
+
+
+def test_one_worker_writes_the_same_bytes_as_two(
+    made: tuple[Path, Outcome], source: Path, tmp_path: Path
+) -> None:
+    run(source, tmp_path / "one", workers=1)
+    assert contents(tmp_path / "one") == contents(made[0])
+
+
+def test_a_finished_set_is_left_alone(made: tuple[Path, Outcome], source: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in made[0].rglob("*")}
+    outcome = run(source, made[0], workers=1)
+    assert outcome.totals is None
+    assert outcome.manifest == made[1].manifest
+    assert {path: path.stat().st_mtime_ns for path in made[0].rglob("*")} == before
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_only_missing_or_damaged_shards_are_made_again(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "shards"
+    run(source, output)
+    wanted = contents(output)
+    (output / "train" / "train-000001.tar").unlink()
+    (output / "train" / "train-000002.idx").write_text("v1.2 99\n")
+    (output / "val" / "val-000000.parquet").write_bytes(b"PAR1")
+    (output / "train" / ".train-000003.tar.0a1b.tmp").write_bytes(b"left by a killed task")
+    untouched = output / "train" / "train-000000.tar"
+    before = untouched.stat().st_mtime_ns
+    outcome = run(source, output)
+    assert outcome.progress.done == 3 * 8
+    assert outcome.progress.resumed == TRAIN + VAL - 3 * 8
+    assert contents(output) == wanted
+    assert untouched.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"superpixels": 40}, "configuration superpixels: 50 there, 40 now"),
+        ({"seed": 3}, "configuration seed: 0 there, 3 now"),
+        ({"image_format": "jpg"}, "configuration image_format: rgb there, jpg now"),
+    ],
+)
+def test_another_configuration_on_the_same_output_is_refused(
+    made: tuple[Path, Outcome], source: Path, changes: dict[str, Any], difference: str
+) -> None:
+    with pytest.raises(UserError, match=difference):
+        run(source, made[0], **changes)
+
+
+def test_a_changed_source_on_the_same_output_is_refused(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", train=6)
+    claim_output(make_plan(configured(source, tmp_path / "out")))
+    box = source / "boxes" / "ILSVRC2012_val_00000001.xml"
+    box.write_text(box.read_text().replace("<xmin>0<", "<xmin>1<"))
+    with pytest.raises(UserError, match="files, labels or boxes have changed"):
+        claim_output(make_plan(configured(source, tmp_path / "out")))
+
+
+def test_outputs_that_are_not_ours_are_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "letters").write_text("mine")
+    with pytest.raises(UserError, match=r"is not empty and holds no plan\.json"):
+        claim_output(make_plan(configured(source, tmp_path)))
+    with pytest.raises(UserError, match="lies inside source"):
+        make_plan(configured(source, source / "train" / "shards"))
+    with pytest.raises(UserError, match="is a file"):
+        claim_output(make_plan(configured(source, tmp_path / "letters")))
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_too_many_rejected_images_fail_the_job_and_keep_the_ledger(
+    source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "shards"
+    message = r"3 of 40 images were rejected \(2 x label unknown, 1 x .*--max-bad-share 0\.01"
+    with pytest.raises(UserError, match=message):
+        run(source, output, max_bad_share=0.01)
+    assert not (output / "dataset.json").exists()
+    assert read_ledger(output, "val", status="rejected").num_rows == 2
+    outcome = run(source, output, max_bad_share=0.1)  # more allowed: nothing is made again
+    assert (outcome.progress.done, outcome.progress.resumed) == (0, TRAIN + VAL)
+    assert read_manifest(output).splits["train"].rejected == 1
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_mended_images_are_taken_up_by_the_same_command(source: Path, tmp_path: Path) -> None:
+    copy, output = tmp_path / "images", tmp_path / "shards"
+    shutil.copytree(source, copy)
+    good = sorted((copy / "train").rglob("*.JPEG"))[:2]
+    kept = [path.read_bytes() for path in good]
+    for path in good:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="were rejected"):
+        run(copy, output, max_bad_share=0.1)
+    for path, content in zip(good, kept, strict=True):
+        path.write_bytes(content)
+    run(copy, output, max_bad_share=0.1)
+    run(copy, tmp_path / "fresh", max_bad_share=0.1)
+    assert contents(output) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_shard_that_fails_is_named_and_the_others_finish(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "shards"
+    blocked = output / "train" / "train-000001.tar"
+    claim_output(make_plan(configured(source, output)))
+    blocked.mkdir()
+    with pytest.raises(UserError, match=r"1 of 6 shards failed, train-000001: IsADirec"):
+        run(source, output)
+    assert len(list(output.rglob("*.parquet"))) == 5
+    blocked.rmdir()
+    assert run(source, output).progress.done == 8
+
+
+def test_a_shard_of_nothing_but_rejected_images_leaves_only_its_ledger(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "cat").mkdir(parents=True)
+    (source / "cat" / "a.jpg").write_bytes(b"")
+    (source / "cat" / "b.png").write_bytes(b"text")
+    (source / "cat" / "c.png").symlink_to(tmp_path / "nowhere")
+    config = configured(source, tmp_path / "out")
+    plan = make_plan(config)
+    report = make_shard(plan.tasks[0], plan.images(plan.tasks[0]), plan.source, plan.output, config)
+    assert (report.facts.images, report.rejected) == (0, 3)
+    assert [x.name for x in (tmp_path / "out" / "train").iterdir()] == ["train-000000.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 31}, "image_size 31 is out of range; allowed: 32 to 512"),
+        ({"image_size": "64x600"}, "image_size 64x600 is out of range; allowed: 32 to 512, or two"),
+        ({"image_size": "64x"}, "image_size 64x is out of range"),
+        ({"superpixels": 257}, "at most 256; ask for fewer superpixels or larger images"),
+        ({"image_format": "png"}, "image_format png is out of range; allowed: rgb or jpg"),
+        ({"workers": 0}, "workers 0 is out of range; allowed: from 1"),
+        ({"max_bad_share": float("nan")}, "max_bad_share nan is out of range"),
+    ],
+)
+def test_parameters_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configured(Path("a"), Path("b"), **changes)
+
+
+def test_progress_tells_rate_and_time_left_of_this_run() -> None:
+    progress = Progress(total=1000, resumed=200, done=300, rejected=2, seconds=3.0)
+    assert progress_line(progress) == ("500 of 1000 images, 2 rejected, 100 images/s, ETA 0:05")
+
+
+def command(source: Path, output: Path, *more: str) -> list[str]:
+    flags = ["--source", source, "--output", output, "--samples-per-shard", "25", "--workers", "2"]
+    return [sys.executable, "-m", "jobs.preprocess", *map(str, flags), *more]
+
+
+def job(source: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(source, output, *more), capture_output=True, text=True, timeout=300
+    )
+
+
+def wait_for_parts(output: Path, count: int, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 200
+    while len(list(output.glob("*/*.parquet"))) < count:
+        assert process.poll() is None, "the job ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("ray_local")
+def test_a_job_killed_midway_goes_on_and_writes_the_same_bytes(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", train=2000)
+    output, whole = tmp_path / "killed", tmp_path / "whole"
+    with subprocess.Popen(
+        command(source, output),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        wait_for_parts(output, 5, process)
+        os.killpg(process.pid, signal.SIGKILL)
+    kept = {path: path.stat().st_mtime_ns for path in output.glob("*/*.parquet")}
+    assert 5 <= len(kept) < 81
+    assert not (output / "dataset.json").exists()
+    resumed = job(source, output)
+    assert resumed.returncode == 0, resumed.stderr
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    preprocess(
+        PreprocessConfig(source=str(source), output=str(whole), samples_per_shard=25),
+        quiet,
+        cli.connect_ray,
+    )
+    write_previews(str(whole), read_manifest(whole))
+    assert contents(output) == contents(whole)
+    again = job(source, output)
+    assert again.returncode == 0
+    assert "was finished before: 1999 train images, 8 val images in 3 classes" in again.stdout
+
+
+@pytest.mark.e2e
+def test_a_bad_source_gets_one_line_and_exit_code_one(tmp_path: Path) -> None:
+    for source, message in ((tmp_path / "no", "does not exist"), (tmp_path, "is an empty folder")):
+        result = job(source, tmp_path.parent / "output-never-made")
+        assert result.returncode == 1
+        assert result.stdout == ""
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"error: source {source}")
+        assert message in line
+
+
+def test_the_dashboard_counts_images_rejects_and_shards(
+    made: tuple[Path, Outcome], source: Path, tmp_path: Path
+) -> None:
+    """Of all jobs of this process, read where Prometheus would."""
+
+    def counts() -> dict[str, float]:
+        with urlopen(f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        # Drivers that were killed on this Ray in other tests are still counted, apart.
+        driver = f'WorkerId="{ray.get_runtime_context().get_worker_id()}"'
+        own = "\n".join(line for line in lines if driver in line)
+        found = re.findall(r"^ray_preprocess_(\w+?)\{.*\} (\S+)$", own, re.MULTILINE)
+        return {name.removesuffix("_total"): float(value) for name, value in found}
+
+    def wait_for(wanted: Callable[[dict[str, float]], bool]) -> dict[str, float]:
+        deadline = time.monotonic() + 30
+        while not wanted(found := counts()):
+            assert time.monotonic() < deadline, found
+            time.sleep(0.1)
+        return found
+
+    before = wait_for(lambda found: found.get("images_to_do") == 0 and "rejected" in found)
+    run(source, tmp_path / "again")
+    after = wait_for(lambda found: found["shards"] == before["shards"] + 6)
+    assert after["images"] - before["images"] == TRAIN + VAL
+    assert after["rejected"] - before["rejected"] == 3
+    assert after["images_to_do"] == 0
+
+
+def test_tiny_imagenet_is_read_whole(tiny_imagenet: Path, tmp_path: Path) -> None:
+    config = configured(tiny_imagenet, tmp_path / "out", image_size=64, samples_per_shard=200)
+    plan = make_plan(config)
+    assert plan.listed.layout == "tiny-imagenet"
+    assert len(plan.listed.classes) == 20
+    assert plan.listed.class_names[0] == "goldfish, Carassius auratus"
+    assert {split: len(x) for split, x in plan.listed.images.items()} == {
+        "train": 10_000,
+        "val": 1000,
+    }
+    for images in plan.listed.images.values():
+        assert pc.all(pc.equal(pc.list_value_length(images["boxes"]), 1)).as_py()
+    val = next(task for task in plan.tasks if task.split == "val")
+    report = make_shard(val, plan.images(val), plan.source, plan.output, config)
+    assert (report.facts.images, report.rejected) == (200, 0)
+
+
+def test_the_plan_file_says_what_the_set_is_made_with(made: tuple[Path, Outcome]) -> None:
+    there = json.loads((made[0] / "plan.json").read_text())
+    assert there["configuration"]["superpixels"] == 50
+    assert there["images"] == {"train": TRAIN, "val": VAL}
+    assert set(there["versions"]) >= {"fast-slic", "numpy", "pillow"}

@@ -1,0 +1,83 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.shards.tasks import ATTEMPTS, Failure, run_tasks
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+def tally(folder: Path, item: int) -> int:
+    """Note an attempt at an item; how many there have been."""
+    with (folder / str(item)).open("a") as file:
+        file.write("x")
+    return (folder / str(item)).stat().st_size
+
+
+def work(folder: Path, item: int) -> int:
+    """Item 3 kills its process at the first attempt, 4 always; 5 raises, 6 has no disk at first."""
+    attempt = tally(folder, item)
+    if item == 4 or (item == 3 and attempt == 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item == 5:
+        raise ValueError("five\nand more")
+    if item == 6 and attempt < ATTEMPTS:
+        raise OSError("no disk")
+    return item * item
+
+
+def test_what_dies_is_repeated_what_fails_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
+    found = dict(run_tasks(work, range(8), lambda item: (tmp_path, item), 2))
+    failed = {item: r.reason for item, r in found.items() if isinstance(r, Failure)}
+    assert {i: r for i, r in found.items() if i not in failed} == {
+        i: i * i for i in (0, 1, 2, 3, 6, 7)
+    }
+    assert set(failed) == {4, 5}
+    assert failed[4].startswith("its worker process ended 4 times (")
+    assert failed[5] == "ValueError: five"
+    attempts = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert attempts == {"0": 1, "1": 1, "2": 1, "3": 2, "4": 4, "5": 1, "6": 4, "7": 1}
+
+
+def test_no_more_tasks_are_made_than_the_limit_allows(tmp_path: Path) -> None:
+    made, ended, most = 0, 0, 0
+
+    def arguments(item: int) -> tuple:
+        nonlocal made, most
+        made += 1
+        most = max(most, made - ended)
+        return tmp_path, item
+
+    for _ in run_tasks(tally, iter(range(30)), arguments, 3, lambda: None):
+        ended += 1
+    assert (made, ended, most) == (30, 30, 3)
+
+
+SHORT_OF_MEMORY = """
+import time, ray
+from pipeline.tasks import run_tasks
+limits = {"memory_usage_threshold": 0.001, "memory_monitor_refresh_ms": 50}
+ray.init(address="local", num_cpus=1, include_dashboard=False, _system_config=limits)
+def nap(seconds):
+    time.sleep(seconds)
+for _, result in run_tasks(nap, [60], lambda seconds: (seconds,), 1):
+    print(result.reason)
+"""
+
+
+@pytest.mark.e2e
+def test_a_task_that_ray_ends_for_its_memory_is_not_repeated_for_ever() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "its worker process ended 4 times (" in found.stdout
+    assert "low on memory" in found.stdout

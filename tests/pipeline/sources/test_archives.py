@@ -1,0 +1,145 @@
+import gzip
+import io
+import random
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.sources.archives import Member, members, packed_files
+from pipeline.sources.files import SourceFiles
+from tests.pipeline.sources.miniature import tar
+
+FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+
+
+def listed(data: bytes, folder: Path, start: int = 0, end: int | None = None) -> list[Member]:
+    (folder / "a.tar").write_bytes(data)
+    with SourceFiles(str(folder)) as files:
+        return list(members(files, "a.tar", start, end))
+
+
+names = st.lists(
+    st.text(
+        st.characters(codec="utf-8", min_codepoint=32, exclude_characters="/"),
+        min_size=1,
+        max_size=120,
+    ),
+    min_size=1,
+    max_size=4,
+).map("/".join)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    files=st.dictionaries(names, st.binary(max_size=1300), max_size=6),
+    form=st.sampled_from(FORMATS[1:]),
+)
+def test_members_are_those_that_tarfile_finds(
+    files: dict[str, bytes], form: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    data = tar(files, form=form)
+    found = listed(data, tmp_path_factory.mktemp("archive"))
+    assert {x.name: data[x.offset : x.offset + x.size] for x in found} == files
+    with tarfile.open(fileobj=io.BytesIO(data)) as file:
+        assert [x.name for x in found] == file.getnames()
+
+
+def test_names_of_ustar_may_be_split_at_a_slash(tmp_path: Path) -> None:
+    name = "folder/" * 20 + "image.JPEG"
+    (found,) = listed(tar({name: b"abc"}), tmp_path)
+    assert (found.name, found.size) == (name, 3)
+
+
+def test_an_archive_within_an_archive_is_a_range_of_it(tmp_path: Path) -> None:
+    inner = tar({"a.JPEG": b"aaa", "b.JPEG": b"bb"})
+    data = tar({"n1.tar": inner, "n2.tar": tar({"c.JPEG": b"c"})})
+    outer = listed(data, tmp_path)
+    found = [x for y in outer for x in listed(data, tmp_path, y.offset, y.offset + y.size)]
+    assert [(x.name, data[x.offset : x.offset + x.size]) for x in found] == [
+        ("a.JPEG", b"aaa"),
+        ("b.JPEG", b"bb"),
+        ("c.JPEG", b"c"),
+    ]
+
+
+@pytest.mark.parametrize("form", FORMATS[1:])
+def test_members_above_eight_gigabytes_are_measured(form: int, tmp_path: Path) -> None:
+    info = tarfile.TarInfo("big.tar")
+    info.size = 9 << 30
+    header = info.tobuf(form)  # type: ignore[arg-type]
+    with (tmp_path / "a.tar").open("wb") as file:  # sparse: it takes no space
+        file.write(header)
+        file.truncate(len(header) + info.size + 1024)
+    with SourceFiles(str(tmp_path)) as files:
+        assert list(members(files, "a.tar")) == [Member("big.tar", len(header), info.size)]
+
+
+def test_links_are_told_and_folders_and_devices_left_out(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        for name, kind, target in [
+            ("folder", tarfile.DIRTYPE, ""),
+            ("a.jpg", tarfile.SYMTYPE, "b.jpg"),
+            ("pipe", tarfile.FIFOTYPE, ""),
+            ("c.jpg", tarfile.LNKTYPE, "d" * 150),
+        ]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            file.addfile(info)
+    found = listed(buffer.getvalue(), tmp_path)
+    assert [(x.name, x.link) for x in found] == [("a.jpg", "b.jpg"), ("c.jpg", "d" * 150)]
+
+
+def test_a_damaged_archive_ends_in_one_error_and_never_hangs(tmp_path: Path) -> None:
+    files = {f"folder/{'x' * (i * 20)}{i}.JPEG": bytes([i]) * (100 * i) for i in range(12)}
+    originals = [tar(files, form=form) for form in FORMATS[1:]]
+    draw = random.Random(0)
+    refused = 0
+    for number in range(600):
+        data = bytearray(originals[number % 2])
+        for _ in range(draw.randint(1, 4)):
+            start = draw.randrange(len(data))
+            match draw.randrange(3):
+                case 0:
+                    data[start] ^= 1 << draw.randrange(8)
+                case 1:
+                    data[start : start + 512] = draw.randbytes(512)
+                case _:
+                    del data[start:]
+                    data.append(0)
+        try:
+            found = listed(bytes(data), tmp_path)
+        except UserError as error:
+            refused += 1
+            assert str(tmp_path / "a.tar") in str(error)  # noqa: PT017
+        else:
+            assert all(x.offset + x.size <= len(data) for x in found)
+    assert 100 < refused < 600
+
+
+@pytest.mark.parametrize("name", ["a.tgz", "a.tar.gz", "a.tar"])
+def test_packed_files_are_read_once_from_the_start(name: str, tmp_path: Path) -> None:
+    files = {"val/1.xml": b"one", "val/2.xml": b"", "x/3.xml": b"3" * 5000}
+    (tmp_path / name).write_bytes(tar(files, "w" if name == "a.tar" else "w:gz"))
+    with SourceFiles(str(tmp_path)) as source:
+        assert dict(packed_files(source, name)) == files
+
+
+def test_a_damaged_packed_archive_is_refused_wherever_it_is_cut(tmp_path: Path) -> None:
+    whole = tar({f"{i}.xml": bytes(range(256)) * i for i in range(9)}, "w:gz")
+    for length in range(0, len(whole) - 60, 7):  # the last bytes are the archive's end mark
+        (tmp_path / "a.tgz").write_bytes(whole[:length])
+        with SourceFiles(str(tmp_path)) as source, pytest.raises(UserError, match=r"a\.tgz"):
+            list(packed_files(source, "a.tgz"))
+
+
+def test_what_unpacks_to_more_than_any_annotation_has_is_refused(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("bomb.xml")
+    info.size = 1 << 40
+    (tmp_path / "a.tgz").write_bytes(gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(10**6)))
+    with SourceFiles(str(tmp_path)) as source, pytest.raises(UserError, match="1099511627776 byt"):
+        list(packed_files(source, "a.tgz"))

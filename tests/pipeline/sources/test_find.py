@@ -1,0 +1,212 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.sources import find as sources
+from pipeline.sources.files import SourceFiles
+from pipeline.sources.find import Source
+from pipeline.sources.listing import SCHEMA
+from tests.pipeline.sources.annotation_files import xml
+
+
+def touch(root: Path, *paths: str) -> None:
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(b"")
+
+
+def ilsvrc(root: Path) -> Path:
+    touch(
+        root,
+        "train/n00000002/n00000002_7.JPEG",
+        "train/n00000001/n00000001_9.JPEG",
+        "train/n00000001/n00000001_10.JPEG",
+        "val/ILSVRC2012_val_00000002.JPEG",
+        "val/ILSVRC2012_val_00000001.JPEG",
+    )
+    boxes = root / "Annotations/deep"
+    boxes.mkdir(parents=True)
+    (boxes / "ILSVRC2012_val_00000001.xml").write_text(xml("n00000002", (1, 2, 3, 4), (5, 6, 7, 8)))
+    (boxes / "n00000001_9.xml").write_text(xml("n00000001", (10, 20, 30, 40)))
+    return root
+
+
+def find_layout(source: Path) -> str:
+    with SourceFiles(str(source)) as files:
+        return sources.find_layout(files)
+
+
+def list_images(source: Path, layout: str) -> Source:
+    with SourceFiles(str(source)) as files:
+        return sources.list_images(files, layout)
+
+
+def rows(source: Source, split: str) -> list[dict[str, Any]]:
+    assert source.images[split].schema == SCHEMA
+    return source.images[split].to_pylist()
+
+
+def test_ilsvrc_takes_val_labels_and_boxes_from_xml_wherever_it_lies(tmp_path: Path) -> None:
+    assert find_layout(ilsvrc(tmp_path)) == "ilsvrc"
+    source = list_images(tmp_path, "ilsvrc")
+    assert source.classes == ("n00000001", "n00000002")
+    assert [x["id"] for x in rows(source, "train")] == [
+        "n00000001_10",
+        "n00000001_9",
+        "n00000002_7",
+    ]
+    assert [x["label"] for x in rows(source, "train")] == [0, 0, 1]
+    assert rows(source, "train")[1]["boxes"] == [[10, 20, 30, 40]]
+    first, second = rows(source, "val")
+    assert (first["wnid"], first["label"], first["problem"]) == ("n00000002", 1, None)
+    assert first["boxes"] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert (first["box_width"], first["box_height"]) == (500, 375)
+    assert (second["wnid"], second["label"]) == (None, None)
+    assert second["problem"].startswith("label unknown:")
+
+
+def test_ilsvrc_val_in_class_folders_is_labelled_by_them(tmp_path: Path) -> None:
+    touch(tmp_path, "train/n00000001/n00000001_1.JPEG", "val/n00000001/v1.JPEG", "val/n9/v0.JPEG")
+    source = list_images(tmp_path, find_layout(tmp_path))
+    assert [(x["id"], x["wnid"], x["label"], x["problem"]) for x in rows(source, "val")] == [
+        ("v0", "n9", None, "label unknown: no train image has class n9"),
+        ("v1", "n00000001", 0, None),
+    ]
+
+
+def test_class_names_are_read_from_either_file_and_default_to_the_wnid(tmp_path: Path) -> None:
+    ilsvrc(tmp_path)
+    assert list_images(tmp_path, "ilsvrc").class_names == ("n00000001", "n00000002")
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n00000001 tench, Tinca tinca\n")
+    assert list_images(tmp_path, "ilsvrc").class_names == ("tench, Tinca tinca", "n00000002")
+    (tmp_path / "words.txt").write_text("n00000002\ta dog\n")
+    assert list_images(tmp_path, "ilsvrc").class_names == ("n00000001", "a dog")
+
+
+def test_two_annotations_that_disagree_are_refused(tmp_path: Path) -> None:
+    ilsvrc(tmp_path)
+    (tmp_path / "n00000001_9.xml").write_text(xml("n00000001", (0, 0, 1, 1)))
+    with pytest.raises(UserError, match="differently"):
+        list_images(tmp_path, "ilsvrc")
+
+
+def test_a_link_to_a_folder_above_does_not_trap_the_search(tmp_path: Path) -> None:
+    ilsvrc(tmp_path)
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert len(rows(list_images(tmp_path, "ilsvrc"), "train")) == 3
+
+
+def test_tiny_imagenet_lists_boxes_and_every_odd_image(tmp_path: Path) -> None:
+    touch(tmp_path, "wnids.txt", "val/images/val_0.JPEG", "val/images/val_2.JPEG")
+    touch(tmp_path, *(f"train/n1/images/n1_{i}.JPEG" for i in range(3)))
+    (tmp_path / "train/n1/n1_boxes.txt").write_text(
+        "n1_0.JPEG\t0\t10\t63\t58\nn1_2.JPEG\t1\tx\t3\t4\n"
+    )
+    (tmp_path / "val/val_annotations.txt").write_text(
+        "val_0.JPEG\tn1\t0\t32\t44\t62\nval_1.JPEG\tn1\t0\t0\t1\t1\n"
+    )
+    assert find_layout(tmp_path) == "tiny-imagenet"
+    source = list_images(tmp_path, "tiny-imagenet")
+    boxed, plain, broken = rows(source, "train")
+    assert (boxed["boxes"], boxed["path"]) == ([[0, 10, 63, 58]], "train/n1/images/n1_0.JPEG")
+    assert (plain["boxes"], plain["note"], plain["problem"]) == ([], None, None)
+    assert (broken["boxes"], broken["problem"]) == ([], None)
+    assert broken["note"] == "box dropped: not four whole numbers (1 x 3 4)"
+    assert [(x["id"], (x["problem"] or "fine").split(":")[0]) for x in rows(source, "val")] == [
+        ("val_0", "fine"),
+        ("val_1", "file missing"),
+        ("val_2", "label unknown"),
+    ]
+
+
+@pytest.mark.parametrize("root", ["", "CUB_200_2011/"])
+def test_cub_lists_boxes_classes_and_every_odd_image(root: str, tmp_path: Path) -> None:
+    lists = {
+        "images.txt": "1 001.Crow/A_1.jpg\n2 001.Crow/A_2.jpg\n3 002.Jay/B.jpg\n4 002.Jay/C.jpg\n",
+        "image_class_labels.txt": "1 1\n2 1\n3 2\n4 9\n",
+        "classes.txt": "1 001.Crow\n2 002.Jay_Blue\n",
+        "train_test_split.txt": "1 1\n2 0\n3 1\n4 1\n",
+        "bounding_boxes.txt": "1 60.0 27.0 325.0 304.0\n2 0.5 1.2 10.0 9.0\n3 1 x 3 4\n",
+    }
+    for name, text in lists.items():
+        touch(tmp_path, root + name)
+        (tmp_path / root / name).write_text(text)
+    present = ("001.Crow/A_1.jpg", "001.Crow/A_2.jpg", "002.Jay/C.jpg", "002.Jay/D.jpg")
+    touch(tmp_path, *(f"{root}images/{name}" for name in present))
+    assert find_layout(tmp_path) == "cub"
+    source = list_images(tmp_path, "cub")
+    assert source.classes == ("001.Crow", "002.Jay_Blue")
+    assert source.class_names == ("Crow", "Jay Blue")
+    (val,) = rows(source, "val")
+    # From x, y, width, height: pixels 0.5 to 10.5 and 1.2 to 10.2 are touched.
+    assert (val["id"], val["label"], val["boxes"]) == ("001.Crow/A_2.jpg", 0, [[0, 1, 10, 10]])
+    train = {row["id"]: row for row in rows(source, "train")}
+    assert train["001.Crow/A_1.jpg"]["boxes"] == [[60, 27, 384, 330]]
+    assert train["001.Crow/A_1.jpg"]["path"] == f"{root}images/001.Crow/A_1.jpg"
+    assert train["002.Jay/B.jpg"]["note"] == "box dropped: not four numbers (1 x 3 4)"
+    assert {name: (row["problem"] or "fine").split(":")[0] for name, row in train.items()} == {
+        "001.Crow/A_1.jpg": "fine",
+        "002.Jay/B.jpg": "file missing",
+        "002.Jay/C.jpg": "label unknown",
+        "002.Jay/D.jpg": "label unknown",
+    }
+
+
+def test_class_folders_become_a_train_split(tmp_path: Path) -> None:
+    touch(tmp_path, "dog/1.png", "cat/1.jpg", "cat/0.WEBP", "cat/notes.txt", "empty/readme.md")
+    assert find_layout(tmp_path) == "folders"
+    source = list_images(tmp_path, "folders")
+    assert source.classes == ("cat", "dog")
+    assert list(source.images) == ["train"]
+    assert [x["id"] for x in rows(source, "train")] == ["cat/0.WEBP", "cat/1.jpg", "dog/1.png"]
+
+
+def test_a_stray_image_beside_the_classes_does_not_change_the_layout(tmp_path: Path) -> None:
+    touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg", "train/preview.jpg")
+    source = list_images(tmp_path, find_layout(tmp_path))
+    assert source.classes == ("cat", "dog")
+    assert [x["path"] for x in rows(source, "train")] == ["train/cat/1.jpg", "train/dog/1.jpg"]
+    assert [x["path"] for x in rows(source, "val")] == ["val/dog/2.jpg"]
+
+
+def test_class_folders_below_train_and_val_keep_their_split(tmp_path: Path) -> None:
+    touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg")
+    assert find_layout(tmp_path) == "folders"
+    source = list_images(tmp_path, "folders")
+    assert [x["path"] for x in rows(source, "train")] == ["train/cat/1.jpg", "train/dog/1.jpg"]
+    assert [x["path"] for x in rows(source, "val")] == ["val/dog/2.jpg"]
+
+
+def test_a_name_that_is_not_utf8_is_listed_with_its_problem(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/a.jpg")
+    (tmp_path / "cat" / os.fsdecode(b"b\xff.jpg")).write_bytes(b"")
+    good, bad = rows(list_images(tmp_path, "folders"), "train")
+    assert good["problem"] is None
+    assert (bad["problem"], bad["label"]) == ("file name is not UTF-8: rename it", None)
+    assert bad["path"] == "cat/b\\udcff.jpg"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (Path.rmdir, "does not exist"),
+        (Path.exists, "empty folder"),
+        (lambda path: touch(path, "notes.txt", "a/b/c.txt"), "no known layout"),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_named_with_the_remedy(
+    tmp_path: Path, prepare: object, message: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    prepare(source)  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        find_layout(source)
+
+
+def test_an_unknown_layout_is_refused_with_those_known(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'coco' is unknown; allowed: auto, ilsvrc"):
+        list_images(tmp_path, "coco")

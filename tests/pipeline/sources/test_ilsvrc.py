@@ -1,0 +1,256 @@
+import hashlib
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.shards.make import make_shard
+from pipeline.shards.plan import PreprocessConfig, make_plan
+from pipeline.sources import labels
+from pipeline.sources.files import SourceFiles
+from pipeline.sources.find import Source, find_layout, list_images
+from tests import remote
+from tests.pipeline.sources.miniature import (
+    FORMS,
+    Miniature,
+    MiniImage,
+    archives,
+    folders,
+    kaggle,
+    tar,
+    write,
+)
+
+
+def made_image(seed: int) -> tuple[bytes, tuple[int, int]]:
+    """A JPEG, every fourth one grey, and its width and height."""
+    rng = np.random.default_rng(seed)
+    width, height = (int(x) for x in rng.integers(40, 120, 2))
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)).resize((width, height))
+    buffer = io.BytesIO()
+    (coarse.convert("L") if seed % 4 == 0 else coarse).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue(), (width, height)
+
+
+def made_miniature() -> Miniature:
+    wnids = ["n01751748", "n00000017", "n00000005"]
+    train: list[MiniImage] = []
+    val: list[MiniImage] = []
+    for i in range(24):
+        data, size = made_image(i)
+        boxes = ((i % 5, 1, 30, 35), (2, 2, 39, 39))[: i % 3]
+        wnid = wnids[i % 3]
+        # Every sixth XML was drawn on a picture of twice the size, as its size tag says.
+        told = (2 * size[0], 2 * size[1]) if i % 6 == 1 else size
+        train.append(
+            MiniImage(stem=f"{wnid}_{i * 7}", wnid=wnid, data=data, boxes=boxes, size=told)
+        )
+    for i in range(10):
+        data, size = made_image(100 + i)
+        stem, boxes = labels.VAL_ID.format(i + 1), ((i, 2, 35, 38),)
+        val.append(MiniImage(stem=stem, wnid=wnids[i % 3], data=data, boxes=boxes, size=size))
+    return Miniature(train=tuple(train), val=tuple(val))
+
+
+def real_miniature(samples: Path) -> Miniature:
+    """120 ImageNet images as train, each fifth again as val; val image 1 is a sea snake."""
+    train = []
+    for i, path in enumerate(sorted(samples.glob("*.JPEG"))):
+        with Image.open(path) as image:
+            size = image.size
+        box = (size[0] // 5, size[1] // 4, size[0] * 3 // 4, size[1] - 3)
+        wnid, data = path.name.split("_")[0], path.read_bytes()
+        train.append(
+            MiniImage(stem=path.stem, wnid=wnid, data=data, boxes=(box,) * (i % 3), size=size)
+        )
+    first = next(x for x in train if x.wnid == labels.PROBE_WNID)
+    chosen = [first, *(x for x in train[::5] if x is not first)]
+    val = [
+        replace(x, stem=labels.VAL_ID.format(i), boxes=((1, 2, 30, 40),))
+        for i, x in enumerate(chosen, 1)
+    ]
+    return Miniature(train=tuple(train), val=tuple(val))
+
+
+def shards(source: str, output: Path, size: int | str = 32) -> tuple[dict[str, str], Source]:
+    """SHA-256 of each shard and index, made without Ray, and what was listed."""
+    config = PreprocessConfig(
+        source=source, output=str(output), image_size=size, superpixels=50, samples_per_shard=16
+    )
+    plan = make_plan(config)
+    for task in plan.tasks:
+        report = make_shard(task, plan.images(task), plan.source, plan.output, config)
+        assert (report.facts.images, report.rejected) == (task.rows, 0)
+    files = sorted(x for x in output.rglob("*") if x.suffix in (".tar", ".idx"))
+    return {x.name: hashlib.sha256(x.read_bytes()).hexdigest() for x in files}, plan.listed
+
+
+def assert_forms_are_one(mini: Miniature, tmp_path: Path) -> None:
+    count = len(mini.train) + len(mini.val)
+    reference: dict[str, str] = {}
+    for name, form in FORMS.items():
+        source = write(tmp_path / name / "source", form(mini))
+        made, listed = shards(str(source), tmp_path / name / "shards")
+        assert listed.layout == "ilsvrc", name
+        assert listed.classes == tuple(mini.wnids)
+        assert sum(table.num_rows for table in listed.images.values()) == count
+        assert len(made) == 2 * (-(-len(mini.train) // 16) + -(-len(mini.val) // 16))
+        reference = reference or made
+        assert made == reference, name
+
+
+def test_each_form_of_ilsvrc_gives_the_same_shards(tmp_path: Path) -> None:
+    assert_forms_are_one(made_miniature(), tmp_path)
+
+
+def test_each_form_of_ilsvrc_gives_the_same_shards_of_real_images(
+    imagenet_samples: Path, tmp_path: Path
+) -> None:
+    assert_forms_are_one(real_miniature(imagenet_samples), tmp_path)
+
+
+@pytest.mark.parametrize("form", ["archives", "folders", "kaggle"])
+def test_ilsvrc_on_object_storage_gives_the_same_shards(
+    form: str, tmp_path: Path, s3_endpoint: str
+) -> None:
+    mini = made_miniature()
+    source = write(tmp_path / "source", FORMS[form](mini))
+    uri = remote.upload(source, s3_endpoint, f"ilsvrc-{form}")
+    local, _ = shards(str(source), tmp_path / "local")
+    far, listed = shards(uri, tmp_path / "far")
+    assert far == local
+    assert listed.layout == "ilsvrc"
+
+
+def read_source(root: Path) -> Source:
+    with SourceFiles(str(root)) as files:
+        return list_images(files, find_layout(files))
+
+
+def test_labels_that_disagree_are_refused_with_the_first_image(tmp_path: Path) -> None:
+    mini = made_miniature()
+    wrong = archives(mini)
+    order = mini.wnids  # the trap: the devkit's numbers taken for positions in the sorted wnids
+    numbers = mini.lines(lambda x: str(order.index(x.wnid) + 1))
+    inner = {"data/ILSVRC2012_validation_ground_truth.txt": numbers, "data/meta.mat": mini.meta()}
+    wrong["ILSVRC2012_devkit_t12.tar.gz"] = tar(inner, "w:gz")
+    message = (
+        r"labels disagree on \d images, the first: ILSVRC2012_val_00000001 is n01751748 in the "
+        r"XML, "
+        r"n00000005 in ILSVRC2012_devkit_t12.tar.gz/data/ILSVRC2012_validation_ground_truth.txt"
+    )
+    with pytest.raises(UserError, match=message):
+        read_source(write(tmp_path, wrong))
+
+
+@pytest.mark.parametrize(
+    ("told", "wnid"),
+    [
+        ({"imagenet_2012_validation_synset_labels.txt": b"n00000005\n"}, "n00000005"),
+        ({"caffe_ilsvrc12/val.txt": b"ILSVRC2012_val_00000001.JPEG 1\n"}, "n00000017"),
+        (
+            {"LOC_val_solution.csv": b'ILSVRC2012_val_00000001,"n00000005 1 2 3 4 "\r\n'},
+            "n00000005",
+        ),
+        ({"val/ILSVRC2012_val_00000001.xml": made_miniature().val[1].xml}, "n00000017"),
+    ],
+)
+def test_each_file_of_labels_suffices_alone(
+    told: dict[str, bytes], wnid: str, tmp_path: Path
+) -> None:
+    mini = made_miniature()
+    images = {x: y for x, y in folders(mini).items() if x.startswith(("train", "val"))}
+    source = read_source(write(tmp_path, images | told))
+    first, second = source.images["val"].slice(0, 2).to_pylist()
+    assert (first["wnid"], first["label"]) == (wnid, mini.wnids.index(wnid))
+    assert (second["wnid"], second["label"]) == (None, None)
+    assert second["problem"].startswith("label unknown: ")
+
+
+def test_kaggles_running_numbers_are_never_labels(tmp_path: Path) -> None:
+    mini = made_miniature()
+    files = kaggle(mini)
+    for name in [x for x in files if x.endswith(".xml") or x == "LOC_val_solution.csv"]:
+        del files[name]
+    source = read_source(write(tmp_path, files))
+    assert source.images["val"]["wnid"].null_count == len(mini.val)
+    assert source.images["train"]["boxes"].to_pylist() != [[]] * len(mini.train)  # of the solution
+
+
+def thousand(place: int) -> list[str]:
+    """1000 wnids with n01751748 at the 1-based place."""
+    wnids = [f"n{i:08d}" for i in range(2_000_000, 2_000_999)]
+    return [*wnids[: place - 1], labels.PROBE_WNID, *wnids[place - 1 :]]
+
+
+def test_val_image_1_tells_the_order_of_the_labels() -> None:
+    devkit = b"490\n" + b"1\n" * 49_999
+    told = labels.read_devkit_labels(devkit, "truth.txt", thousand(490))
+    assert told[labels.PROBE_ID] == labels.PROBE_WNID
+    assert len(told) == labels.VAL_IMAGES
+    for numbers, wnids in ((b"65\n", thousand(490)), (b"490\n", thousand(66))):
+        with pytest.raises(
+            UserError, match=r"of val image 1, which is n01751748 .490 in the devkit"
+        ):
+            labels.read_devkit_labels(numbers + b"1\n" * 49_999, "truth.txt", wnids)
+    caffe = b"".join(b"ILSVRC2012_val_%08d.JPEG 65\n" % i for i in range(1, 50_001))
+    assert labels.read_caffe_labels(caffe, "val.txt", thousand(66))[labels.PROBE_ID] == (
+        labels.PROBE_WNID
+    )
+    with pytest.raises(UserError, match="numbers 1000 classes, and 100 are known"):
+        labels.read_caffe_labels(caffe, "val.txt", thousand(66)[:100])
+    synsets = b"n02000000\n" * 50_000
+    with pytest.raises(UserError, match="says n02000000 of val image 1"):
+        labels.read_synset_labels(synsets, "synsets.txt")
+
+
+def test_devkit_labels_without_their_classes_are_refused(tmp_path: Path) -> None:
+    files = folders(made_miniature())
+    files["ILSVRC2012_validation_ground_truth.txt"] = b"1\n"
+    with pytest.raises(UserError, match=r"meta\.mat tells; put that beside it"):
+        read_source(write(tmp_path, files))
+
+
+def refusal(root: Path) -> str | None:
+    try:
+        read_source(root)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_a_damaged_archive_is_one_clear_error(tmp_path: Path) -> None:
+    whole = archives(made_miniature())
+    rng = np.random.default_rng(0)
+    errors = set()
+    for number in range(60):
+        name = sorted(whole)[number % len(whole)]
+        data = bytearray(whole[name])
+        if number % 2:
+            del data[int(rng.integers(1, len(data))) :]
+        else:
+            start = int(rng.integers(0, len(data)))
+            data[start : start + 700] = rng.bytes(len(data[start : start + 700]))
+        root = write(tmp_path / str(number), whole | {name: bytes(data)})
+        message = refusal(root)  # None where only pictures or padding were hit
+        if message is not None:
+            assert name in message
+            assert "bring it here again" in message or "cannot be read" in message
+            errors.add(name)
+    assert len(errors) == len(whole)
+
+
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
+def test_an_image_archive_that_is_cut_off_anywhere_is_refused(name: str, tmp_path: Path) -> None:
+    whole = archives(made_miniature())
+    end = len(whole[name].rstrip(b"\0"))
+    for length in range(0, end, 511):
+        root = write(tmp_path, whole | {name: whole[name][:length]})
+        message = refusal(root)
+        assert message is not None, length
+        assert f"{name} " in message
+        assert message.endswith("bring it here again.")

@@ -1,0 +1,77 @@
+import pickle
+
+import pyarrow as pa
+
+from pipeline.sources.listing import BATCH, SCHEMA, Rows, digest, with_labels
+
+
+def table(count: int = 5) -> pa.Table:
+    rows = Rows()
+    for i in range(count):
+        rows.add(
+            id=f"image-{i}",
+            path="archive.tar",
+            offset=512 * i,
+            size=100,
+            wnid=None if i % 5 == 4 else f"n{i % 3}",
+            boxes=[(i, 2, 3, 4)] * (i % 3),
+            box_size=(50, 40) if i % 2 else None,
+            note="odd" if i == 1 else None,
+            problem="file missing: gone" if i == 3 else None,
+        )
+    return rows.table("id")
+
+
+def test_labels_are_positions_in_the_classes_and_never_stand_beside_a_problem() -> None:
+    labelled = with_labels(table(), ["n0", "n2"])
+    assert labelled.schema == SCHEMA
+    assert labelled["label"].to_pylist() == [0, None, 1, None, None]
+    assert labelled["problem"].to_pylist() == [
+        None,
+        "label unknown: no train image has class n1",
+        None,
+        "file missing: gone",
+        "label unknown: no folder, annotation or list names its class",
+    ]
+
+
+def test_the_digest_depends_on_every_value_and_on_nothing_else() -> None:
+    whole = with_labels(table(3 * BATCH), ["n0", "n1", "n2"])
+    pieces = pa.concat_tables([whole.slice(0, 7), whole.slice(7, 5000), whole.slice(5007)])
+    assert digest(pieces) == digest(whole)
+    assert digest(whole.slice(1).take(list(range(10)))) == digest(whole.slice(1, 10))
+    seen = {digest(whole)}
+    small = with_labels(table(), ["n0", "n1", "n2"])
+    seen.add(digest(small))
+    changes: dict[str, object] = {
+        "id": "x",
+        "path": "x",
+        "offset": None,
+        "size": 0,
+        "wnid": None,
+        "label": 2,
+        "boxes": [],
+        "box_width": 1,
+        "box_height": 1,
+        "note": "",
+        "problem": "",
+    }
+    assert set(changes) == set(SCHEMA.names)
+    for name, value in changes.items():
+        values = small.to_pylist()
+        values[1][name] = value
+        seen.add(digest(pa.Table.from_pylist(values, SCHEMA)))
+    assert len(seen) == 2 + len(changes)
+
+
+def test_a_boundary_between_two_values_is_part_of_the_digest() -> None:
+    def of(*ids: str) -> str:
+        return digest(pa.table({"id": pa.array(ids)}))
+
+    assert len({of("ab", "c"), of("a", "bc"), of("abc"), of("abc", "")}) == 4
+
+
+def test_a_million_rows_take_about_a_hundred_bytes_each() -> None:
+    listed = with_labels(table(10 * BATCH), ["n0", "n1", "n2"])
+    assert listed.nbytes / listed.num_rows < 130
+    assert len(pickle.dumps(listed.take(list(range(0, 10 * BATCH, 41))))) < 130 * 1001
