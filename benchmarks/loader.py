@@ -145,8 +145,8 @@ def ours(stored: Stored, augmentation: Augmentation) -> Batches:
 
 
 def ours_as_stored(stored: Stored) -> Batches:
-    """Without augmentation and in order, as an evaluation reads. The manifest names every shard many
-    times, so that the pass does not end."""
+    """Without augmentation and in order, as an evaluation reads. The manifest names every shard
+    many times, so that the pass does not end."""
     train, times = stored.manifest.splits["train"], 50
     long = replace(train, images=times * train.images, shards=times * train.shards)
     while True:

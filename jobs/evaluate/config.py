@@ -198,8 +198,8 @@ def check_compatible(run: Path, config: ModelConfig, data: str, manifest: Manife
         both = set(config.classes) & set(manifest.classes)
         raise UserError(
             f"checkpoint and shards with different classes: {run} knows {len(config.classes)}, "
-            f"{data} has {len(manifest.classes)}, {len(both)} of them in common; class indices would "
-            "not mean the same. Evaluate on shards of the set that the run was trained on."
+            f"{data} has {len(manifest.classes)}, {len(both)} of them in common; class indices "
+            "would not mean the same. Evaluate on shards of the set that the run was trained on."
         )
     if (config.height, config.width) != (manifest.height, manifest.width):
         raise UserError(

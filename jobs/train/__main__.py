@@ -119,8 +119,8 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
     the nets cannot be trained on. Those of a remote set are checked by their hash as they come."""
     if manifest.height % STRIDE or manifest.width % STRIDE:
         raise UserError(
-            f"the shards' images have {manifest.height} x {manifest.width} pixels; the corruption net "
-            f"needs multiples of {STRIDE}. Preprocess again with another --image-size"
+            f"the shards' images have {manifest.height} x {manifest.width} pixels; the corruption "
+            f"net needs multiples of {STRIDE}. Preprocess again with another --image-size"
         )
     if len(manifest.classes) < 2:
         raise UserError(
@@ -130,8 +130,8 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
     if config.target is not None and config.target <= 1 / len(manifest.classes):
         raise UserError(
             f"a target accuracy of {config.target} is not above chance for {len(manifest.classes)} "
-            f"classes ({1 / len(manifest.classes):.3f}), so masks would cover everything in vain; give "
-            "a higher --target (the paper's 0.1 is for 1000 classes)"
+            f"classes ({1 / len(manifest.classes):.3f}), so masks would cover everything in vain; "
+            "give a higher --target (the paper's 0.1 is for 1000 classes)"
         )
     check_window(
         config.data,

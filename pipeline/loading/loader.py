@@ -332,8 +332,8 @@ def train_batches(
     `step_range`). window: how many shards are shuffled together (see `epoch_order`).
     Every rank gets the same number of batches, and every sample comes exactly once an epoch over
     all ranks, in an order and with an augmentation that depend on (seed, window, epoch, step)
-    alone. Raises UserError for shards that do not fit their manifest or index, before the first batch
-    where the set is local, for fewer samples than ranks, for a `start` that is no step of an
+    alone. Raises UserError for shards that do not fit their manifest or index, before the first
+    batch where the set is local, for fewer samples than ranks, for a `start` that is no step of an
     epoch, and for a cache that cannot hold the shards of every batch.
     """
     check_window(data, manifest, cache_bytes, window, batch_size, ranks)

@@ -187,7 +187,7 @@ class Samples:
         return int(self.starts[-1])
 
     def open(self, number: int) -> None:
-        """Map a shard and take in its index. Raises UserError where they do not fit the manifest."""
+        """Map a shard and read its index. Raises UserError where they do not fit the manifest."""
         if number in self.maps:
             return
         shard, path = self.shards[number], self.cache.path(number)

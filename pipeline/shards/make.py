@@ -389,7 +389,7 @@ def make_manifest(
     totals: dict[str, Totals],
     ledger: str,
 ) -> Manifest:
-    """The manifest of a set from its parts. fingerprint: content of plan.json; facts: by split, in the
+    """Make the manifest of a set. fingerprint: content of plan.json; facts: by split, in the
     order of the shards; ledger: the ledger's hash."""
     config = PreprocessConfig(source=source, output="", **fingerprint["configuration"])
     # The train split comes first; a collection without one is normalized by what it has.

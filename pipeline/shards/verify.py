@@ -125,7 +125,7 @@ def repair(
     mended set. Files that are sound are not written.
 
     source: place of the images, the manifest's if empty; needed for damaged shards alone. Raises
-    UserError where the source has changed since the set was made: no hash in the manifest is changed.
+    UserError where the source has changed since the set was made: no hash in the manifest changes.
     """
     with alone_at(found.output):
         if found.damaged:
@@ -169,9 +169,9 @@ def _make_again(
     if differing:
         raise UserError(
             f"{', '.join(differing)}: made again, they are not what {MANIFEST_NAME} records. The "
-            f"images in {config.source} have changed since, or {MANIFEST_NAME} has: mend either, or "
-            f"delete {storage.join(found.output, MANIFEST_NAME)} and run jobs.preprocess without "
-            "--repair to take the set as it is now."
+            f"images in {config.source} have changed since, or {MANIFEST_NAME} has: mend either, "
+            f"or delete {storage.join(found.output, MANIFEST_NAME)} and run jobs.preprocess "
+            "without --repair to take the set as it is now."
         )
 
 
@@ -245,8 +245,8 @@ def check_shard(
 ) -> ShardCheck:
     """Check one shard, its index and its part. Needs no Ray.
 
-    recorded: the manifest's entry, None where it has none. group: the shard's row group in the ledger,
-    None where the ledger is damaged and says nothing.
+    recorded: the manifest's entry, None where it has none. group: the shard's row group in the
+    ledger, None where the ledger is damaged and says nothing.
     """
     part = task.part(output)
     try:
@@ -339,7 +339,7 @@ def _part_problems(task: ShardTask, table: pa.Table) -> Iterator[str]:
 
 
 class _Samples:
-    """The samples of a shard whose hash and index are right, against the ledger and the manifest."""
+    """Check the samples of a shard whose hash and index are right against ledger and manifest."""
 
     def __init__(
         self, content: np.ndarray, extents: list[dict[str, tuple[int, int]]], manifest: Manifest

@@ -181,7 +181,7 @@ def test_what_tells_of_the_whole_set_is_written_again_without_the_images(
 
 
 def test_a_writer_that_lied_is_found_by_decoding(output: Path) -> None:
-    """The shard's hash is right, in manifest and part, but the manifest's shape is not what it holds."""
+    """The shard's hash is right everywhere, but the manifest's shape is not what it holds."""
     manifest_with(output, segments_dtype="uint16")
     found = check(output)
     assert len(found.damaged) == 4
