@@ -4,6 +4,7 @@ connection to Ray."""
 import argparse
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,9 +32,70 @@ RECORDED_PACKAGES = (
 )
 
 
-def option(default: Any = dataclasses.MISSING, *, help: str, positional: bool = False) -> Any:
-    """A dataclass field whose `help` (meaning, unit, range) becomes the flag's help text."""
-    return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    positional: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    multiple_of: int | None = None,
+) -> Any:
+    """Declare a dataclass field as a flag.
+
+    help: meaning and unit, the flag's help text. positional: a tuple given without its flag. low
+    and high belong to the allowed range, above and below do not; `check_bounds` holds values to
+    them.
+    """
+    bounds = {"low": low, "high": high, "above": above, "below": below, "multiple_of": multiple_of}
+    metadata = {"help": help, "positional": positional, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_bounds(config: Any) -> None:
+    """Raise ValueError for the first field of a dataclass outside its `option` bounds.
+
+    Call it from `__post_init__`. None passes; of a tuple every value is checked.
+    """
+    for field in dataclasses.fields(config):
+        bounds = {k: v for k, v in field.metadata.get("bounds", {}).items() if v is not None}
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and bounds and not _within(number, **bounds):
+                raise ValueError(
+                    f"{flag(field.name)} {number} is out of range: {_allowed(**bounds)}"
+                )
+
+
+def _within(
+    number: float,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    multiple_of: int = 1,
+) -> bool:
+    inside = low <= number <= high and above < number < below
+    return inside and (multiple_of == 1 or number % multiple_of == 0)
+
+
+def _allowed(**bounds: float) -> str:
+    words = {
+        "low": "at least",
+        "above": "above",
+        "high": "at most",
+        "below": "below",
+        "multiple_of": "a multiple of",
+    }
+    return ", ".join(f"{words[name]} {bounds[name]:g}" for name in words if name in bounds)
+
+
+def flag(name: str) -> str:
+    """Return the flag of a field: `batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
 
 
 def parse(
@@ -42,23 +104,22 @@ def parse(
     description: str,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
-    """Fill the dataclass from command-line flags: field `batch_size` is flag `--batch-size`.
+    """Fill a dataclass from command-line flags: field `batch_size` is flag `--batch-size`.
 
-    A bool becomes `--x/--no-x`; a field without a default is required; a tuple field takes
-    several values, without a flag where its metadata says `positional`. presets: by the name
-    given as --preset, the values of flags that are not given.
-    A ValueError from the dataclass's own checks is reported as a usage error.
+    A field that is a dataclass is a group: its fields are flags like any other. A bool becomes
+    `--x/--no-x`; a field without a default is required; a tuple field takes several values,
+    without a flag where its metadata says `positional`. presets: by the name given as --preset,
+    the values of flags that are not given. A ValueError of the dataclasses' own checks is
+    reported as a usage error.
     """
     module = sys.modules["__main__"].__spec__
-    program = f"python -m {module.name}" if module else None
+    program = f"python -m {module.name.removesuffix('.__main__')}" if module else None
     parser = argparse.ArgumentParser(
         prog=program,
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    types_by_name = typing.get_type_hints(config_type)
-    for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
-        _add_flag(parser, field, types_by_name[field.name])
+    _add_flags(parser, config_type)
     if presets is not None:
         chooser = argparse.ArgumentParser(add_help=False)
         chooser.add_argument("--preset")
@@ -70,9 +131,31 @@ def parse(
         if value is not None
     }
     try:
-        return config_type(**values)
+        return _build(config_type, values)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _add_flags(parser: argparse.ArgumentParser, config_type: Any) -> None:
+    types_by_name = typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        annotation = types_by_name[field.name]
+        if dataclasses.is_dataclass(annotation):
+            _add_flags(parser, annotation)
+        else:
+            _add_flag(parser, field, annotation)
+
+
+def _build(config_type: Any, values: Mapping[str, Any]) -> Any:
+    types_by_name = typing.get_type_hints(config_type)
+    arguments = {}
+    for field in dataclasses.fields(config_type):
+        annotation = types_by_name[field.name]
+        if dataclasses.is_dataclass(annotation):
+            arguments[field.name] = _build(annotation, values)
+        elif field.name in values:
+            arguments[field.name] = values[field.name]
+    return config_type(**arguments)
 
 
 def _add_flag(
@@ -80,7 +163,6 @@ def _add_flag(
 ) -> None:
     text = field.metadata.get("help", "").replace("%", "%%")
     required = field.default is dataclasses.MISSING
-    flag = "--" + field.name.replace("_", "-")
     options: dict[str, Any] = {"help": text}
     if required:
         options |= {"required": True}
@@ -89,7 +171,7 @@ def _add_flag(
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # X | None
         annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
     if annotation is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **options)
         return
     if typing.get_origin(annotation) is tuple:
         annotation = typing.get_args(annotation)[0]
@@ -101,7 +183,7 @@ def _add_flag(
     elif typing.get_origin(annotation) is typing.Literal:
         options["choices"] = typing.get_args(annotation)
         annotation = str
-    parser.add_argument(flag, type=annotation, **options)
+    parser.add_argument(flag(field.name), type=annotation, **options)
 
 
 def run(main: Callable[[], None]) -> None:
