@@ -11,9 +11,8 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TypeVar
 from urllib.parse import parse_qs, quote, unquote, urlsplit, urlunsplit
@@ -21,6 +20,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit, urlunsplit
 import pyarrow as pa
 from pyarrow import fs
 
+from pipeline.ahead import run_ahead
 from pipeline.errors import UserError
 
 Result = TypeVar("Result")
@@ -30,7 +30,7 @@ WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts, so one more attempt th
 CONNECT_SECONDS = 5
 SILENT_SECONDS = 10  # without a byte, after which a connection counts as lost
 CHUNK = 1 << 22  # bytes of one request
-STREAMS = 4  # requests at once: one connection seldom fills a network manifest
+STREAMS = 4  # requests at once: one connection seldom fills a network card
 REFUSED = (  # what clients say where another attempt would end the same way
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY_ID",
@@ -206,11 +206,10 @@ def chunks(place: str | Path) -> Iterator[bytes]:
     """A file's bytes in order, STREAMS pieces of up to CHUNK in memory. Raises the client's own
     errors, so that the caller decides what to begin again: iterate within `attempt`."""
     system, path = _open(place)
-    with system.open_input_file(path) as file, ThreadPoolExecutor(STREAMS) as pool:
-        size = file.size()
-        for start in range(0, size, STREAMS * CHUNK):
-            offsets = range(start, min(start + STREAMS * CHUNK, size), CHUNK)
-            yield from pool.map(lambda offset: file.read_at(CHUNK, offset), offsets)
+    with system.open_input_file(path) as file:
+        starts = range(0, file.size(), CHUNK)
+        read = partial(file.read_at, CHUNK)
+        yield from run_ahead(read, starts, threads=STREAMS, depth=STREAMS)
 
 
 def read_bytes(place: str | Path) -> bytes:

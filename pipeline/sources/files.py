@@ -3,21 +3,22 @@
 import errno
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 
 from pipeline import storage
+from pipeline.ahead import submit_ahead
 from pipeline.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Range = tuple[str, int | None, int | None]  # path, offset and size in bytes; None: the whole file
 
 STREAMS = 32  # requests at once to object storage, where each waits tens of milliseconds
 
@@ -85,30 +86,22 @@ class SourceFiles:
             yield from self._walk(folder, listed, visited)
 
     def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """`function` of each item, in order; from object storage several at once."""
-        for result in self._begun(function, ((item,) for item in items)):
-            yield result()
-
-    def fetched(
-        self, ranges: Iterable[tuple[str, int | None, int | None]]
-    ) -> Iterator[Callable[[], bytes]]:
-        """What gives each range's bytes when called, as `read` does; from object storage they are
-        on their way before."""
-        return self._begun(self.read, ranges)
-
-    def _begun(
-        self, function: Callable[..., Result], arguments: Iterable[tuple[Any, ...]]
-    ) -> Iterator[Callable[[], Result]]:
-        """What gives `function` of each arguments; object storage is asked STREAMS calls ahead."""
+        """Yield `function(item)` for each item, in order; STREAMS at once on object storage."""
         if self._pool is None:
-            yield from (partial(function, *each) for each in arguments)
-            return
-        waiting = deque[Callable[[], Result]]()
-        for each in arguments:
-            waiting.append(self._pool.submit(function, *each).result)
-            if len(waiting) == STREAMS:
-                yield waiting.popleft()
-        yield from waiting
+            yield from map(function, items)
+        else:
+            yield from map(Future.result, submit_ahead(self._pool, function, items, STREAMS))
+
+    def fetched(self, ranges: Iterable[Range]) -> Iterator[Callable[[], bytes]]:
+        """Yield a function for each range that returns its bytes, or raises, as `read` does.
+
+        On object storage STREAMS of them are requested before they are called.
+        """
+        if self._pool is None:
+            yield from (partial(self.read, *each) for each in ranges)
+        else:
+            for future in submit_ahead(self._pool, lambda x: self.read(*x), ranges, STREAMS):
+                yield future.result
 
     def size(self, path: str) -> int:
         """Size of a file in bytes."""
