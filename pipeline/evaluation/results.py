@@ -1,0 +1,203 @@
+"""The files of an evaluation: written by the evaluator, read by whatever shows or compares them.
+
+    metrics.json         what was evaluated, and the figures of each row of the table
+    predictions.parquet  the box of each image by each map and rule, and how it fits
+    images.parquet       the images: ids, labels, sizes, true boxes, predicted classes
+    maps/NNNNNN.parquet  the main map of each image, 8 bits a pixel
+
+metrics.json is written last: where it is, the others are whole. docs/formats.md describes the
+columns and figures.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import UserError
+from pipeline.storage import write_atomically
+
+FORMAT = 2
+METRICS_NAME = "metrics.json"
+PREDICTIONS_NAME = "predictions.parquet"
+IMAGES_NAME = "images.parquet"
+MAPS_NAME = "maps"
+NEW_MAPS_NAME = "maps.new"  # until all of them are there
+MAPS_TOGETHER = 64  # maps that are read at once, where one of them is asked for
+
+Figures = dict[str, Any]  # by name, see pipeline/evaluation/metrics.py: figures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the table: which map, how a box follows from it, and whose class counts.
+
+    map: "aln", "cam", "layercam", "gradient", "lrp", "mean map", "whole image", "centred box", or
+    "given" (score maps or boxes from a file). rule: a name of model.localization.RULES, None for
+    boxes that come from no map. classes: a name of CLASSES, None where no class is known.
+    """
+
+    map: str
+    rule: str | None = None
+    classes: str | None = None
+
+
+CLASSES = {
+    "clean": "the classifier trained on clean images",
+    "co-trained": "the classifier trained against the masks",
+    "network": "the evaluated network",
+    "file": "the classes in the given file",
+    "boxes": "the classes that the given boxes are named with",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFigures:
+    """The figures of one row.
+
+    title: the map's. paper: "metric1" and "metric2" of the paper's Table 1 (None: not printed
+    there), or None. figures: over all images. interval: by figure, [low, high], None without a
+    figure. curves: see metrics.curves. subsets: figures of each of metrics.SUBSETS. box_sizes:
+    figures with "low" and "high", shares of the image that the largest true box covers. by_class:
+    figures by wnid. protocols: some figures by each protocol, "NAME" or "NAME, first box".
+    """
+
+    row: Row
+    title: str
+    paper: dict[str, float | None] | None
+    figures: Figures
+    interval: dict[str, list[float] | None]
+    curves: dict[str, Any]
+    subsets: dict[str, Figures]
+    box_sizes: list[Figures]
+    by_class: dict[str, Figures]
+    protocols: dict[str, Figures]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """An evaluation that was read. metrics: the content of metrics.json without its rows."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    rows: tuple[RowFigures, ...]
+
+    def predictions(self, map: str, rule: str | None) -> pa.Table:
+        """Return the lines of predictions.parquet of one map and rule, a line per image in
+        order."""
+        table = pq.read_table(self.folder / PREDICTIONS_NAME, filters=[("map", "=", map)])
+        same = pc.is_null(table["rule"]) if rule is None else pc.equal(table["rule"], rule)
+        return table.filter(same)
+
+    def images(self) -> pa.Table:
+        """Return images.parquet, a line per image in order."""
+        return pq.read_table(self.folder / IMAGES_NAME)
+
+    def maps(self, images: Iterable[int]) -> dict[int, np.ndarray]:
+        """Read the main maps of some images: uint8 [H, W] by image, the map's own minimum at 0
+        and maximum at 255. Images without a map are left out."""
+        wanted = sorted(set(images))
+        maps: dict[int, np.ndarray] = {}
+        for path in sorted((self.folder / MAPS_NAME).glob("*.parquet")):
+            table = pq.read_table(path, filters=[("image", "in", wanted)]) if wanted else None
+            if table is None or not len(table):
+                continue
+            size = [int(table.schema.metadata[name]) for name in (b"height", b"width")]
+            for image, values in zip(table["image"].to_pylist(), table["values"], strict=True):
+                maps[image] = np.frombuffer(values.as_py(), np.uint8).reshape(size)
+        return maps
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Read what `write_evaluation` wrote. Raises UserError where it is missing or of another
+    format."""
+    path = folder / METRICS_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {METRICS_NAME}: no evaluation finished there.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); evaluate again.") from error
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {content.get('format')}; this program reads {FORMAT}. "
+            "Evaluate again."
+        )
+    rows = tuple(_row_from_json(row) for row in content.pop("rows"))
+    return Evaluation(folder=folder, metrics=content, rows=rows)
+
+
+def _row_from_json(content: Mapping[str, Any]) -> RowFigures:
+    row = Row(**{field.name: content[field.name] for field in fields(Row)})
+    own = (field.name for field in fields(RowFigures) if field.name != "row")
+    return RowFigures(row=row, **{name: content[name] for name in own})
+
+
+def _row_to_json(row: RowFigures) -> dict[str, Any]:
+    content = {field.name: getattr(row, field.name) for field in fields(row)}
+    return asdict(content.pop("row")) | content
+
+
+def write_evaluation(
+    folder: Path,
+    metrics: Mapping[str, Any],
+    rows: Sequence[RowFigures],
+    predictions: pa.Table,
+    images: pa.Table,
+) -> None:
+    """Write the evaluation in place of an earlier one, with the maps that `write_maps` wrote.
+
+    metrics: all of metrics.json but format and rows.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / METRICS_NAME).unlink(missing_ok=True)
+    write_atomically(folder / PREDICTIONS_NAME, parquet_bytes(predictions))
+    write_atomically(folder / IMAGES_NAME, parquet_bytes(images))
+    shutil.rmtree(folder / MAPS_NAME, ignore_errors=True)
+    if (folder / NEW_MAPS_NAME).is_dir():
+        (folder / NEW_MAPS_NAME).rename(folder / MAPS_NAME)
+    content = {"format": FORMAT, **metrics, "rows": [_row_to_json(row) for row in rows]}
+    write_atomically(folder / METRICS_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
+    """Return a table as the bytes of a Parquet file, compressed by zstd."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", **options)
+    return sink.getvalue().to_pybytes()
+
+
+def clear_maps(folder: Path) -> None:
+    """Remove the maps that an interrupted evaluation left in the folder."""
+    shutil.rmtree(folder / NEW_MAPS_NAME, ignore_errors=True)
+
+
+def write_maps(folder: Path, first: int, content: bytes) -> None:
+    """Write a file of `maps_bytes`, named by its first image. It is read once `write_evaluation`
+    was called."""
+    (folder / NEW_MAPS_NAME).mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / NEW_MAPS_NAME / f"{first:06}.parquet", content)
+
+
+def maps_bytes(name: str, images: np.ndarray, levels: np.ndarray) -> bytes:
+    """Return the maps of some images as a Parquet file.
+
+    name: the map's. images: int64 [N]; levels: uint8 [N, H, W], see `Evaluation.maps`.
+    """
+    count, height, width = levels.shape
+    table = pa.table(
+        {
+            "image": images,
+            "map": pa.array([name] * count, pa.string()),
+            "values": pa.array([values.tobytes() for values in levels], pa.binary()),
+        }
+    )
+    table = table.replace_schema_metadata({"height": str(height), "width": str(width)})
+    return parquet_bytes(table, row_group_size=MAPS_TOGETHER)
