@@ -85,9 +85,9 @@ def write_predictions(predictions: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def export(folder: Path, evaluation: Evaluation, devkit_ids: Path | None) -> None:
+def export(folder: Path, evaluation: Evaluation) -> None:
     """Write the ground truth as wsolevaluation metadata, and each source's boxes with the classes
-    of its first row as Kaggle CSV, Parquet and, where ILSVRC2012_IDs are known, devkit rows."""
+    of its first row as Kaggle CSV and Parquet."""
     truth, said = evaluation.truth, evaluation.said
     write_metadata(folder / "metadata", truth)
     scorer = Scorer(truth=truth, protocol="devkit")
@@ -102,10 +102,10 @@ def export(folder: Path, evaluation: Evaluation, devkit_ids: Path | None) -> Non
         boxes = np.repeat(scorer.original(said.boxes[method.box])[:, None], TOP, axis=1)
         boxes[labels < 0] = -1
         guesses = Guesses(labels=labels, boxes=boxes)
-        for suffix in (".csv", ".parquet", *([".txt"] if devkit_ids is not None else [])):
+        for suffix in (".csv", ".parquet"):
             path = folder / "boxes" / f"{method.box}{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_guesses(path, truth, guesses, devkit_ids=devkit_ids)
+            write_guesses(path, truth, guesses)
 
 
 def _resolved(config: EvaluateConfig) -> EvaluateConfig:
@@ -129,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = {**evaluation.metrics, **cli.record(config)}
     pictures = report_pictures(config, evaluation.predictions)
     report = render(metrics, evaluation.predictions, pictures)
-    if config.export is not None:  # may refuse --devkit-ids: before anything of ours is replaced
-        export(config.export, evaluation, config.devkit_ids)
+    if config.export is not None:
+        export(config.export, evaluation)
         print(f"score maps and boxes in the formats of others: {config.export}")
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output / PREDICTIONS_NAME, write_predictions(evaluation.predictions))

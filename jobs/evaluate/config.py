@@ -58,7 +58,6 @@ from pipeline.evaluation.protocols import PROTOCOLS, SIDE
 from pipeline.evaluation.truth import (
     GroundTruth,
     ground_truth_of,
-    read_blacklist,
     read_ground_truth,
 )
 from pipeline.loading.cache import DEFAULT_LIMIT, GIB
@@ -102,7 +101,7 @@ class EvaluateConfig:
         None, help="folder of score maps ID.npy in [0, 1], all of one size, scored as a row"
     )
     predictions: Path | None = option(
-        None, help="boxes with classes, scored as a row: Kaggle .csv, devkit .txt, or .parquet"
+        None, help="boxes with classes, scored as a row: Kaggle .csv, or .parquet"
     )
     classifier: Path | None = option(
         None,
@@ -125,12 +124,6 @@ class EvaluateConfig:
     )
     image_sizes: Path | None = option(
         None, help="lines id,width,height, where the ground truth has none (a Kaggle CSV)"
-    )
-    devkit_ids: Path | None = option(
-        None, help="meta.mat, or a wnid per line by ILSVRC2012_ID, for devkit rows"
-    )
-    blacklist: Path | None = option(
-        None, help="image numbers, one a line: also gives figures without these images"
     )
     centred_box: tuple[float, ...] | None = option(
         None, help="height and width of the centred box as shares (default: best on train boxes)"
@@ -379,11 +372,10 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Ev
     started = time.monotonic()
     inputs = _inputs(config)
     truth, table, said = inputs.truth, inputs.table, Predictions()
-    blacklist = None if config.blacklist is None else read_blacklist(config.blacklist, truth)
     if config.classifier is not None:
         said.classes["other"] = read_top_classes(config.classifier, truth)
     if config.predictions is not None:
-        add_guesses(said, read_guesses(config.predictions, truth, devkit_ids=config.devkit_ids))
+        add_guesses(said, read_guesses(config.predictions, truth))
     if config.run or config.network:
         table = _add_nets(said, config, inputs, progress)
     centred: dict[str, Any] = {}
@@ -403,7 +395,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Ev
             f"there are no --predictions: nothing to evaluate; {NO_SIZES}."
         )
     said.methods = ordered(said.methods)
-    methods = score(said, truth, protocol=config.protocol, blacklist=blacklist, seed=config.seed)
+    methods = score(said, truth, protocol=config.protocol, seed=config.seed)
     if centred:
         methods["centred_box"] |= centred
     extra: dict[str, Any] = {}

@@ -252,15 +252,11 @@ class Scorer:
         return right
 
 
-def variants(blacklist: np.ndarray | None) -> dict[str, tuple[str, bool, np.ndarray | None]]:
+def variants() -> dict[str, tuple[str, bool]]:
     """The named protocols that gt_known and top1_loc are given under: (protocol, whether only the
-    first true box counts, images that count or None for all)."""
-    kept: dict[str, np.ndarray | None] = {"": None}
-    if blacklist is not None:
-        kept[", without blacklist"] = np.flatnonzero(~blacklist)
+    first true box counts)."""
     return {
-        f"{protocol}{first}{name}": (protocol, bool(first), rows)
-        for name, rows in kept.items()
+        f"{protocol}{first}": (protocol, bool(first))
         for first in ("", ", first box")
         for protocol in PROTOCOLS
     }
@@ -271,7 +267,6 @@ def score(
     truth: GroundTruth,
     *,
     protocol: str,
-    blacklist: np.ndarray | None,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
     """Every figure of every method, by name, see docs/formats.md."""
@@ -313,8 +308,8 @@ def score(
             row["classes"] = dict(zip(truth.classes, parts, strict=True))
         row["protocols"] = {}
         if truth.sizes is not None:
-            for variant, (of, first_box, chosen) in variants(blacklist).items():
-                part = figures(scorer.outcomes(said, method, of, first_box=first_box), chosen)
+            for variant, (of, first_box) in variants().items():
+                part = figures(scorer.outcomes(said, method, of, first_box=first_box))
                 row["protocols"][variant] = {
                     figure: part[figure]
                     for figure in ("gt_known", "top1_loc", "top5_loc", "mean_iou", "n")

@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.evaluation.devkit import devkit_labels, read_devkit_ids, read_devkit_rows
 from pipeline.evaluation.rows import (
     SHOWN,
     at,
@@ -26,7 +25,6 @@ from pipeline.evaluation.rows import (
     check_boxes,
     check_once,
     class_indices,
-    file_name_order,
     find_rows,
     parquet_columns,
     read_csv,
@@ -40,7 +38,7 @@ from pipeline.storage import write_atomically
 
 TOP = 5  # guesses or classes per image
 MAP_SIZE = 224  # side of a written score map, in pixels
-GUESS_SUFFIXES = (".csv", ".txt", ".parquet")
+GUESS_SUFFIXES = (".csv", ".parquet")
 NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 INDEX = re.compile(r"[0-9]{1,9}")
 LARGEST = 2**31  # no corner and no class index is beyond it
@@ -60,14 +58,12 @@ class Guesses:
     boxes: np.ndarray
 
 
-def read_guesses(path: Path, truth: GroundTruth, *, devkit_ids: Path | None = None) -> Guesses:
+def read_guesses(path: Path, truth: GroundTruth) -> Guesses:
     """The guesses in a file, by its suffix.
 
-    .csv: Kaggle's `ImageId,PredictionString`, up to five `wnid x0 y0 x1 y1` a row. .txt: rows of
-    the ILSVRC devkit, one per image in file-name order, up to five `label x0 y0 x1 y1`, the labels
-    being ILSVRC2012_IDs, which `devkit_ids` tells: the devkit's meta.mat, or a text file with a
-    wnid per line in that order. .parquet: columns `id`, `boxes` (list of lists of four numbers)
-    and `labels` (list of class indices; may be missing), best first.
+    .csv: Kaggle's `ImageId,PredictionString`, up to five `wnid x0 y0 x1 y1` a row. .parquet:
+    columns `id`, `boxes` (list of lists of four numbers) and `labels` (list of class indices; may
+    be missing), best first.
 
     Raises UserError, naming file and line, for unknown, missing or double images, classes out of
     range, malformed numbers, and boxes turned round or outside their image.
@@ -79,12 +75,6 @@ def read_guesses(path: Path, truth: GroundTruth, *, devkit_ids: Path | None = No
             counts, tokens, boxes = _split_words(path, numbers, words)
             lines = np.repeat(numbers, counts).tolist()
             labels = class_indices(path, lines, tokens, truth.classes)
-        case ".txt":
-            numbers, words = read_devkit_rows(path, len(truth.ids))
-            rows = file_name_order(truth.ids)
-            counts, tokens, boxes = _split_words(path, numbers, words)
-            lines = np.repeat(numbers, counts).tolist()
-            labels = devkit_labels(path, lines, tokens, truth.classes, devkit_ids)
         case ".parquet":
             numbers, rows, counts, labels, boxes = _read_parquet(path, truth)
         case _:
@@ -92,33 +82,17 @@ def read_guesses(path: Path, truth: GroundTruth, *, devkit_ids: Path | None = No
     return _guesses(path, truth, numbers, rows, counts, labels, boxes)
 
 
-def write_guesses(
-    path: Path, truth: GroundTruth, guesses: Guesses, *, devkit_ids: Path | None = None
-) -> None:
+def write_guesses(path: Path, truth: GroundTruth, guesses: Guesses) -> None:
     """Write guesses in the format of the path's suffix (see `read_guesses`), atomically.
 
     CSV names images as Kaggle does, without folder and suffix, where that is unique. Raises
-    UserError where the format cannot tell a guess: CSV and devkit rows need classes by wnid.
+    UserError where the format cannot tell a guess: CSV needs classes by wnid.
     """
     found = (guesses.boxes != -1).any(axis=2)
     match path.suffix:
         case ".csv":
             names = _wnids(path, truth, guesses, found)
             content = _csv_bytes(truth.ids, _quintuples(names, guesses.boxes, found))
-        case ".txt":
-            wnids = read_devkit_ids(path, devkit_ids)
-            place = {wnid: i for i, wnid in enumerate(wnids, 1)}
-            names = _wnids(path, truth, guesses, found)
-            unknown = {name for row in names for name in row} - place.keys()
-            if unknown:
-                raise UserError(
-                    f"{devkit_ids} lacks class {min(unknown)}, which a guess names; give the "
-                    "devkit's file with all classes."
-                )
-            ids = [[str(place[name]) for name in row] for row in names]
-            lines = _quintuples(ids, guesses.boxes, found)
-            order = file_name_order(truth.ids)
-            content = "".join(f"{lines[row]}\n" for row in order).encode()
         case ".parquet":
             content = _parquet_bytes(truth.ids, guesses, found)
         case _:
@@ -234,7 +208,7 @@ def _check_values(where: str, values: np.ndarray) -> None:
 def _suffix_error(path: Path) -> UserError:
     return UserError(
         f"{path} has suffix {path.suffix!r}; guesses come as {', '.join(GUESS_SUFFIXES)}: Kaggle, "
-        "devkit rows, or columns id, labels, boxes."
+        "or columns id, labels, boxes."
     )
 
 

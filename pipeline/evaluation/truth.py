@@ -27,7 +27,6 @@ from pipeline.evaluation.rows import (
     match_ids,
     read_lines,
     read_prediction_strings,
-    stem,
 )
 from pipeline.shards.format import Manifest
 from pipeline.sources.annotations import fit_boxes, read_annotation
@@ -40,8 +39,6 @@ METADATA_FORMS = {
     "image_sizes.txt": (re.compile(r"([^,]+),([0-9]{1,9}),([0-9]{1,9})"), "id,width,height"),
     "localization.txt": (re.compile(r"([^,]+)" + r",(-?[0-9]{1,9})" * 4), "id,x0,y0,x1,y1"),
 }
-ILSVRC_VAL = re.compile(r"ILSVRC2012_val_([0-9]{8})")
-ILSVRC_VAL_IMAGES = 50_000
 
 Known = tuple[tuple[str, ...], tuple[str, ...]] | None  # classes and class_names, if given
 
@@ -177,32 +174,6 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         names[wnid] = rest[0] if rest else wnid
     wnids = tuple(sorted(names))
     return wnids, tuple(names[wnid] for wnid in wnids)
-
-
-def read_blacklist(path: Path, truth: GroundTruth) -> np.ndarray:
-    """Which images a blacklist names: bool [N].
-
-    A line is a 1-based number: of the image `ILSVRC2012_val_<number>` where every id is such a
-    one (numbers of images that are not there are passed over), else a place in the file-name
-    order of the ids. Raises UserError for a number out of range.
-    """
-    matches = [ILSVRC_VAL.fullmatch(stem(name)) for name in truth.ids]
-    if all(matches):
-        place = {int(match[1]): row for row, match in enumerate(matches) if match}
-        limit = ILSVRC_VAL_IMAGES
-    else:
-        place = dict(enumerate(file_name_order(truth.ids).tolist(), 1))
-        limit = len(truth.ids)
-    chosen = np.zeros(len(truth.ids), bool)
-    for number, line in read_lines(path):
-        if not WHOLE_NUMBER.fullmatch(line) or not 1 <= int(line) <= limit:
-            raise UserError(
-                f"{at(path, number)} is {line[:SHOWN]!r}; expected the number of an image, from 1 "
-                f"to {limit}. Give the blacklist that belongs to this ground truth."
-            )
-        if int(line) in place:
-            chosen[place[int(line)]] = True
-    return chosen
 
 
 def _metadata_file(folder: Path, name: str) -> Path | None:

@@ -226,23 +226,6 @@ def test_a_missing_score_map_is_one_line_that_names_it(
     assert "\n" not in str(caught.value)
 
 
-def test_the_blacklist_gives_further_figures_and_changes_no_other(
-    four: GroundTruth, tmp_path: Path
-) -> None:
-    (tmp_path / "blacklist.txt").write_text("3\n")
-    plain = scored(tmp_path / "meta", tmp_path).metrics["methods"]["whole_image"]
-    listed = scored(tmp_path / "meta", tmp_path, blacklist=tmp_path / "blacklist.txt").metrics
-    whole = listed["methods"]["whole_image"]
-    assert whole["gt_known"] == plain["gt_known"] == 1 / 4
-    assert whole["protocols"]["devkit, without blacklist"] == {
-        "gt_known": 0.0,
-        "top1_loc": None,
-        "top5_loc": None,
-        "mean_iou": pytest.approx((0.25 + 0.05 + 0.2) / 3),
-        "n": 3,
-    }
-
-
 def test_the_job_scores_ground_truth_alone(
     four: GroundTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,6 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,6 @@ GUESSES = Guesses(
     ),
 )
 CSV = "ImageId,PredictionString\nb,n00000003 0 1 30 20\na,n00000001 1 2 3 4 n00000002 5 6 7 8\nc,\n"
-DEVKIT_IDS = "n00000002 second in the alphabet\nn00000003\nn00000001\n"
-DEVKIT = "3 1 2 3 4 1 5 6 7 8\n2 0 1 30 20\n\n"  # a, b, c
 PARQUET: dict[str, Any] = {
     "id": ["val/b.JPEG", "a", "c"],
     "labels": [[2], [0, 1], []],
@@ -81,13 +78,6 @@ def assert_equal(read: Guesses, expected: Guesses) -> None:
     assert read.boxes.dtype == expected.boxes.dtype
 
 
-@pytest.fixture
-def devkit_ids(tmp_path: Path) -> Path:
-    path = tmp_path / "devkit-ids.txt"
-    path.write_text(DEVKIT_IDS)
-    return path
-
-
 def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
     pq.write_table(pa.table(columns), path)
     return path
@@ -103,14 +93,6 @@ def test_a_kaggle_file_is_read_by_file_name_and_wnid(tmp_path: Path) -> None:
     _, b, a, c = CSV.splitlines()
     path.write_text(f"\ufeff{a} \r\n\r\n{c}\r\nval/b.JPEG{b[1:]}   \r\n")  # no header, other order
     assert_equal(read_guesses(path, TRUTH), GUESSES)
-
-
-def test_devkit_rows_are_read_in_file_name_order_by_devkit_number(
-    tmp_path: Path, devkit_ids: Path
-) -> None:
-    path = tmp_path / "guesses.txt"
-    path.write_text(DEVKIT)
-    assert_equal(read_guesses(path, TRUTH, devkit_ids=devkit_ids), GUESSES)
 
 
 def test_a_parquet_file_is_read_by_id(tmp_path: Path) -> None:
@@ -138,10 +120,10 @@ def test_a_parquet_file_without_labels_names_no_class(tmp_path: Path) -> None:
     assert_equal(read_guesses(path, TRUTH), expected)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".txt", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 @pytest.mark.parametrize("fractions", [False, True])
 def test_guesses_written_and_read_again_are_equal(
-    tmp_path: Path, devkit_ids: Path, suffix: str, fractions: bool
+    tmp_path: Path, suffix: str, fractions: bool
 ) -> None:
     rng = np.random.default_rng(3)
     n = 40
@@ -155,16 +137,15 @@ def test_guesses_written_and_read_again_are_equal(
         boxes=np.where(found[..., None], exact, exact.dtype.type(-1)),
     )
     path = tmp_path / f"guesses{suffix}"
-    write_guesses(path, truth, guesses, devkit_ids=devkit_ids)
-    assert_equal(read_guesses(path, truth, devkit_ids=devkit_ids), guesses)
-    assert sorted(tmp_path.iterdir()) == sorted([path, devkit_ids])  # no temporary file is left
+    write_guesses(path, truth, guesses)
+    assert_equal(read_guesses(path, truth), guesses)
+    assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
 
 
-def test_written_files_look_as_their_formats_do(tmp_path: Path, devkit_ids: Path) -> None:
-    for suffix in (".csv", ".txt", ".parquet"):
-        write_guesses(tmp_path / f"g{suffix}", TRUTH, GUESSES, devkit_ids=devkit_ids)
+def test_written_files_look_as_their_formats_do(tmp_path: Path) -> None:
+    for suffix in (".csv", ".parquet"):
+        write_guesses(tmp_path / f"g{suffix}", TRUTH, GUESSES)
     assert (tmp_path / "g.csv").read_text() == CSV
-    assert (tmp_path / "g.txt").read_text() == DEVKIT
     written = pq.read_table(tmp_path / "g.parquet")
     assert written.to_pydict() == {**PARQUET, "id": list(TRUTH.ids)}
 
@@ -224,30 +205,6 @@ def test_a_file_name_that_two_images_share_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("1 1 2 3 4\n1 1 2 3 4\n", ["2 rows", "3 images"]),
-        ("1 1 2 3 4\n\n\n\n", ["4 rows", "3 images"]),
-        ("1 1 2 3 4\n1 1 2 3\n\n", ["line 2", "4 words"]),
-        ("1 1 2 3 4\n0 1 2 3 4\n\n", ["line 2", "label '0'", "from 1 to 3"]),
-        ("1 1 2 3 4\n4 1 2 3 4\n\n", ["line 2", "label '4'"]),
-        ("1 1 2 3 4\n1.0 1 2 3 4\n\n", ["line 2", "label '1.0'"]),
-        ("1 1 2 3 4\n1 1 2 31 4\n\n", ["line 2", "30 x 20 pixels"]),
-        ("1 1 2 3 4\n1 9 2 3 4\n\n", ["line 2", "minimum is above"]),
-        ("1 1 2 3 x\n1 1 2 3 4\n\n", ["line 1", "'x'"]),
-        ("\n\n\n", ["is empty"]),
-    ],
-)
-def test_faulty_devkit_rows_are_refused_by_line(
-    tmp_path: Path, devkit_ids: Path, text: str, parts: list[str]
-) -> None:
-    path = tmp_path / "guesses.txt"
-    path.write_text(text)
-    message = refusal(lambda: read_guesses(path, TRUTH, devkit_ids=devkit_ids))
-    assert all(part in message for part in [str(path), *parts]), message
-
-
-@pytest.mark.parametrize(
     ("change", "parts"),
     [
         ({"id": ["b", "a", "a"]}, ["row 3", "again"]),
@@ -297,33 +254,20 @@ def test_missing_columns_and_other_suffixes_are_refused(tmp_path: Path) -> None:
     assert "'.json'" in refusal(lambda: write_guesses(tmp_path / "x.json", TRUTH, GUESSES))
 
 
-def test_wnids_without_known_classes_name_the_remedy(tmp_path: Path, devkit_ids: Path) -> None:
-    (tmp_path / "g.csv").write_text(CSV)
-    (tmp_path / "g.txt").write_text(DEVKIT)
-    for name in ("g.csv", "g.txt"):
-        read = partial(read_guesses, tmp_path / name, NUMBERS_ONLY, devkit_ids=devkit_ids)
-        assert "--classes FILE" in refusal(read)
-        write = partial(
-            write_guesses, tmp_path / name, NUMBERS_ONLY, GUESSES, devkit_ids=devkit_ids
-        )
-        assert "--classes FILE" in refusal(write)
-    assert "--devkit-ids FILE" in refusal(lambda: read_guesses(tmp_path / "g.txt", TRUTH))
+def test_wnids_without_known_classes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "g.csv"
+    path.write_text(CSV)
+    assert "only their numbers" in refusal(lambda: read_guesses(path, NUMBERS_ONLY))
+    assert "only their numbers" in refusal(lambda: write_guesses(path, NUMBERS_ONLY, GUESSES))
 
 
-def test_what_text_cannot_tell_is_not_written(tmp_path: Path, devkit_ids: Path) -> None:
+def test_what_text_cannot_tell_is_not_written(tmp_path: Path) -> None:
     no_class = Guesses(labels=np.full((3, 5), -1), boxes=GUESSES.boxes)
     blank = replace(TRUTH, classes=("n00000001", "polar bear", "n00000003"))
-    for suffix in (".csv", ".txt"):
-        path = tmp_path / f"guesses{suffix}"
-        write = partial(write_guesses, path, devkit_ids=devkit_ids)
-        assert "without a class" in refusal(partial(write, TRUTH, no_class))
-        assert "'polar bear'" in refusal(partial(write, blank, GUESSES))
-        assert not path.exists()
-    devkit_ids.write_text("n00000001\nn00000002\n")
-    message = refusal(
-        lambda: write_guesses(tmp_path / "g.txt", TRUTH, GUESSES, devkit_ids=devkit_ids)
-    )
-    assert "lacks class n00000003" in message
+    path = tmp_path / "guesses.csv"
+    assert "without a class" in refusal(lambda: write_guesses(path, TRUTH, no_class))
+    assert "'polar bear'" in refusal(lambda: write_guesses(path, blank, GUESSES))
+    assert not path.exists()
 
 
 # A classifier's best classes
@@ -534,17 +478,11 @@ CONTENT = st.one_of(st.binary(max_size=200), WORDS.map(str.encode))
 @FUZZ
 @given(data=CONTENT)
 def test_any_bytes_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
-    ids = tmp_path / "ids"
-    ids.write_text(DEVKIT_IDS)
-    for suffix in (".csv", ".txt", ".parquet", ".mat", ".npy"):
+    for suffix in (".csv", ".parquet", ".npy"):
         (tmp_path / f"x{suffix}").write_bytes(data)
-    (tmp_path / "good.txt").write_text(DEVKIT)
     calls: list[Callable[[], object]] = [
         lambda: read_guesses(tmp_path / "x.csv", TRUTH),
-        lambda: read_guesses(tmp_path / "x.txt", TRUTH, devkit_ids=ids),
         lambda: read_guesses(tmp_path / "x.parquet", TRUTH),
-        lambda: read_guesses(tmp_path / "good.txt", TRUTH, devkit_ids=tmp_path / "x.txt"),
-        lambda: read_guesses(tmp_path / "good.txt", TRUTH, devkit_ids=tmp_path / "x.mat"),
         lambda: read_top_classes(tmp_path / "x.csv", TRUTH),
         lambda: read_top_classes(tmp_path / "x.parquet", TRUTH),
         lambda: read_score_map(tmp_path / "x.npy", None),

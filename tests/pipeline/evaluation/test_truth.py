@@ -15,7 +15,6 @@ from pipeline.errors import UserError
 from pipeline.evaluation.truth import (
     GroundTruth,
     ground_truth_of,
-    read_blacklist,
     read_classes,
     read_ground_truth,
     write_metadata,
@@ -429,7 +428,7 @@ def test_images_of_one_id_go_by_their_keys(small_set: Path) -> None:
     assert ground_truth_of(same, read_manifest(small_set)).ids == tuple(ledger["key"].to_pylist())
 
 
-# Class lists and blacklists
+# Class lists
 
 
 @pytest.mark.parametrize(
@@ -454,48 +453,6 @@ def test_class_lists_of_every_kind_are_sorted_by_wnid(
         assert read_classes(path) == (("n00000001", "n00000002"), names)
 
 
-def numbered(ids: tuple[str, ...]) -> GroundTruth:
-    n = len(ids)
-    return GroundTruth(
-        ids=ids,
-        labels=np.zeros(n, np.int64),
-        sizes=None,
-        boxes=np.zeros((0, 4), np.int64),
-        starts=np.zeros(n + 1, np.int64),
-        classes=None,
-        class_names=None,
-    )
-
-
-def test_a_blacklist_goes_by_ilsvrc_numbers_where_ids_hold_them(tmp_path: Path) -> None:
-    path = tmp_path / "blacklist.txt"
-    path.write_text("7\n36\n50000\n")
-    truth = numbered(("val/ILSVRC2012_val_00000036.JPEG", "ILSVRC2012_val_00000002"))
-    assert read_blacklist(path, truth).tolist() == [True, False]
-
-
-def test_a_blacklist_goes_by_places_in_file_name_order_elsewhere(tmp_path: Path) -> None:
-    path = tmp_path / "blacklist.txt"
-    path.write_text("1\n3\n")
-    truth = numbered(("z/c.jpg", "a/d.jpg", "y/a.jpg", "x/b.jpg"))
-    assert read_blacklist(path, truth).tolist() == [True, False, True, False]
-
-
-@pytest.mark.parametrize("line", ["0", "-1", "5", "x", "1.0", "1 2", "9" * 5000])
-def test_a_blacklist_out_of_range_is_refused(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "blacklist.txt"
-    path.write_text(f"1\n{line}\n")
-    message = refusal(lambda: read_blacklist(path, numbered(("a", "b", "c", "d"))))
-    assert "blacklist.txt line 2" in message
-    assert "from 1 to 4" in message
-
-
-def test_a_blacklist_of_another_set_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "blacklist.txt"
-    path.write_text("50001\n")
-    refusal(lambda: read_blacklist(path, numbered(("ILSVRC2012_val_00000001",))))
-
-
 # Whatever comes
 
 LINES = st.lists(
@@ -516,12 +473,10 @@ def test_any_bytes_as_metadata_are_read_or_refused(tmp_path: Path, data: bytes, 
 @FUZZ
 @given(data=CONTENT)
 def test_any_bytes_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
-    truth = numbered(("a", "b", "c"))
     csv, xml = tmp_path / "any.csv", write_files(tmp_path / "fuzz", {}) / "any.xml"
     calls: list[Callable[[Path], object]] = [
         read_ground_truth,
         read_classes,
-        lambda path: read_blacklist(path, truth),
     ]
     csv.write_bytes(data)
     xml.write_bytes(data)
