@@ -48,9 +48,9 @@ from pipeline.shards.plan import (
     make_plan,
 )
 from pipeline.shards.superpixels import label_dtype, superpixels
-from pipeline.shards.tasks import Failure, run_tasks
 from pipeline.sources.annotations import fit_boxes
 from pipeline.sources.files import SourceFiles
+from pipeline.tasks import Failure, run_tasks
 
 NAMED_FAILURES = 3  # in the error of a job some of whose shards failed
 
@@ -296,14 +296,14 @@ def make_shards(
         return storage.is_remote(part) or storage.is_file(part)
 
     tick = progress.ticking(show)
-    for task, result in run_tasks(make_shard, pending, arguments, config.workers, tick):
-        if not isinstance(result, Failure) and not is_visible(task):
-            result = Failure(
-                reason="it was made on another node, and its files are not visible here; --output "
+    for task, result in run_tasks(make_shard, pending, arguments, config.workers, tick=tick):
+        if isinstance(result, Failure) or not is_visible(task):
+            failures[task.name] = (
+                result.reason
+                if isinstance(result, Failure)
+                else "it was made on another node, and its files are not visible here; --output "
                 "must lie on storage that all nodes share"
             )
-        if isinstance(result, Failure):
-            failures[task.name] = result.reason
             progress.failed_shards += 1
             continue
         made[task.name] = result.facts

@@ -48,7 +48,7 @@ from pipeline.shards.plan import (
     read_fingerprint,
     shard_tasks,
 )
-from pipeline.shards.tasks import Failure, run_tasks
+from pipeline.tasks import Failure, run_tasks
 
 DECODED = 8  # samples of each shard that are decoded: first, last and even steps between
 
@@ -232,7 +232,7 @@ def _check_shards(
         return task, found.output, recorded.get(f"{task.name}.tar"), small, group
 
     tick = progress.ticking(show)
-    for task, result in run_tasks(check_shard, tasks, arguments, workers, tick):
+    for task, result in run_tasks(check_shard, tasks, arguments, workers, tick=tick):
         if isinstance(result, Failure):
             result = ShardCheck(problems=(f"could not be checked: {result.reason}",))
         found.shards[task.name] = result

@@ -2,11 +2,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from pipeline.shards.tasks import ATTEMPTS, Failure, run_tasks
+from pipeline.tasks import ATTEMPTS, Failure, run_tasks
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -52,9 +54,46 @@ def test_no_more_tasks_are_made_than_the_limit_allows(tmp_path: Path) -> None:
         most = max(most, made - ended)
         return tmp_path, item
 
-    for _ in run_tasks(tally, iter(range(30)), arguments, 3, lambda: None):
+    for _ in run_tasks(tally, iter(range(30)), arguments, 3):
         ended += 1
     assert (made, ended, most) == (30, 30, 3)
+
+
+def fail_or_run_on(folder: Path, item: int, ignore_interrupts: bool) -> None:
+    """Item 0 fails once another one runs; the others never end, and leave their process's id."""
+    if item == 0:
+        while not list(folder.iterdir()):
+            time.sleep(0.05)
+        raise ValueError("zero")
+    if ignore_interrupts:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    (folder / str(os.getpid())).touch()
+    try:
+        while True:  # one long sleep could not be interrupted
+            time.sleep(0.05)
+    finally:
+        (folder / str(os.getpid())).rename(folder / "ended")
+
+
+@pytest.mark.parametrize("ignore_interrupts", [False, True])
+def test_closing_stops_the_tasks_that_run(tmp_path: Path, ignore_interrupts: bool) -> None:
+    """Even where workers ignore interrupts, as those of a job in a script's background do."""
+    submitted = []
+
+    def arguments(item: int) -> tuple:
+        submitted.append(item)
+        return tmp_path, item, ignore_interrupts
+
+    with closing(run_tasks(fail_or_run_on, range(9), arguments, 2)) as results:
+        item, result = next(results)
+    assert item == 0
+    assert isinstance(result, Failure)
+    assert isinstance(result.error, ValueError)
+    assert submitted == [0, 1]
+    (left,) = tmp_path.iterdir()
+    assert (left.name == "ended") == (not ignore_interrupts)
+    while left.name != "ended" and Path(f"/proc/{left.name}").exists():
+        time.sleep(0.05)  # killed, its process still has to end
 
 
 SHORT_OF_MEMORY = """
@@ -73,7 +112,7 @@ for _, result in run_tasks(nap, [60], lambda seconds: (seconds,), 1):
 def test_a_task_that_ray_ends_for_its_memory_is_not_repeated_for_ever() -> None:
     found = subprocess.run(
         [sys.executable, "-c", SHORT_OF_MEMORY],
-        cwd=Path(__file__).parents[3],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=120,
