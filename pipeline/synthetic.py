@@ -7,6 +7,7 @@ place, size, aspect and rotation vary so much that no constant box scores
 """
 
 import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -217,16 +218,28 @@ def draw_image(
     )
 
 
-def _annotation(stem: str, wnid: str, height: int, width: int, boxes: list[list[int]]) -> str:
+def annotation_xml(
+    name: str,
+    wnid: str,
+    boxes: Iterable[Sequence[int]],
+    size: tuple[int, int] | None,
+) -> str:
+    """Return an annotation as ILSVRC writes it: an object of class `wnid` for each of `boxes`.
+
+    boxes: [x0, y0, x1, y1] in inclusive pixels of an image of `size` (width, height); None leaves
+    the size out.
+    """
+    stated = (
+        f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+        if size
+        else ""
+    )
     objects = "".join(
         f"<object><name>{wnid}</name><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin>"
         f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
         for x0, y0, x1, y1 in boxes
     )
-    return (
-        f"<annotation><filename>{stem}</filename><size><width>{width}</width>"
-        f"<height>{height}</height><depth>3</depth></size>{objects}</annotation>\n"
-    )
+    return f"<annotation><filename>{name}</filename>{stated}{objects}</annotation>\n"
 
 
 def _write_range(config: SyntheticConfig, output: Path, split: str, indices: range) -> None:
@@ -237,7 +250,7 @@ def _write_range(config: SyntheticConfig, output: Path, split: str, indices: ran
             stem, folder = f"{wnid}_{index // len(WNIDS)}", Path(split) / wnid
         else:
             stem, folder = f"ILSVRC2012_val_{index + 1:08d}", Path(split)
-        xml = _annotation(stem, wnid, image.shape[0], image.shape[1], boxes)
+        xml = annotation_xml(stem, wnid, boxes, (image.shape[1], image.shape[0]))
         encoded = simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorsubsampling="420")
         (output / folder / f"{stem}.JPEG").write_bytes(encoded)
         (output / "boxes" / folder / f"{stem}.xml").write_text(xml)

@@ -9,7 +9,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 def unpack(archive: str, folder: Path) -> Path:
     path = SHARED / archive
     if not path.is_file():
-        pytest.skip(f"{archive} is not beside the checkout, in ../shared/data")
+        pytest.skip(f"{archive} is not in ../shared/data")
     with tarfile.open(path) as tar:
         tar.extractall(folder, filter="data")
     return folder / archive.split(".")[0]

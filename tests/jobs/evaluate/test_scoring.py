@@ -25,7 +25,7 @@ def scored(ground_truth: Path, output: Path, **options: object) -> Evaluation:
     return evaluate(EvaluateConfig(**values), quiet)
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="the real ILSVRC val ground truth is not here")
+@pytest.mark.skipif(not DATA.is_dir(), reason="ilsvrc-val-boxes is not in ../shared/data")
 @pytest.mark.parametrize(
     ("protocol", "gt_known"), [("devkit", 40.70), ("exclusive", 40.34), ("int224", 41.11)]
 )

@@ -27,6 +27,7 @@ from pipeline.shards.format import read_manifest, read_shard, shard_paths
 from pipeline.shards.ledger import read_ledger
 from pipeline.shards.make import Outcome, Progress, make_shard, preprocess
 from pipeline.shards.plan import Plan, PreprocessConfig, claim_output, make_plan
+from tests.pipeline.sources.annotation_files import xml
 
 CLASSES = ("n00000001", "n00000002", "n00000003")
 TRAIN, VAL = 30, 10
@@ -54,10 +55,8 @@ def write_source(root: Path, train: int = TRAIN) -> Path:
         (root / "val" / f"{stem}.JPEG").write_bytes(jpeg(1000 + i))
         if i < 8:
             x1 = 500 if i == 3 else 40
-            (root / "boxes" / f"{stem}.xml").write_text(
-                f"<annotation><object><name>{CLASSES[i % 3]}</name><bndbox><xmin>{i}</xmin>"
-                f"<ymin>5</ymin><xmax>{x1}</xmax><ymax>30</ymax></bndbox></object></annotation>"
-            )
+            text = xml(CLASSES[i % 3], (i, 5, x1, 30), size=None)
+            (root / "boxes" / f"{stem}.xml").write_text(text)
     return root
 
 
