@@ -27,10 +27,9 @@ from jobs.train.config import TrainConfig
 from jobs.train.trainer import model_config
 from model.evidence import evidence
 from model.localization import RULES
-from model.masking import mask_map
+from model.masking import mask_map, normalize
 from model.relevance import layerwise_relevance
 from model.saliency import blur, class_activation_map, gradient_saliency
-from model.step import normalize
 from pipeline.evaluation.truth import ground_truth_of
 from pipeline.loading.loader import evaluation_batches
 from pipeline.shards.format import Manifest, read_manifest

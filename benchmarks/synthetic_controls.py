@@ -10,7 +10,8 @@ import torch
 
 from jobs import cli
 from model.classifier import Classifier
-from model.step import clean_step, normalize
+from model.masking import normalize
+from model.step import clean_step
 from pipeline.synthetic import CLASS_NAMES, SyntheticConfig, draw_image
 
 SIZE = 64

@@ -60,9 +60,10 @@ from model.masking import (
     bernoulli_straight_through,
     gumbel_difference,
     mask_probability,
+    normalize,
     paint,
 )
-from model.step import Step, adversarial_step, clean_step, normalize
+from model.step import Step, adversarial_step, clean_step
 from pipeline.loading.loader import Batch, train_batches
 from pipeline.shards.format import read_manifest
 from pipeline.shards.make import preprocess

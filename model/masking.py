@@ -8,6 +8,16 @@ import torch
 from torch import Tensor, nn
 
 
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return images float32 of zero mean and unit deviation per channel.
+
+    images: uint8 [B, 3, H, W]. mean, std: float32 [3] in 0..255, on the images' device. A masked
+    pixel is set to 0 afterwards, that is, to the data set's mean colour.
+    """
+    shape = (1, 3, 1, 1)
+    return (images.to(torch.float32) - mean.view(shape)) / std.view(shape)
+
+
 def superpixel_mean(values: Tensor, segments: Tensor, superpixels: int) -> Tensor:
     """Mean of `values` (float [B, H, W]) over each superpixel: float [B, K].
 

@@ -38,16 +38,6 @@ class Step:
     sums: dict[str, Tensor]
 
 
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] in 0..255 -> float32 of zero mean and unit deviation per channel.
-
-    mean, std: float32 [3] on the images' device. A masked pixel is set to 0 afterwards, that is,
-    to the data set's mean colour.
-    """
-    shape = (1, 3, 1, 1)
-    return (images.to(torch.float32) - mean.view(shape)) / std.view(shape)
-
-
 def trainable(net: nn.Module) -> list[nn.Parameter]:
     """The net's parameters but for those of a frozen part."""
     return [parameter for parameter in net.parameters() if parameter.requires_grad]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.masking import normalize
 from model.relevance import layerwise_relevance
 from model.saliency import blur, gradient_saliency, gradient_weighted_cam
-from model.step import normalize
 from pipeline.errors import UserError
 
 SMALLEST_SIZE = 64  # most networks divide the side by 32: below, one feature is the whole image

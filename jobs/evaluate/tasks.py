@@ -25,10 +25,9 @@ from jobs.runs import Nets, colour_statistics, load_nets
 from model.classifier import class_probabilities
 from model.evidence import evidence
 from model.localization import RULES
-from model.masking import mask_map
+from model.masking import mask_map, normalize
 from model.relevance import layerwise_relevance
 from model.saliency import blur, class_activation_map, gradient_saliency
-from model.step import normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.formats import read_score_map, score_map_path, write_score_map
 from pipeline.evaluation.sweep import stretch

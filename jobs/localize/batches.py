@@ -12,8 +12,7 @@ from jobs.cli import option
 from jobs.pictures import draw_overlay, encode_png, mask_picture
 from jobs.runs import ModelConfig, Nets, colour_statistics
 from model.localization import RULES, localize
-from model.masking import mask_map
-from model.step import normalize
+from model.masking import mask_map, normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import scale_boxes
 from pipeline.shards.images import ImageError, read_image

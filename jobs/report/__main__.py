@@ -20,8 +20,7 @@ from jobs.pictures import grey, heat
 from jobs.report import charts as report_charts
 from jobs.report import tables as report_tables
 from jobs.runs import Nets, colour_statistics, load_nets
-from model.masking import mask_map
-from model.step import normalize
+from model.masking import mask_map, normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.loading.cache import GIB, ShardCache, default_folder

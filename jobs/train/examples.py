@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from jobs.loading import LoadingConfig
 from jobs.pictures import heat
 from jobs.runs import ModelConfig, colour_statistics
-from model.masking import mask_map
-from model.step import normalize
+from model.masking import mask_map, normalize
 from pipeline.loading.loader import evaluation_batches
 from pipeline.shards.format import Manifest
 

@@ -46,8 +46,8 @@ from model.collapse import TEXTS, CollapseState, watch
 from model.controller import ControllerConfig, ControllerState, relative_target, update
 from model.evidence import evidence
 from model.losses import confusion_loss
-from model.masking import gumbel_difference, pixel_segments
-from model.step import Step, adversarial_step, clean_step, normalize, trainable
+from model.masking import gumbel_difference, normalize, pixel_segments
+from model.step import Step, adversarial_step, clean_step, trainable
 from pipeline.loading.loader import Batch, train_batches
 from pipeline.loading.order import Position, steps_per_epoch
 from pipeline.shards.format import Manifest, read_manifest, split_of

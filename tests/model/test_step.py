@@ -10,10 +10,11 @@ from model.masking import (
     apply_mask,
     bernoulli_straight_through,
     gumbel_difference,
+    normalize,
     paint,
     superpixel_mean,
 )
-from model.step import adversarial_step, clean_step, normalize
+from model.step import adversarial_step, clean_step
 
 SUPERPIXELS = 16
 

@@ -23,7 +23,7 @@ from jobs.evaluate.tasks import net_maps, ranges, run_parts
 from jobs.runs import colour_statistics, load_nets, save_nets
 from model.classifier import class_probabilities
 from model.evidence import evidence
-from model.step import normalize
+from model.masking import normalize
 from pipeline.errors import UserError
 from pipeline.shards.format import Sample, read_manifest, read_shard, shard_paths
 from pipeline.shards.ledger import read_ledger

@@ -13,8 +13,7 @@ from PIL import Image
 from jobs.localize.batches import Job, LocalizeConfig, Prepared, locate, prepare, process_batch
 from jobs.runs import Nets, colour_statistics, load_nets, save_nets
 from model.localization import localize
-from model.masking import mask_map
-from model.step import normalize
+from model.masking import mask_map, normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import scale_boxes
 from pipeline.shards.format import read_manifest, read_shard, shard_paths
