@@ -36,7 +36,6 @@ lint: env
 	$(BIN)/mypy
 
 bench: env
-	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.preprocess --images 600 --rounds 2
 

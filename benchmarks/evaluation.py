@@ -18,7 +18,7 @@ import numpy as np
 import ray
 import torch
 
-from benchmarks.run import hardware, quiet
+from benchmarks.machine import hardware, quiet
 from jobs import cli
 from jobs.evaluate.config import EvaluateConfig, evaluate
 from jobs.evaluate.maps import Scored, map_truth, score_maps

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from benchmarks.run import hardware
+from benchmarks.machine import hardware
 from jobs import cli
 from pipeline.shards.images import DECODE_FACTOR, decoded_size, read_image, resize
 from pipeline.shards.pixels import add_moments

@@ -35,7 +35,7 @@ import torch
 import webdataset
 from nvidia.dali import fn, pipeline_def, types
 
-from benchmarks.run import hardware, quiet
+from benchmarks.machine import hardware, quiet
 from jobs import cli
 from pipeline.errors import UserError
 from pipeline.loading.augmentation import Augmentation, draw

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from benchmarks.run import hardware
+from benchmarks.machine import hardware, quiet
 from jobs import cli
 from pipeline.shards.format import Sample, pack_shard, write_shard
 from pipeline.shards.images import read_image
@@ -79,10 +79,6 @@ class Work:
             samples_per_shard=max(1, min(PreprocessConfig.samples_per_shard, self.images // 8)),
             workers=workers,
         )
-
-
-def quiet(progress: Progress) -> None:
-    """Show nothing: printing is not measured."""
 
 
 def collections(config: BenchConfig, folder: Path) -> Iterator[tuple[str, Path]]:

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from benchmarks.run import hardware
+from benchmarks.machine import hardware
 from jobs import cli
 from pipeline.errors import UserError
 

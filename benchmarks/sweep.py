@@ -20,7 +20,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from benchmarks.run import hardware
+from benchmarks.machine import hardware
 from jobs import cli
 from pipeline.evaluation.sweep import (
     add_counts,

@@ -48,7 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.run import hardware, quiet
+from benchmarks.machine import hardware, quiet
 from jobs import cli
 from jobs.train.config import TrainConfig
 from jobs.train.graphs import Recordings
