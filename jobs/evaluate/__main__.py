@@ -6,8 +6,7 @@ constant boxes, and rows for --score-maps and --predictions of any origin.
 
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from pipeline.storage import absolute, write_atomically
 PREDICTIONS_NAME = "predictions.parquet"
 METRICS_NAME = "metrics.json"
 _FOLDERS = ("output", "score_maps", "export", "network_weights", "network_classes", "cache")
-LINE_SECONDS = 2.0  # between progress lines
 COLUMNS = {
     "gt_known": "GT-known",
     "top1_loc": "top-1 loc",
@@ -39,22 +37,6 @@ COLUMNS = {
     "mean_iou": "mean IoU",
     "auc_gap": "AUC gap",
 }
-
-
-def progress_printer() -> Callable[[int, int], None]:
-    """A printer of progress with the time left, at most a line every two seconds."""
-    started = last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done < total and now - last < LINE_SECONDS:
-            return
-        last = now
-        left = (now - started) / done * (total - done)
-        print(f"{done} of {total}, ETA {cli.duration(left)}", flush=True)
-
-    return show
 
 
 def _figure(name: str, value: float | None) -> str:
@@ -125,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = _resolved(cli.parse(EvaluateConfig, argv, __doc__ or ""))
     if config.output.exists() and not config.output.is_dir():
         raise UserError(f"--output {config.output} is a file; give a folder.")
-    evaluation = evaluate(config, progress_printer())
+    evaluation = evaluate(config, cli.ProgressPrinter().show)
     metrics = {**evaluation.metrics, **cli.record(config)}
     pictures = report_pictures(config, evaluation.predictions)
     report = render(metrics, evaluation.predictions, pictures)

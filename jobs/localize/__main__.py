@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +36,7 @@ from pipeline.sources.listing import IMAGE_SUFFIXES
 FORMAT = 2
 BOXES_NAME = "boxes.json"
 PROGRESS_NAME = "progress.jsonl"
-FEW = 20  # images: up to so many get a line each, more only a line every few seconds
-LINE_SECONDS = 2.0
+FEW = 20  # images: up to so many get a line each, more only a progress line
 
 
 def find_images(arguments: Sequence[Path], output: Path) -> list[Job]:
@@ -239,31 +238,15 @@ def write_boxes(
         partial.unlink(missing_ok=True)
 
 
-def progress_printer(total: int) -> Callable[[list[dict[str, Any]], int, int], None]:
-    """A printer of what became of a batch's images: each one of a few; of many the failed ones,
-    and the rate and the time left at most every two seconds."""
-    started = last = time.monotonic()
-
-    def show(entries: list[dict[str, Any]], done: int, failed: int) -> None:
-        nonlocal last
-        for entry in entries:
-            # a name may hold bytes that are not UTF-8, which standard output would refuse
-            image = os.fsencode(entry["image"]).decode(errors="replace")
-            if entry["status"] != "ok":
-                print(f"{image}: failed, {entry['error']}", file=sys.stderr)
-            elif total <= FEW:
-                print(f"{image}: {entry['name']} {entry['score']:.0%}, box {entry['box']}")
-        now = time.monotonic()
-        if total > FEW and (now - last >= LINE_SECONDS or done == total):
-            last = now
-            rate = done / max(now - started, 1e-9)
-            left = cli.duration((total - done) / rate)
-            print(
-                f"{done} of {total} images, {failed} failed | {rate:.0f} images/s | ETA {left}",
-                flush=True,
-            )
-
-    return show
+def report(entries: Sequence[dict[str, Any]], each: bool) -> None:
+    """Print why images failed, and with `each` a line for every other image too."""
+    for entry in entries:
+        # a name may hold bytes that are not UTF-8, which standard output would refuse
+        image = os.fsencode(entry["image"]).decode(errors="replace")
+        if entry["status"] != "ok":
+            print(f"{image}: failed, {entry['error']}", file=sys.stderr)
+        elif each:
+            print(f"{image}: {entry['name']} {entry['score']:.0%}, box {entry['box']}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -298,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if positions:
             print(f"{len(positions)} of {len(jobs)} images are done already")
         started, done, failed = time.monotonic(), 0, 0
-        show = progress_printer(len(left))
+        line = cli.ProgressPrinter()
         for entries in batches_done(nets, config, left):
             for entry in entries:
                 positions[entry["image"]] = file.seek(0, os.SEEK_END)
@@ -306,7 +289,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             file.flush()
             done += len(entries)
             failed += sum(entry["status"] != "ok" for entry in entries)
-            show(entries, done, failed)
+            report(entries, each=len(left) <= FEW)
+            if len(left) > FEW:
+                line.show(done, len(left), note=f"{failed} failed")
         write_boxes(config, settings, file, [positions[str(job.path)] for job in jobs])
     print(
         f"{len(jobs) - failed} of {len(jobs)} images located, "

@@ -1,7 +1,6 @@
 """`python -m jobs.preprocess`: a collection of images becomes a set of shards; sets are checked."""
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,8 +17,6 @@ DESCRIPTION = (
     "Turn a collection of images into shards (--source, --output), check finished ones "
     "(--verify --output), or make damaged ones again (--repair --output)."
 )
-LINE_SECONDS = 5.0  # between progress lines where the output is no terminal
-BAR_CELLS = 24
 NAMED_PROBLEMS = 50
 
 
@@ -56,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(config)
         return
     values = {field.name: getattr(config, field.name) for field in fields(PreprocessConfig)}
-    outcome = preprocess(PreprocessConfig(**values), printer("rejected"), cli.connect_ray)
+    outcome = preprocess(PreprocessConfig(**values), printer(making), cli.connect_ray)
     pages = write_previews(outcome.output, outcome.manifest)
     if outcome.totals is None and not pages:
         print(f"{outcome.output} was finished before: {_counts(outcome)}. Nothing to do.")
@@ -66,9 +63,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{outcome.output}: {_counts(outcome)}; look at {', '.join(pages)}")
 
 
-def printer(counted: str) -> Callable[[Progress], None]:
-    """A printer of progress for standard output; counted: see `progress_line`."""
-    return progress_printer(sys.stdout.isatty(), counted)
+def printer(note: Callable[[Progress], str]) -> Callable[[Progress], None]:
+    """Return a printer of progress on standard output, with a note for each line."""
+    line = cli.ProgressPrinter(in_place=sys.stdout.isatty())
+
+    def show(progress: Progress) -> None:
+        line.show(
+            progress.resumed + progress.done,
+            progress.total,
+            resumed=progress.resumed,
+            note=note(progress),
+            seconds=progress.seconds,
+        )
+
+    return show
+
+
+def making(progress: Progress) -> str:
+    """Return the note of a line while shards are made."""
+    return f"{progress.rejected} rejected{_shards(progress.failed_shards, 'failed')}"
+
+
+def checking(progress: Progress) -> str:
+    """Return the note of a line while shards are verified."""
+    return f"checked{_shards(progress.failed_shards, 'damaged')}"
+
+
+def _shards(count: int, verb: str) -> str:
+    if not count:
+        return ""
+    return f", {count} {'shard' if count == 1 else 'shards'} {verb}"
 
 
 def check(config: JobConfig) -> None:
@@ -76,7 +100,7 @@ def check(config: JobConfig) -> None:
 
     Raises UserError, naming what is wrong, where the set is not sound in the end.
     """
-    found = verify(config.output, config.workers, printer("checked"), cli.connect_ray)
+    found = verify(config.output, config.workers, printer(checking), cli.connect_ray)
     _check_flags(config, found.fingerprint["configuration"])
     print(verification_table(found))
     for name in found.unknown:
@@ -85,7 +109,7 @@ def check(config: JobConfig) -> None:
         for line in problem_lines(found):
             print(line)
         print("making these again", flush=True)
-        repair(found, config.source, config.workers, printer("rejected"))
+        repair(found, config.source, config.workers, printer(making))
         print(verification_table(found))
     if config.repair:
         write_previews(found.output, found.manifest)
@@ -135,46 +159,6 @@ def problem_lines(found: Verification) -> list[str]:
     if len(lines) > NAMED_PROBLEMS:
         lines[NAMED_PROBLEMS:] = [f"and {len(lines) - NAMED_PROBLEMS} more"]
     return lines
-
-
-def progress_line(progress: Progress, counted: str = "rejected") -> str:
-    """`done of all`, images/s of this run and the time left in minutes and seconds.
-
-    counted: "rejected" adds the number of rejected images; "checked" says what was done instead.
-    """
-    done = progress.resumed + progress.done
-    rate = progress.done / progress.seconds if progress.seconds else 0.0
-    left = (progress.total - done) / rate if rate else None
-    eta = "unknown" if left is None else cli.duration(left)
-    middle = f"{progress.rejected} rejected" if counted == "rejected" else "checked"
-    if progress.failed_shards:
-        verb = "failed" if counted == "rejected" else "damaged"
-        shards = "shard" if progress.failed_shards == 1 else "shards"
-        middle += f", {progress.failed_shards} {shards} {verb}"
-    return f"{done} of {progress.total} images, {middle}, {rate:.0f} images/s, ETA {eta}"
-
-
-def progress_printer(terminal: bool, counted: str = "rejected") -> Callable[[Progress], None]:
-    """A printer of progress: a bar that redraws itself on a terminal, else a line now and then."""
-    last = time.monotonic()
-    ended = False
-
-    def show(progress: Progress) -> None:
-        nonlocal last, ended
-        done = progress.resumed + progress.done
-        finished = done == progress.total
-        line = progress_line(progress, counted)
-        if terminal:
-            filled = BAR_CELLS * done // progress.total
-            bar = "#" * filled + "." * (BAR_CELLS - filled)
-            print(f"\r[{bar}] {line}\x1b[K", end="\n" if finished and not ended else "")
-            sys.stdout.flush()
-        elif (finished and not ended) or time.monotonic() - last >= LINE_SECONDS:
-            last = time.monotonic()
-            print(line, flush=True)
-        ended = finished
-
-    return show
 
 
 def summary(outcome: Outcome) -> str:

@@ -1,8 +1,13 @@
+"""What the commands share: flags and their bounds, progress lines, records, one-line errors."""
+
+import tomllib
 from dataclasses import dataclass, field
 
 import pytest
 
+from jobs import cli
 from jobs.cli import check_bounds, option, parse
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +58,51 @@ def test_a_value_out_of_range_is_a_usage_error(
     with pytest.raises(SystemExit):
         parse(Config, ["--output", "o", *flags.split()], "")
     assert fault in capsys.readouterr().err
+
+
+def test_a_progress_line_gives_rate_and_time_left_of_this_run() -> None:
+    line = cli.progress_line(500, 1000, seconds=3.0, resumed=200, note="2 rejected")
+    assert line == "500 of 1000 images, 2 rejected, 100 images/s, ETA 0:05"
+    assert cli.progress_line(200, 1000, seconds=3.0, resumed=200).endswith("ETA unknown")
+
+
+def test_only_due_lines_are_printed_and_the_last_one_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now)
+    printer = cli.ProgressPrinter()
+    for now in (1.0, 2.0, 5.0, 6.0):
+        printer.show(int(now), 8)
+    printer.show(8, 8)
+    printer.show(8, 8)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" of ")[0] for line in printed] == ["5", "8"]
+
+
+def test_a_record_has_the_projects_version_and_none_for_what_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "RECORDED_PACKAGES", ("numpy", "no-such-package"))
+    record = cli.record(Config(output="a"))
+    project = tomllib.loads((cli.ROOT / "pyproject.toml").read_text())["project"]
+    assert record["version"] == project["version"]
+    assert record["configuration"]["nets"] == {"net_width": 24, "rate": 0.1}
+    assert record["versions"]["numpy"]
+    assert record["versions"]["no-such-package"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError("no folder a"), 1), (OSError("disk"), 1), (KeyboardInterrupt, 130)],
+)
+def test_known_errors_are_one_line_and_an_exit_code(
+    error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert ended.value.code == code
+    assert len(capsys.readouterr().err.splitlines()) == 1

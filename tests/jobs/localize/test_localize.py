@@ -111,8 +111,8 @@ def test_many_images_give_progress_with_rate_and_time_left(
     printed = capsys.readouterr()
     assert printed.err == f"{folder / '0007.png'}: failed, empty file: it has 0 bytes\n"
     *_, progress, summary = printed.out.splitlines()
-    assert progress.startswith("25 of 25 images, 1 failed | ")
-    assert progress.endswith("images/s | ETA 0:00")
+    assert progress.startswith("25 of 25 images, 1 failed, ")
+    assert progress.endswith("images/s, ETA 0:00")
     assert summary.startswith("24 of 25 images located")
 
 

@@ -20,7 +20,7 @@ import ray
 from PIL import Image
 
 from jobs import cli
-from jobs.preprocess.__main__ import progress_line, summary
+from jobs.preprocess.__main__ import summary
 from jobs.preprocess.preview import write_previews
 from pipeline.errors import UserError
 from pipeline.shards.format import read_manifest, read_shard, shard_paths
@@ -336,11 +336,6 @@ def test_a_shard_of_nothing_but_rejected_images_leaves_only_its_ledger(tmp_path:
 def test_parameters_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configured(Path("a"), Path("b"), **changes)
-
-
-def test_progress_tells_rate_and_time_left_of_this_run() -> None:
-    progress = Progress(total=1000, resumed=200, done=300, rejected=2, seconds=3.0)
-    assert progress_line(progress) == ("500 of 1000 images, 2 rejected, 100 images/s, ETA 0:05")
 
 
 def command(source: Path, output: Path, *more: str) -> list[str]:
