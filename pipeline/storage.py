@@ -1,6 +1,6 @@
-"""Where a set lies, read and written: a local folder, or any URI that pyarrow's file systems open.
+"""Reading and writing files: in a local folder, or under any URI that pyarrow's file systems open.
 
-A place is written as the user wrote it: a path, `file://...`, `s3://bucket/folder`,
+A location is written as the user wrote it: a path, `file://...`, `s3://bucket/folder`,
 `gs://bucket/folder`. Credentials and endpoints come from the environment of their clients
 (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_REGION, GOOGLE_APPLICATION_CREDENTIALS, ...).
 """
@@ -28,10 +28,10 @@ Result = TypeVar("Result")
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
 WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts, so one more attempt than waits
 CONNECT_SECONDS = 5
-SILENT_SECONDS = 10  # without a byte, after which a connection counts as lost
+SILENT_SECONDS = 10  # without a byte, before a connection counts as lost
 CHUNK = 1 << 22  # bytes of one request
 STREAMS = 4  # requests at once: one connection seldom fills a network card
-REFUSED = (  # what clients say where another attempt would end the same way
+REFUSED = (  # words of errors that another attempt would end with too
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY_ID",
     "INVALID_CLIENT_TOKEN_ID",
@@ -40,81 +40,86 @@ REFUSED = (  # what clients say where another attempt would end the same way
     "PERMISSION_DENIED",
     "UNAUTHENTICATED",
     "OAuth2 access token",
-    "HTTP status 400",  # what S3 answers a HEAD with an expired token
+    "HTTP status 400",  # S3's answer to a HEAD with an expired token
 )
 
 
 class MissingError(UserError):
-    """Nothing lies at a place."""
+    """Nothing lies at a location."""
 
 
 class UnreachableError(UserError):
-    """A place that did not answer, or refused: what lies there is unknown."""
+    """A location did not answer, or access was denied: its content is unknown."""
 
 
-def _is_uri(place: str | Path) -> bool:
-    return isinstance(place, str) and SCHEME.match(place) is not None
+def _is_uri(location: str | Path) -> bool:
+    return isinstance(location, str) and SCHEME.match(location) is not None
 
 
-def is_remote(place: str | Path) -> bool:
-    """Whether a place is a URI other than file://, so that its files must be brought here."""
-    return _is_uri(place) and urlsplit(str(place)).scheme != "file"
+def is_remote(location: str | Path) -> bool:
+    """Return whether a location is a URI other than file://, so that reading it is a transfer."""
+    return _is_uri(location) and urlsplit(str(location)).scheme != "file"
 
 
-def local_path(place: str | Path) -> Path:
-    """The path of a place that is not remote."""
-    return Path(unquote(urlsplit(str(place)).path)) if _is_uri(place) else Path(place)
+def local_path(location: str | Path) -> Path:
+    """Return the path of a location that is not remote."""
+    return Path(unquote(urlsplit(str(location)).path)) if _is_uri(location) else Path(location)
 
 
-def absolute(place: str | Path) -> str:
-    """The same place for processes in other working folders: paths made absolute, URIs as given."""
-    return str(place) if is_remote(place) else str(local_path(place).resolve())
+def absolute(location: str | Path) -> str:
+    """Return a location that holds in any working folder: an absolute path, or a URI as given."""
+    return str(location) if is_remote(location) else str(local_path(location).resolve())
 
 
-def join(place: str | Path, *names: str) -> str:
-    """The place of a file or folder within `place`, one name per level."""
-    if not _is_uri(place):
-        return str(Path(place, *names))
-    parts = urlsplit(str(place))
+def join(location: str | Path, *names: str) -> str:
+    """Return the location of a file or folder within `location`, one name per level."""
+    if not _is_uri(location):
+        return str(Path(location, *names))
+    parts = urlsplit(str(location))
     path = "/".join([parts.path.rstrip("/"), *map(quote, names)])
     return urlunsplit(parts._replace(path=path))
 
 
-def with_suffix(place: str | Path, suffix: str) -> str:
-    """The place of the file beside `place` whose name ends in `suffix` instead, as in Path."""
-    if not _is_uri(place):
-        return str(Path(place).with_suffix(suffix))
-    parts = urlsplit(str(place))
+def with_suffix(location: str | Path, suffix: str) -> str:
+    """Return the location with another suffix, as Path.with_suffix does."""
+    if not _is_uri(location):
+        return str(Path(location).with_suffix(suffix))
+    parts = urlsplit(str(location))
     return urlunsplit(parts._replace(path=str(PurePosixPath(parts.path).with_suffix(suffix))))
 
 
-def name(place: str | Path) -> str:
-    """The last name of a place."""
-    return (
-        unquote(PurePosixPath(urlsplit(str(place)).path).name)
-        if _is_uri(place)
-        else Path(place).name
-    )
+def name(location: str | Path) -> str:
+    """Return the last name of a location, unquoted."""
+    if not _is_uri(location):
+        return Path(location).name
+    return unquote(PurePosixPath(urlsplit(str(location)).path).name)
 
 
-@lru_cache
+def _environment(*variables: str) -> str | None:
+    """Return the first of the variables that is set and not empty."""
+    return next(filter(None, map(os.environ.get, variables)), None)
+
+
 def _s3(bucket: str, query: str) -> fs.S3FileSystem:
+    """Return the client for a bucket; the URI's query goes before the environment."""
     options = {name: values[-1] for name, values in parse_qs(query).items()}
-    endpoint = (
-        options.pop("endpoint_override", None)
-        or os.environ.get("AWS_ENDPOINT_URL_S3")
-        or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = options.pop("endpoint_override", None) or _environment(
+        "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"
     )
-    region = (
-        options.pop("region", None)
-        or os.environ.get("AWS_REGION")
-        or os.environ.get("AWS_DEFAULT_REGION")
-    )
-    if region is None and endpoint is None:
-        region = fs.resolve_s3_region(bucket)
+    region = options.pop("region", None) or _environment("AWS_REGION", "AWS_DEFAULT_REGION")
     scheme = options.pop("scheme", None)
     if options:
         raise pa.ArrowInvalid(f"options {', '.join(options)} are unknown")
+    if region is None and endpoint is None:
+        region = _s3_region(bucket)
+    return _s3_client(endpoint, region, scheme)
+
+
+_s3_region = lru_cache(fs.resolve_s3_region)  # a request
+
+
+@lru_cache
+def _s3_client(endpoint: str | None, region: str | None, scheme: str | None) -> fs.S3FileSystem:
     return fs.S3FileSystem(
         region=region,
         endpoint_override=endpoint,
@@ -129,11 +134,11 @@ def _s3(bucket: str, query: str) -> fs.S3FileSystem:
     )
 
 
-def _open(place: str | Path) -> tuple[fs.FileSystem, str]:
-    """The file system of a place and the path in it."""
-    if not is_remote(place):
-        return fs.LocalFileSystem(), str(local_path(place))
-    parts = urlsplit(str(place))
+def _open(location: str | Path) -> tuple[fs.FileSystem, str]:
+    """Return the file system of a location and the path in it."""
+    if not is_remote(location):
+        return fs.LocalFileSystem(), str(local_path(location))
+    parts = urlsplit(str(location))
     if parts.password is not None:
         hidden = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
         raise UserError(
@@ -149,8 +154,8 @@ def _open(place: str | Path) -> tuple[fs.FileSystem, str]:
         return fs.FileSystem.from_uri(urlunsplit(parts))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise UserError(
-            f"{place} cannot be opened ({_line(error)}); give a folder, or a URI of s3://, gs://, "
-            "abfs:// or file://."
+            f"{location} cannot be opened ({_line(error)}); give a folder, or a URI of s3://, "
+            "gs://, abfs:// or file://."
         ) from error
 
 
@@ -158,33 +163,34 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def attempt(place: str | Path, action: Callable[[], Result]) -> Result:
-    """`action()`, which reads or writes `place`, tried again with growing waits where a connection
-    is lost.
+def attempt(location: str | Path, action: Callable[[], Result]) -> Result:
+    """Return `action()`, which reads or writes `location`; repeat it where a connection is lost.
 
-    Raises MissingError where nothing is there and UserError where access is denied, both at once,
-    and UserError where the place cannot be reached. Other errors of the local disk stay OSErrors.
+    Raises MissingError where nothing lies there and UnreachableError where access is denied, both
+    without a repetition, and UnreachableError where all attempts fail. Other errors of the local
+    disk stay OSErrors.
     """
     started = time.monotonic()
     for wait in (*WAITS, None):
         try:
             return action()
         except FileNotFoundError as error:
-            raise MissingError(f"{place} is missing; check the address.") from error
+            raise MissingError(f"{location} is missing; check the address.") from error
         except OSError as error:
             detail = _line(error)
             if isinstance(error, PermissionError) or any(word in detail for word in REFUSED):
                 raise UnreachableError(
-                    f"access to {place} is denied ({detail}); give this user or these credentials "
-                    "(AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...) leave to use it."
+                    f"access to {location} is denied ({detail}); give this user or these "
+                    "credentials (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...) leave "
+                    "to use it."
                 ) from error
             if "NO_SUCH_BUCKET" in detail:
-                raise MissingError(f"the bucket of {place} does not exist.") from error
-            if error.errno is not None or not is_remote(place):  # not said by a network client
+                raise MissingError(f"the bucket of {location} does not exist.") from error
+            if error.errno is not None or not is_remote(location):  # the disk's own error
                 raise
             if wait is None:
                 raise UnreachableError(
-                    f"{place} cannot be reached ({detail}), tried {len(WAITS) + 1} times in "
+                    f"{location} cannot be reached ({detail}), tried {len(WAITS) + 1} times in "
                     f"{time.monotonic() - started:.0f} s; check the network and the endpoint "
                     "(AWS_ENDPOINT_URL, ...), then run the same command again."
                 ) from error
@@ -192,97 +198,95 @@ def attempt(place: str | Path, action: Callable[[], Result]) -> Result:
     raise AssertionError("the last attempt returns or raises")
 
 
-def open_input(place: str | Path) -> pa.NativeFile:
-    """A file for reading at random, as parquet needs it. Raises as `attempt`."""
-
-    def open_file() -> pa.NativeFile:
-        system, path = _open(place)
-        return system.open_input_file(path)
-
-    return attempt(place, open_file)
+def _request(location: str | Path, action: Callable[[fs.FileSystem, str], Result]) -> Result:
+    """Return `action(file system, path in it)`. Raises as `attempt`."""
+    return attempt(location, lambda: action(*_open(location)))
 
 
-def chunks(place: str | Path) -> Iterator[bytes]:
-    """A file's bytes in order, STREAMS pieces of up to CHUNK in memory. Raises the client's own
-    errors, so that the caller decides what to begin again: iterate within `attempt`."""
-    system, path = _open(place)
+def open_input(location: str | Path) -> pa.NativeFile:
+    """Open a file for reading at random, as parquet needs it. Raises as `attempt`."""
+    return _request(location, lambda system, path: system.open_input_file(path))
+
+
+def chunks(location: str | Path) -> Iterator[bytes]:
+    """Yield a file's bytes in order, STREAMS pieces of up to CHUNK in memory.
+
+    Raises the client's own errors, since only the caller knows what to repeat: iterate within
+    `attempt`.
+    """
+    system, path = _open(location)
     with system.open_input_file(path) as file:
         starts = range(0, file.size(), CHUNK)
         read = partial(file.read_at, CHUNK)
         yield from run_ahead(read, starts, threads=STREAMS, depth=STREAMS)
 
 
-def read_bytes(place: str | Path) -> bytes:
-    """A whole small file. Raises as `attempt`."""
-    return attempt(place, lambda: b"".join(chunks(place)))
+def read_bytes(location: str | Path) -> bytes:
+    """Read a whole small file. Raises as `attempt`."""
+    return attempt(location, lambda: b"".join(chunks(location)))
 
 
-def file_sizes(place: str | Path) -> dict[str, int]:
-    """Size in bytes of each file in a folder, by name; empty where there is no such folder.
+def _list(location: str | Path) -> list[fs.FileInfo]:
+    """List a folder, with one request for a thousand entries; empty where it does not exist."""
+    return _request(
+        location,
+        lambda system, path: system.get_file_info(fs.FileSelector(path, allow_not_found=True)),
+    )
 
-    One request for a thousand files. Raises as `attempt`.
+
+def entries(location: str | Path) -> tuple[list[str], list[str]]:
+    """Return the names of the folders and of the files in a folder, none where it does not exist.
+
+    Raises as `attempt`.
     """
-
-    def listing() -> dict[str, int]:
-        system, path = _open(place)
-        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        return {info.base_name: info.size for info in found if info.is_file}
-
-    return attempt(place, listing)
+    infos = _list(location)
+    folders = [info.base_name for info in infos if info.type == fs.FileType.Directory]
+    return folders, [info.base_name for info in infos if info.is_file]
 
 
-def is_file(place: str | Path) -> bool:
-    """Whether a file lies at a place. Raises as `attempt`."""
+def file_sizes(location: str | Path) -> dict[str, int]:
+    """Return the size in bytes of each file in a folder, by name; empty where it does not exist.
 
-    def look() -> bool:
-        system, path = _open(place)
-        return system.get_file_info(path).type == fs.FileType.File
-
-    return attempt(place, look)
+    Raises as `attempt`.
+    """
+    return {info.base_name: info.size for info in _list(location) if info.is_file}
 
 
-def write_atomically(place: str | Path, data: bytes | memoryview) -> None:
-    """Write `data` so that `place` is either absent, as before, or complete, even after a crash.
+def is_file(location: str | Path) -> bool:
+    """Return whether a file lies at a location. Raises as `attempt`."""
+    info = _request(location, lambda system, path: system.get_file_info(path))
+    return info.type == fs.FileType.File
+
+
+def write_atomically(location: str | Path, data: bytes | memoryview) -> None:
+    """Write `data` so that the file is either as before or complete, even after a crash.
 
     The folder of a local file must exist. Raises as `attempt`.
     """
-    if is_remote(place):
-        memoryview(data)  # a TypeError here, not in the client's thread
-        attempt(place, lambda: _upload(place, [data]))
-        return
-    with _replacing(local_path(place)) as file:
-        file.write(data)
+    if is_remote(location):
+        attempt(location, lambda: _upload(location, [data]))
+    else:
+        with atomic_file(location) as file:
+            file.write(data)
 
 
 @contextmanager
-def atomic_file(place: str | Path) -> Iterator[BinaryIO]:
-    """A file to write and read whose content appears at `place`, as with `write_atomically`, once
-    the block ends; nothing changes where it raises. A remote one is collected on the local disk."""
-    if not is_remote(place):
-        with _replacing(local_path(place)) as file:
+def atomic_file(location: str | Path) -> Iterator[BinaryIO]:
+    """Open a file to write and read whose content appears at `location` once the block ends.
+
+    Nothing changes there where the block raises. A remote file is collected on the local disk.
+    """
+    if is_remote(location):
+        with tempfile.TemporaryFile() as file:
             yield file
+
+            def upload() -> None:
+                file.seek(0)
+                _upload(location, iter(lambda: file.read(CHUNK), b""))
+
+            attempt(location, upload)
         return
-    with tempfile.TemporaryFile() as file:
-        yield file
-
-        def upload() -> None:
-            file.seek(0)
-            _upload(place, iter(lambda: file.read(CHUNK), b""))
-
-        attempt(place, upload)
-
-
-def _upload(place: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """One object: these file systems show it whole when it is closed, or not at all."""
-    system, path = _open(place)
-    file = system.open_output_stream(path)
-    for piece in pieces:
-        file.write(piece)
-    file.close()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+    path = local_path(location)
     # Random names: a task that Ray repeats on another node may have the first one's process number.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -295,33 +299,22 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def remove(place: str | Path) -> None:
+def _upload(location: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write one object, which these file systems show whole once it is closed, or not at all."""
+    system, path = _open(location)
+    file = system.open_output_stream(path)
+    for piece in pieces:
+        file.write(piece)
+    file.close()
+
+
+def remove(location: str | Path) -> None:
     """Delete a file that exists. Raises as `attempt`."""
-
-    def delete() -> None:
-        system, path = _open(place)
-        system.delete_file(path)
-
-    attempt(place, delete)
+    _request(location, lambda system, path: system.delete_file(path))
 
 
 def remove_temporaries(folder: str | Path) -> None:
-    """Delete what killed processes left in a local folder; remote ones leave nothing to see."""
+    """Delete what killed writers left in a local folder; on object storage they leave nothing."""
     if not is_remote(folder):
         for path in local_path(folder).glob(".*.tmp"):
             path.unlink(missing_ok=True)
-
-
-def entries(place: str | Path) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in a folder; none where there is no such folder.
-
-    One request for a thousand of them. Raises as `attempt`.
-    """
-
-    def listing() -> list[fs.FileInfo]:
-        system, path = _open(place)
-        return system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-
-    found = attempt(place, listing)
-    files = [info.base_name for info in found if info.is_file]
-    return [x.base_name for x in found if x.type == fs.FileType.Directory], files

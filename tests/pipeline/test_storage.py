@@ -19,7 +19,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "names", "joined", "is_remote"),
+    ("location", "names", "joined", "is_remote"),
     [
         ("sets/a", ("train", "x.tar"), "sets/a/train/x.tar", False),
         (Path("/sets/a b"), ("x",), "/sets/a b/x", False),
@@ -30,14 +30,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         ("s3://b/a?region=eu-west-1", ("x",), "s3://b/a/x?region=eu-west-1", True),
     ],
 )
-def test_places_are_joined_as_paths_or_as_uris(
-    place: str | Path, names: tuple[str, ...], joined: str, is_remote: bool
+def test_locations_are_joined_as_paths_or_as_uris(
+    location: str | Path, names: tuple[str, ...], joined: str, is_remote: bool
 ) -> None:
-    assert storage.join(place, *names) == joined
-    assert storage.is_remote(place) == is_remote
+    assert storage.join(location, *names) == joined
+    assert storage.is_remote(location) == is_remote
 
 
-def test_local_places_become_absolute_and_uris_stay(
+def test_local_locations_become_absolute_and_uris_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -50,12 +50,12 @@ def test_a_set_reads_the_same_from_a_folder_a_file_uri_and_s3(
     small_set: Path, remote_set: str
 ) -> None:
     expected = sha256_file(small_set / "dataset.json")
-    for place in (small_set, str(small_set), f"file://{small_set}", remote_set):
-        assert read_manifest(place) == read_manifest(small_set)
-        assert manifest_hash(place) == expected
-        assert read_ledger(place, "val").equals(read_ledger(small_set, "val"))
-        check_sizes(place, read_manifest(place), "train")
-        with storage.open_input(storage.join(place, "ledger.parquet")) as file:
+    for location in (small_set, str(small_set), f"file://{small_set}", remote_set):
+        assert read_manifest(location) == read_manifest(small_set)
+        assert manifest_hash(location) == expected
+        assert read_ledger(location, "val").equals(read_ledger(small_set, "val"))
+        check_sizes(location, read_manifest(location), "train")
+        with storage.open_input(storage.join(location, "ledger.parquet")) as file:
             assert file.read() == (small_set / "ledger.parquet").read_bytes()
 
 
@@ -66,23 +66,23 @@ def test_another_manifest_has_another_hash(small_set: Path, tmp_path: Path) -> N
 
 
 def test_a_shard_of_another_size_or_none_is_named(s3_endpoint: str, small_set: Path) -> None:
-    place = remote.upload(small_set, s3_endpoint, "sizes")
+    location = remote.upload(small_set, s3_endpoint, "sizes")
     system = remote.client(s3_endpoint)
-    manifest = read_manifest(place)
+    manifest = read_manifest(location)
     with system.open_output_stream("sets/sizes/val/val-000001.tar") as file:
         file.write(b"short")
     with pytest.raises(UserError, match=r"val-000001\.tar.* has 5 bytes; .* Upload it again"):
-        check_sizes(place, manifest, "val")
+        check_sizes(location, manifest, "val")
     system.delete_file("sets/sizes/val/val-000001.tar")
     with pytest.raises(UserError, match=r"val-000001\.tar.* is missing"):
-        check_sizes(place, manifest, "val")
+        check_sizes(location, manifest, "val")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "small/dataset.json"])
-def test_a_place_without_a_set_says_how_to_make_one(remote_set: str, name: str) -> None:
-    place = remote_set.replace("sets/small", f"sets/{name}")
+def test_a_location_without_a_set_says_how_to_make_one(remote_set: str, name: str) -> None:
+    location = remote_set.replace("sets/small", f"sets/{name}")
     with pytest.raises(UserError, match="no finished set of shards lies there"):
-        read_manifest(place)
+        read_manifest(location)
 
 
 def test_what_is_missing_or_denied_is_asked_for_once(remote_set: str, proxy: Proxy) -> None:
@@ -107,24 +107,22 @@ def test_a_server_that_comes_back_is_waited_for(
     assert proxy.counts["GET", "plan.json"] >= 2
 
 
-@pytest.mark.parametrize("read", [read_manifest, lambda place: read_ledger(place, "val")])
+@pytest.mark.parametrize("read", [read_manifest, lambda location: read_ledger(location, "val")])
 def test_a_lost_server_is_an_error_after_bounded_attempts(
     s3_endpoint: str, read: object, quick: None
 ) -> None:
-    place = remote.uri(f"http://127.0.0.1:{remote.free_port()}", "small")
+    location = remote.uri(f"http://127.0.0.1:{remote.free_port()}", "small")
     with pytest.raises(
         UserError, match=r"cannot be reached .* tried 4 times in .*AWS_ENDPOINT_URL"
     ):
-        read(place)  # type: ignore[operator]
+        read(location)  # type: ignore[operator]
 
 
 def test_the_endpoint_comes_from_the_environment_too(
     remote_set: str, small_set: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    storage._s3.cache_clear()
     assert read_manifest("s3://sets/small") == read_manifest(small_set)
-    storage._s3.cache_clear()
     assert proxy.gets("dataset.json") == {"dataset.json": 1}
 
 
@@ -134,10 +132,10 @@ def test_a_password_in_a_uri_is_refused_and_not_shown() -> None:
     assert "hidden" not in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["ftp://host/a", "s3://bucket/a?colour=red"])
-def test_a_uri_that_nothing_opens_is_one_line(place: str) -> None:
+@pytest.mark.parametrize("location", ["ftp://host/a", "s3://bucket/a?colour=red"])
+def test_a_uri_that_nothing_opens_is_one_line(location: str) -> None:
     with pytest.raises(UserError, match=r"cannot be opened .*give a folder, or a URI"):
-        storage.read_bytes(place)
+        storage.read_bytes(location)
 
 
 def test_a_folder_in_place_of_a_file_is_an_error_of_the_disk(tmp_path: Path) -> None:
@@ -157,8 +155,8 @@ def objects(endpoint: str, folder: str) -> dict[str, int]:
 LARGE = bytes(range(256)) * (12 << 12)  # 12 MiB: several parts of one upload
 
 
-def write_half(place: str | Path) -> None:
-    with storage.atomic_file(place) as file:
+def write_half(location: str | Path) -> None:
+    with storage.atomic_file(location) as file:
         file.write(b"half")
         raise ZeroDivisionError
 
@@ -167,16 +165,16 @@ def write_half(place: str | Path) -> None:
 def test_what_is_written_is_read_here_and_on_s3(
     s3_endpoint: str, tmp_path: Path, content: bytes
 ) -> None:
-    for place in (str(tmp_path / "a"), remote.uri(s3_endpoint, f"written/{len(content)}")):
-        assert not storage.is_file(place)
-        storage.write_atomically(place, memoryview(content))
-        assert storage.is_file(place)
-        assert storage.read_bytes(place) == content
-        with storage.atomic_file(place) as file:
+    for location in (str(tmp_path / "a"), remote.uri(s3_endpoint, f"written/{len(content)}")):
+        assert not storage.is_file(location)
+        storage.write_atomically(location, memoryview(content))
+        assert storage.is_file(location)
+        assert storage.read_bytes(location) == content
+        with storage.atomic_file(location) as file:
             for start in range(0, len(content), 1 << 20):
                 file.write(content[start : start + (1 << 20)])
             file.write(b"!")
-        assert storage.read_bytes(place) == content + b"!"
+        assert storage.read_bytes(location) == content + b"!"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -208,17 +206,17 @@ def test_an_upload_that_fails_shows_nothing_and_is_repeated(
 def test_a_write_that_cannot_succeed_is_an_error_and_leaves_what_was_there(
     s3_endpoint: str, proxy: Proxy, quick: None
 ) -> None:
-    place = remote.uri(proxy.endpoint, "kept/a")
-    storage.write_atomically(place, b"old")
+    location = remote.uri(proxy.endpoint, "kept/a")
+    storage.write_atomically(location, b"old")
     proxy.fault = lambda method, name, before: 503 if method in ("PUT", "POST") else None
     for content in (b"new", LARGE):
         with pytest.raises(UserError, match=r"cannot be reached .* tried 4 times"):
-            storage.write_atomically(place, content)
+            storage.write_atomically(location, content)
     proxy.fault = lambda method, name, before: 403 if method in ("PUT", "POST") else None
     with pytest.raises(UserError, match="is denied"):
-        storage.write_atomically(place, b"new")
+        storage.write_atomically(location, b"new")
     with pytest.raises(ZeroDivisionError):
-        write_half(place)
+        write_half(location)
     assert objects(s3_endpoint, "kept") == {"kept/a": 3}
 
 
@@ -235,7 +233,7 @@ def test_a_file_whose_writer_raises_is_as_before_and_temporaries_can_be_removed(
     assert [x.name for x in tmp_path.iterdir()] == ["a"]
 
 
-def test_names_and_suffixes_of_places() -> None:
-    for place, name in (("sets/a.b.tar", "a.b.idx"), ("s3://b/x/a%20b.tar?region=r", "a b.idx")):
-        assert storage.name(storage.with_suffix(place, ".idx")) == name
+def test_names_and_suffixes_of_locations() -> None:
+    for location, name in (("sets/a.b.tar", "a.b.idx"), ("s3://b/x/a%20b.tar?region=r", "a b.idx")):
+        assert storage.name(storage.with_suffix(location, ".idx")) == name
     assert storage.with_suffix("s3://b/a.tar?region=r", ".idx") == "s3://b/a.idx?region=r"
