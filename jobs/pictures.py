@@ -1,6 +1,11 @@
-"""A picture of a batch: every image enlarged, beside itself with superpixel borders."""
+"""Everything that draws pixels: superpixel borders, grids, maps as colours, boxes, image files.
 
+Pictures are uint8 [H, W, 3], RGB, unless a docstring says otherwise.
+"""
+
+import base64
 import functools
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,18 +13,26 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-TARGET = 224  # pixels that an image's longer side is enlarged to, at least
-COLUMNS = 4
+LEAST_SIDE = 224  # pixels that the longer side of a small image is enlarged to, at least
+COLUMNS = 4  # cells in a row of a grid
 GAP, PAIR_GAP = 18, 4  # pixels between cells, and within one
-TITLE, CAPTION = 44, 40  # pixels of height
+TITLE, CAPTION = 44, 42  # pixels of height
 BACKGROUND, INK, FAINT = (255, 255, 255), (20, 20, 20), (110, 110, 110)
-BORDER, SHADOW = (255, 235, 0), (0, 0, 0)
+BORDER, SHADOW = (255, 235, 0), (0, 0, 0)  # of superpixels
+BLEND = 0.45  # weight of the map's colours in an overlay
+BOX_COLOUR = (255, 79, 154)
+EDGE_COLOUR = (30, 10, 20)  # around the box: pink alone is lost on bright red and on white
+LINES_PER_SIDE = 150  # widths of the box's line in the shorter side
+TEXTS_PER_SIDE = 22  # heights of the label's text in the shorter side
+SMALLEST_TEXT = 9  # pixels; below it letters cannot be told apart
+LABEL_SHARE = 0.25  # of the picture's height that a label may cover
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_font = functools.cache(ImageFont.load_default)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One image: uint8 [H, W, 3], RGB, its superpixel labels [H, W], and its two lines of text."""
+    """An image of a grid, its superpixel labels [H, W], and its two lines of text."""
 
     image: np.ndarray
     segments: np.ndarray
@@ -27,23 +40,77 @@ class Cell:
     note: str
 
 
-def with_borders(image: np.ndarray, segments: np.ndarray, scale: int) -> np.ndarray:
-    """The image, `scale` times as large, with lines between superpixels: uint8 [sH, sW, 3].
+def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
+    """Repeat each pixel: [H, W, ...] -> [scale * H, scale * W, ...]."""
+    return image.repeat(scale, 0).repeat(scale, 1)
 
-    A line takes the first pixel row or column past each border, and where there is room the last
-    before it is dark, so that it shows on any colour.
+
+def enlargement(height: int, width: int, least: int = LEAST_SIDE) -> int:
+    """Return the scale at which the longer side has `least` pixels or more."""
+    return max(1, -(-least // max(height, width)))
+
+
+def with_borders(image: np.ndarray, segments: np.ndarray, scale: int) -> np.ndarray:
+    """Return the image, enlarged, with lines between superpixels.
+
+    A line takes the first pixel row or column past each border. Where there is room, the last one
+    before it is dark, so that the line shows on any colour.
     """
-    picture = image.repeat(scale, 0).repeat(scale, 1)
-    labels = segments.repeat(scale, 0).repeat(scale, 1)
-    right = np.zeros(labels.shape, bool)
-    right[:, 1:] = labels[:, 1:] != labels[:, :-1]
-    below = np.zeros(labels.shape, bool)
-    below[1:] = labels[1:] != labels[:-1]
+    picture, labels = enlarge(image, scale), enlarge(segments, scale)
+    right = labels[:, 1:] != labels[:, :-1]
+    below = labels[1:] != labels[:-1]
     if scale > 1:
-        picture[:, :-1][right[:, 1:]] = SHADOW
-        picture[:-1][below[1:]] = SHADOW
-    picture[right | below] = BORDER
+        picture[:, :-1][right] = SHADOW
+        picture[:-1][below] = SHADOW
+    picture[:, 1:][right] = BORDER
+    picture[1:][below] = BORDER
     return picture
+
+
+def tile(rows: Sequence[Sequence[np.ndarray]], gap: int) -> np.ndarray:
+    """Lay out pictures of one size in rows on white, `gap` pixels around each."""
+    height, width = rows[0][0].shape[:2]
+    columns = max(len(row) for row in rows)
+    shape = (len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3)
+    sheet = np.full(shape, BACKGROUND, np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            y, x = gap + i * (height + gap), gap + j * (width + gap)
+            sheet[y : y + height, x : x + width] = picture
+    return sheet
+
+
+def draw_grid(cells: Sequence[Cell], title: str) -> np.ndarray:
+    """Draw the cells in rows of four: each image, enlarged, beside itself with superpixel borders.
+    The cells' images have one size."""
+    drawn = [_draw_cell(cell) for cell in cells]
+    grid = tile([drawn[i : i + COLUMNS] for i in range(0, len(drawn), COLUMNS)], GAP)
+    heading = _text_lines([(title, 20, INK, 12)], grid.shape[1], TITLE, margin=GAP)
+    return np.vstack([heading, grid])
+
+
+def _draw_cell(cell: Cell) -> np.ndarray:
+    scale = enlargement(*cell.segments.shape)
+    bordered = with_borders(cell.image, cell.segments, scale)
+    between = np.full((len(bordered), PAIR_GAP, 3), BACKGROUND, np.uint8)
+    pair = np.hstack([enlarge(cell.image, scale), between, bordered])
+    lines = [(cell.name, 18, INK, 2), (cell.note, 14, FAINT, 23)]
+    return np.vstack([pair, _text_lines(lines, pair.shape[1], CAPTION)])
+
+
+def _text_lines(
+    lines: Sequence[tuple[str, int, tuple[int, int, int], int]],
+    width: int,
+    height: int,
+    margin: int = 0,
+) -> np.ndarray:
+    """Write lines of (text, size, colour, y) on white, each cut to the width."""
+    sheet = Image.new("RGB", (width, height), BACKGROUND)
+    for text, size, colour, y in lines:
+        font = _font(size)
+        fitting = _fitting(text, font, width - 2 * margin)
+        ImageDraw.Draw(sheet).text((margin, y), fitting, colour, font)
+    return np.asarray(sheet)
 
 
 def _fitting(text: str, font: Font, width: int) -> str:
@@ -54,72 +121,29 @@ def _fitting(text: str, font: Font, width: int) -> str:
     return text.rstrip() + "…"
 
 
-def draw_grid(cells: Sequence[Cell], title: str) -> np.ndarray:
-    """All cells in rows of four, as RGB uint8 [H, W, 3]. The cells' images have one size."""
-    height, width = cells[0].segments.shape
-    scale = max(1, -(-TARGET // max(height, width)))
-    pair = 2 * width * scale + PAIR_GAP
-    step_x, step_y = pair + GAP, height * scale + CAPTION + GAP
-    columns = min(COLUMNS, len(cells))
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (columns * step_x + GAP, rows * step_y + TITLE + GAP), BACKGROUND)
-    pen = ImageDraw.Draw(sheet)
-    heading, bold, small = (ImageFont.load_default(size) for size in (20, 18, 14))
-    pen.text((GAP, 12), _fitting(title, heading, sheet.width - 2 * GAP), INK, heading)
-    for number, cell in enumerate(cells):
-        row, column = divmod(number, columns)
-        x, y = GAP + column * step_x, TITLE + GAP + row * step_y
-        plain = cell.image.repeat(scale, 0).repeat(scale, 1)
-        bordered = with_borders(cell.image, cell.segments, scale)
-        sheet.paste(Image.fromarray(plain), (x, y))
-        sheet.paste(Image.fromarray(bordered), (x + width * scale + PAIR_GAP, y))
-        below = y + height * scale + 2
-        pen.text((x, below), _fitting(cell.name, bold, pair), INK, bold)
-        pen.text((x, below + 21), _fitting(cell.note, small, pair), FAINT, small)
-    return np.asarray(sheet)
-
-
-def png(picture: np.ndarray) -> bytes:
-    """An RGB picture as a PNG file's bytes."""
-    return cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
-
-
-BLEND = 0.45  # weight of the map's colours in an overlay
-
-
-BOX_COLOUR = (255, 79, 154)
-
-
-EDGE_COLOUR = (30, 10, 20)  # around the box: pink alone is lost on bright red and on white
-
-
-LINES_PER_SIDE = 150  # widths of the box's line that the shorter side holds
-
-
-TEXTS_PER_SIDE = 22  # heights of the label's text that the shorter side holds
-
-
-SMALLEST_TEXT = 9  # pixels; below it letters cannot be told apart
-
-
-LABEL_SHARE = 0.25  # of the picture's height that a label may cover
-
-
 def grey(values: np.ndarray) -> np.ndarray:
-    """A map in [0, 1] as grey levels 0 to 255: float [H, W] -> uint8 [H, W]."""
+    """Return a map in [0, 1] as grey levels 0 to 255: float [H, W] -> uint8 [H, W]."""
     return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
 def heat(values: np.ndarray) -> np.ndarray:
-    """Colours for a map of probabilities: float [H, W] in [0, 1] -> RGB uint8 [H, W, 3].
+    """Return the colours of a map of probabilities: float [H, W] in [0, 1] -> picture.
 
     Dark blue is 0, yellow 1, the same in every picture.
     """
     return cv2.applyColorMap(grey(values), cv2.COLORMAP_VIRIDIS)[..., ::-1]
 
 
+def mask_picture(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return a map as grey levels at the image's size: float [h, w] in [0, 1] -> uint8
+    [height, width], 255 times the probability, interpolated linearly."""
+    levels = np.clip(values, 0, 1).astype(np.float32) * 255
+    enlarged = cv2.resize(levels, (width, height), interpolation=cv2.INTER_LINEAR)
+    return cv2.convertScaleAbs(enlarged)  # rounds, without further floats of the photo's size
+
+
 def draw_overlay(pixels: np.ndarray, values: np.ndarray, box: list[int], text: str) -> np.ndarray:
-    """The image with the map's colours, the box and a label over it: uint8 [H, W, 3], RGB.
+    """Draw the map's colours, the box and a label over an image.
 
     pixels: uint8 [H, W, 3]; values: float [h, w] in [0, 1], of any size; box: [x0, y0, x1, y1] in
     inclusive pixels of the image. A picture too small for a readable label gets none.
@@ -143,22 +167,6 @@ def draw_overlay(pixels: np.ndarray, values: np.ndarray, box: list[int], text: s
     return picture
 
 
-def mask_picture(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A map as grey levels at the image's size: float [h, w] in [0, 1] -> uint8 [height, width],
-    255 times the probability, interpolated linearly."""
-    levels = np.clip(values, 0, 1).astype(np.float32) * 255
-    grey = cv2.resize(levels, (width, height), interpolation=cv2.INTER_LINEAR)
-    return cv2.convertScaleAbs(grey)  # rounds, without further floats of the photo's size
-
-
-def encode_png(picture: np.ndarray) -> bytes:
-    """A PNG file's bytes, from uint8 [H, W, 3] (RGB) or [H, W] (grey)."""
-    # OpenCV's default level is 8 times as fast as Pillow's, for files 9 % larger.
-    if picture.ndim == 3:
-        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".png", picture)[1].tobytes()
-
-
 def _frame(
     picture: np.ndarray, box: tuple[int, int, int, int], line: int, colour: tuple[int, int, int]
 ) -> None:
@@ -174,14 +182,9 @@ def _frame(
         picture[max(0, top) : max(0, bottom), max(0, left) : max(0, right)] = colour
 
 
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
 def _label(text: str, height: int, width: int, pad: int) -> np.ndarray | None:
-    """The text on the box's colour, in the largest size that fits a picture; None where no
-    readable one does."""
+    """Draw the text on the box's colour, in the largest size that fits a picture; None where no
+    readable size does."""
     largest = max(SMALLEST_TEXT, round(min(height, width) / TEXTS_PER_SIDE))
     for size in range(largest, SMALLEST_TEXT - 1, -1):
         left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox(
@@ -196,3 +199,31 @@ def _label(text: str, height: int, width: int, pad: int) -> np.ndarray | None:
         ImageDraw.Draw(label).text((pad, pad), text, fill="black", font=_font(size), anchor="lt")
         return np.asarray(label)
     return None
+
+
+def encode_png(picture: np.ndarray) -> bytes:
+    """Return a PNG file's bytes, from a picture or grey levels uint8 [H, W]."""
+    # OpenCV's default level is 8 times as fast as Pillow's, for files 9 % larger.
+    if picture.ndim == 3:
+        picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".png", picture)[1].tobytes()
+
+
+def encode_heat_png(values: np.ndarray) -> bytes:
+    """Return a map in `heat`'s colours as a PNG with a palette, a third as large as without."""
+    picture = Image.fromarray(grey(values), mode="P")
+    picture.putpalette(heat(np.arange(256)[None] / 255).tobytes())
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def encode_jpeg(picture: np.ndarray, quality: int = 92) -> bytes:
+    """Return a JPEG file's bytes."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality]
+    return cv2.imencode(".jpg", picture[..., ::-1], options)[1].tobytes()
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Return the image file's bytes as a URI for a page, of image/`kind`."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -14,7 +14,7 @@ import torch
 from jobs import cli
 from jobs.cli import option
 from jobs.loading import LoadingConfig
-from jobs.pictures import Cell, draw_grid, png
+from jobs.pictures import Cell, draw_grid, encode_png
 from pipeline.errors import UserError
 from pipeline.loading.order import Position, steps_per_epoch
 from pipeline.shards.format import Manifest, read_manifest, split_of
@@ -192,7 +192,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             f"{part} images, {how}"
         )
         names.append(f"{config.split}-batch-{number}.png")
-        write_atomically(config.output / names[-1], png(picture(batch, manifest, title)))
+        write_atomically(config.output / names[-1], encode_png(picture(batch, manifest, title)))
     rate, measured = measure(config, manifest)
     seen = [see(batch) for batch in shown]
     superpixels = np.concatenate([part.superpixels for part in seen])

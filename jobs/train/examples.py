@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from jobs.loading import LoadingConfig
-from jobs.pictures import heat
+from jobs.pictures import enlarge, enlargement, heat, tile
 from jobs.runs import ModelConfig, colour_statistics
 from model.masking import mask_map, normalize
 from pipeline.loading.loader import evaluation_batches
@@ -72,16 +71,7 @@ def draw_examples(examples: Examples, corruption: nn.Module, model: ModelConfig)
     pixels = examples.images.permute(0, 2, 3, 1).cpu().numpy()
     mean = np.array(model.mean)
     faded = maps[..., None] * mean + (1 - maps[..., None]) * pixels
-    scale = max(1, -(-SIDE // max(model.height, model.width)))
-    rows = [
-        [_cell(picture, scale) for picture in row]
-        for row in (pixels, [heat(values) for values in maps], np.rint(faded).astype(np.uint8))
-    ]
-    return np.vstack([np.hstack(row) for row in rows])
-
-
-def _cell(picture: np.ndarray, scale: int) -> np.ndarray:
-    large = np.ascontiguousarray(picture.repeat(scale, 0).repeat(scale, 1))
-    return cv2.copyMakeBorder(
-        large, 0, GAP, 0, GAP, cv2.BORDER_CONSTANT, value=(255.0, 255.0, 255.0)
-    )
+    faded = np.rint(faded).astype(np.uint8)
+    scale = enlargement(model.height, model.width, SIDE)
+    rows = (pixels, [heat(values) for values in maps], faded)
+    return tile([[enlarge(picture, scale) for picture in row] for row in rows], GAP)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
-from jobs.pictures import png
+from jobs.pictures import encode_png
 from jobs.runs import DamagedError, ModelConfig, colour_statistics, load_net_tensors, save_nets
 from jobs.train.checkpoints import read_checkpoint, write_checkpoint
 from jobs.train.config import TrainConfig
@@ -445,7 +445,7 @@ class Trainer:
         if self.log is None or self.examples is None or self.warming_up:
             return
         picture = draw_examples(self.examples, self.state.corruption_average, self.model)
-        self.log.picture(self.state.step, picture, png(picture))
+        self.log.picture(self.state.step, picture, encode_png(picture))
 
 
 def model_config(config: TrainConfig, manifest: Manifest) -> ModelConfig:

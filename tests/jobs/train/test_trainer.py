@@ -929,11 +929,11 @@ def test_example_pictures_show_fixed_images_as_their_masks_change(
     assert first is not None
     assert last is not None
     side = 32 * 4 + 4
-    assert first.shape == last.shape == (3 * side, 8 * side, 3)
+    assert first.shape == last.shape == (3 * side + 4, 8 * side + 4, 3)
     assert (first[:side] == last[:side]).all(), "the images themselves"
     assert (first[side:] != last[side:]).any(), "their masks"
     stored = trainer.examples.images[3].permute(1, 2, 0).numpy()
-    assert (first[2:128:4, 3 * side + 2 : 3 * side + 128 : 4, ::-1] == stored).all()
+    assert (first[6:132:4, 3 * side + 6 : 4 * side : 4, ::-1] == stored).all()
 
 
 def test_the_summary_tells_each_phase_and_where_it_ended(tmp_path: Path) -> None:
