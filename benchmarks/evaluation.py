@@ -31,7 +31,7 @@ from model.masking import mask_map, normalize
 from model.relevance import layerwise_relevance
 from model.saliency import blur, class_activation_map, gradient_saliency
 from pipeline.evaluation.truth import ground_truth_of
-from pipeline.loading.loader import evaluation_batches
+from pipeline.loading.loader import Loader
 from pipeline.shards.format import Manifest, read_manifest
 from pipeline.shards.ledger import read_ledger
 from pipeline.shards.make import preprocess
@@ -73,21 +73,15 @@ def stage_costs(data: Path, run: Path) -> dict[str, float]:
     manifest, nets = read_manifest(str(data)), load_nets(run)
     ledger = read_ledger(str(data), "val")
     truth = map_truth(ground_truth_of(ledger, manifest), ledger["row"].to_numpy(), "devkit", 0)
-    batches = list(
-        evaluation_batches(str(data), manifest, "val", batch_size=100, first=0, stop=4, device=CPU)
-    )
+    batches = list(Loader(str(data), manifest).evaluation("val", 100, 0, 4))
     batch = batches[-1]
-    places = np.searchsorted(truth.rows, batch.index.numpy())
+    places = np.searchsorted(truth.rows, batch.rows.numpy())
     x = normalize(batch.images, *colour_statistics(nets.config, CPU))
     clean, labels = nets.clean_classifier, batch.labels
     count = len(labels)
 
     def load() -> Any:
-        return list(
-            evaluation_batches(
-                str(data), manifest, "val", batch_size=100, first=0, stop=4, device=CPU
-            )
-        )
+        return list(Loader(str(data), manifest).evaluation("val", 100, 0, 4))
 
     def aln() -> np.ndarray:
         with torch.no_grad():

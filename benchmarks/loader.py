@@ -39,8 +39,8 @@ from benchmarks.machine import hardware, quiet
 from jobs import cli
 from pipeline.errors import UserError
 from pipeline.loading.augmentation import Augmentation, draw
-from pipeline.loading.loader import evaluation_batches, train_batches
-from pipeline.loading.order import Position, epoch_order
+from pipeline.loading.loader import Loader
+from pipeline.loading.order import Order, Position, epoch_order
 from pipeline.shards.format import (
     Manifest,
     Sample,
@@ -130,17 +130,8 @@ def make_sets(folder: Path, side: int, images: int) -> None:
 
 
 def ours(stored: Stored, augmentation: Augmentation) -> Batches:
-    batches = train_batches(
-        stored.data,
-        stored.manifest,
-        batch_size=BATCH,
-        rank=0,
-        ranks=1,
-        seed=0,
-        start=Position(),
-        augmentation=augmentation,
-        device=stored.device,
-    )
+    loader = Loader(stored.data, stored.manifest, stored.device)
+    batches = loader.train(Order(batch_size=BATCH), augmentation)
     return (len(batch.labels) for batch in batches)
 
 
@@ -150,14 +141,9 @@ def ours_as_stored(stored: Stored) -> Batches:
     train, times = stored.manifest.splits["train"], 50
     long = replace(train, images=times * train.images, shards=times * train.shards)
     while True:
-        batches = evaluation_batches(
-            stored.data,
-            replace(stored.manifest, splits={"train": long}),
-            "train",
-            batch_size=BATCH,
-            first=0,
-            stop=long.images // BATCH,
-            device=stored.device,
+        manifest = replace(stored.manifest, splits={"train": long})
+        batches = Loader(stored.data, manifest, stored.device).evaluation(
+            "train", BATCH, 0, long.images // BATCH
         )
         yield from (len(batch.labels) for batch in batches)
 
@@ -490,7 +476,7 @@ def order_figures(window: int | None) -> dict[str, Any]:
     """
     shards, each = IMAGENET
     images = [each] * shards
-    first, second = (epoch_order(images, 0, epoch, window).places for epoch in (0, 1))
+    first, second = (epoch_order(images, 0, epoch, window).indices for epoch in (0, 1))
     inverse = [np.argsort(places) for places in (first, second)]
     moved = np.abs(inverse[0] - inverse[1]).mean() / len(first)
     mixed = np.random.default_rng(0).permutation(len(first)) * CLASSES // len(first)

@@ -64,7 +64,8 @@ from model.masking import (
     paint,
 )
 from model.step import Step, adversarial_step, clean_step
-from pipeline.loading.loader import Batch, train_batches
+from pipeline.loading.loader import Batch, Loader
+from pipeline.loading.order import Order
 from pipeline.shards.format import read_manifest
 from pipeline.shards.make import preprocess
 from pipeline.shards.plan import PreprocessConfig
@@ -138,17 +139,10 @@ def loaded(
     data: Path, batch_size: int, device: torch.device, rank: int, ranks: int
 ) -> Iterator[Batch]:
     config = TrainConfig(data=str(data), output=data)
-    return train_batches(
-        config.data,
-        read_manifest(config.data),
-        batch_size=batch_size,
-        rank=rank,
-        ranks=ranks,
-        seed=0,
-        start=new_trainer(data, batch_size, device, ranks).position,
-        augmentation=config.augmentation(),
-        device=device,
-    )
+    loader = Loader(config.data, read_manifest(config.data), device)
+    start = new_trainer(data, batch_size, device, ranks).position
+    order = Order(batch_size=batch_size)
+    return loader.train(order, config.augmentation(), start=start, rank=rank, ranks=ranks)
 
 
 def make_steps(trainer: Trainer, phase: str, batches: Iterator[Batch], steps: int) -> None:

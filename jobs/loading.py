@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jobs.cli import option
 from pipeline.loading.augmentation import Augmentation
-from pipeline.loading.cache import DEFAULT_LIMIT, GIB, cached_bytes, default_folder
+from pipeline.loading.cache import DEFAULT_LIMIT, GIB, CacheConfig, cached_bytes
 from pipeline.loading.order import shuffle_window
 from pipeline.shards.format import Manifest, split_of
 from pipeline.storage import is_remote
@@ -14,7 +14,7 @@ from pipeline.storage import is_remote
 
 @dataclass(frozen=True, kw_only=True)
 class LoadingConfig:
-    """What `pipeline.loader.train_batches` is told of by every job alike."""
+    """What every job that loads batches asks for."""
 
     data: str = option(help="shards that jobs.preprocess wrote: a folder, or a URI (s3://...)")
     cache: Path | None = option(
@@ -48,19 +48,15 @@ class LoadingConfig:
             saturation=self.saturation,
         )
 
-    def cache_folder(self) -> Path:
-        """Asked for on the node that uses it, whose user's folders may differ."""
-        return self.cache or default_folder()
-
-    def cache_bytes(self) -> int:
-        """--cache-limit in bytes."""
-        return round(self.cache_limit * GIB)
+    def cache_config(self) -> CacheConfig:
+        """Return the cache of a remote set."""
+        return CacheConfig(folder=self.cache, limit_bytes=round(self.cache_limit * GIB))
 
     def window(self, manifest: Manifest) -> int | None:
-        """How many shards of the train split are shuffled together (see
-        `pipeline.order.epoch_order`): all (None) of a local set, and what the cache's limit allows
-        of a remote one."""
+        """Return how many shards of the train split are shuffled together (see `epoch_order`).
+
+        None, that is all, of a local set; of a remote one what the cache's limit allows."""
         if not is_remote(self.data):
             return None
         sizes = [cached_bytes(shard) for shard in split_of(manifest, "train").shards]
-        return shuffle_window(sizes, self.cache_bytes())
+        return shuffle_window(sizes, self.cache_config().limit_bytes)

@@ -31,6 +31,7 @@ from model.saliency import blur, class_activation_map, gradient_saliency
 from pipeline.errors import UserError
 from pipeline.evaluation.formats import read_score_map, score_map_path, write_score_map
 from pipeline.evaluation.sweep import stretch
+from pipeline.loading.cache import CacheConfig
 from pipeline.shards.format import read_manifest
 
 TOP = 5  # classes kept per image and classifier
@@ -147,7 +148,7 @@ def predict_range(
     on CUDA where the task was given a GPU. Sets the process to one thread and to deterministic
     kernels. Raises UserError for nets that give no finite map.
     """
-    from pipeline.loading.loader import evaluation_batches
+    from pipeline.loading.loader import Loader
 
     torch.set_num_threads(1)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not
@@ -156,18 +157,10 @@ def predict_range(
     manifest = read_manifest(config.data)
     runs, network = _load(config, device)
     scored = Scored()
-    for batch in evaluation_batches(
-        config.data,
-        manifest,
-        config.split,
-        batch_size=config.batch_size,
-        first=first,
-        stop=stop,
-        device=device,
-        cache_folder=config.cache,
-        cache_bytes=config.cache_bytes,
-    ):
-        rows = batch.index.cpu().numpy()
+    cache = CacheConfig(folder=config.cache, limit_bytes=config.cache_bytes)
+    loader = Loader(config.data, manifest, device, cache)
+    for batch in loader.evaluation(config.split, config.batch_size, first, stop):
+        rows = batch.rows.cpu().numpy()
         images = np.searchsorted(truth.rows, rows)
         said = [
             (

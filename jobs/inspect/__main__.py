@@ -16,7 +16,7 @@ from jobs.cli import option
 from jobs.loading import LoadingConfig
 from jobs.pictures import Cell, draw_grid, encode_png
 from pipeline.errors import UserError
-from pipeline.loading.order import Position, steps_per_epoch
+from pipeline.loading.order import Order, Position, steps_per_epoch
 from pipeline.shards.format import Manifest, read_manifest, split_of
 from pipeline.storage import write_atomically
 
@@ -63,38 +63,17 @@ class Seen:
 
 def load(config: InspectConfig, manifest: Manifest) -> "Iterator[Batch]":
     """The split's batches: endless from the train split, one pass over another one."""
-    from pipeline.loading.loader import evaluation_batches, train_batches
+    from pipeline.loading.loader import Loader
 
     gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     device = torch.device("cuda" if gpu else "cpu")
     split = split_of(manifest, config.split)
     steps = steps_per_epoch(split.images, config.batch_size, ranks=1)
+    loader = Loader(config.data, manifest, device, config.cache_config())
     if config.split != "train":
-        return evaluation_batches(
-            config.data,
-            manifest,
-            config.split,
-            batch_size=config.batch_size,
-            first=0,
-            stop=steps,
-            device=device,
-            cache_folder=config.cache_folder(),
-            cache_bytes=config.cache_bytes(),
-        )
-    return train_batches(
-        config.data,
-        manifest,
-        batch_size=config.batch_size,
-        rank=0,
-        ranks=1,
-        seed=config.seed,
-        start=Position(epoch=config.epoch),
-        augmentation=config.augmentation(),
-        device=device,
-        window=config.window(manifest),
-        cache_folder=config.cache_folder(),
-        cache_bytes=config.cache_bytes(),
-    )
+        return loader.evaluation(config.split, config.batch_size, 0, steps)
+    order = Order(batch_size=config.batch_size, seed=config.seed, window=config.window(manifest))
+    return loader.train(order, config.augmentation(), start=Position(epoch=config.epoch))
 
 
 def see(batch: "Batch") -> Seen:
@@ -114,7 +93,7 @@ def picture(batch: "Batch", manifest: Manifest, title: str) -> np.ndarray:
             image=images[n],
             segments=segments[n],
             name=manifest.class_names[int(batch.labels[n])].split(",")[0],
-            note=f"row {int(batch.index[n])}, {superpixels[n]} superpixels",
+            note=f"row {int(batch.rows[n])}, {superpixels[n]} superpixels",
         )
         for n in range(len(images))
     ]
@@ -160,7 +139,7 @@ def distinct_classes(seen: Sequence[Seen], class_counts: np.ndarray) -> tuple[fl
 
 
 def _tensors(batch: "Batch") -> dict[str, dict[str, Any]]:
-    names = ("images", "segments", "labels", "index")
+    names = ("images", "segments", "labels", "rows")
     tensors = {name: getattr(batch, name) for name in names}
     return {
         name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}

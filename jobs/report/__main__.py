@@ -23,7 +23,7 @@ from jobs.runs import Nets, colour_statistics, load_nets
 from model.masking import mask_map, normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import PROTOCOLS
-from pipeline.loading.cache import GIB, ShardCache, default_folder
+from pipeline.loading.cache import GIB, CacheConfig, ShardCache
 from pipeline.shards.format import (
     Manifest,
     Sample,
@@ -138,8 +138,10 @@ def _read_rows(path: Path, manifest: Manifest, rows: set[int]) -> Iterator[Sampl
 def _samples(config: EvaluateConfig, manifest: Manifest, chosen: pa.Table) -> dict[int, Sample]:
     """The chosen ledger rows' samples, by row. Raises UserError where shards lack one."""
     assert config.data is not None
-    folder, limit = config.cache or default_folder(), round(config.cache_limit * GIB)
-    cache = ShardCache(config.data, manifest, config.split, folder, limit)
+    limit = round(config.cache_limit * GIB)
+    cache = ShardCache(
+        config.data, manifest, config.split, CacheConfig(folder=config.cache, limit_bytes=limit)
+    )
     wanted = set(chosen["row"].to_pylist())
     names = set(chosen["shard"].to_pylist())
     samples = {}

@@ -25,6 +25,7 @@ from jobs.train.log import METRICS_NAME, line, summary, waiting_summary
 from model.corruption import STRIDE
 from pipeline.errors import UserError
 from pipeline.loading.cache import ShardCache, check_window
+from pipeline.loading.order import Order
 from pipeline.loading.samples import Samples, verify_shard
 from pipeline.shards.format import Manifest, check_sizes, manifest_hash, read_manifest, split_of
 from pipeline.storage import absolute, is_remote, write_atomically
@@ -136,16 +137,13 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
     check_window(
         config.data,
         manifest,
-        config.cache_bytes(),
-        config.window(manifest),
-        config.batch_size,
+        config.cache_config().limit_bytes,
+        Order(batch_size=config.batch_size, window=config.window(manifest)),
         config.most_workers,
     )
     check_sizes(config.data, manifest, "train")
     if not is_remote(config.data):
-        cache = ShardCache(
-            config.data, manifest, "train", config.cache_folder(), config.cache_bytes()
-        )
+        cache = ShardCache(config.data, manifest, "train", config.cache_config())
         samples = Samples(manifest, "train", cache)
         for number, shard in enumerate(samples.shards):
             if config.verify_shards:

@@ -10,7 +10,7 @@ from jobs.loading import LoadingConfig
 from jobs.pictures import enlarge, enlargement, heat, tile
 from jobs.runs import ModelConfig, colour_statistics
 from model.masking import mask_map, normalize
-from pipeline.loading.loader import evaluation_batches
+from pipeline.loading.loader import Loader
 from pipeline.shards.format import Manifest
 
 COUNT = 8
@@ -38,22 +38,8 @@ def load_examples(
     split = "val" if val is not None and val.images else "train"
     total = manifest.splits[split].images
     places = sorted({total * number // count for number in range(count)})
-    batches = [
-        next(
-            evaluation_batches(
-                config.data,
-                manifest,
-                split,
-                batch_size=1,
-                first=place,
-                stop=place + 1,
-                device=device,
-                cache_folder=config.cache_folder(),
-                cache_bytes=config.cache_bytes(),
-            )
-        )
-        for place in places
-    ]
+    loader = Loader(config.data, manifest, device, config.cache_config())
+    batches = [next(loader.evaluation(split, 1, place, place + 1)) for place in places]
     return Examples(
         images=torch.cat([batch.images for batch in batches]),
         segments=torch.cat([batch.segments for batch in batches]),

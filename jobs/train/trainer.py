@@ -48,8 +48,8 @@ from model.evidence import evidence
 from model.losses import confusion_loss
 from model.masking import gumbel_difference, normalize, pixel_segments
 from model.step import Step, adversarial_step, clean_step, trainable
-from pipeline.loading.loader import Batch, train_batches
-from pipeline.loading.order import Position, steps_per_epoch
+from pipeline.loading.loader import Batch, Loader
+from pipeline.loading.order import Order, Position, steps_per_epoch
 from pipeline.shards.format import Manifest, read_manifest, split_of
 
 LAG = 2
@@ -596,19 +596,10 @@ def _train(config: TrainConfig, record: dict[str, Any], rank: int, ranks: int) -
     check_ranks(trainer.state, device)
     if rank == 0:
         _open_log(trainer, manifest, notes)
-    batches = train_batches(
-        config.data,
-        manifest,
-        batch_size=config.batch_size,
-        rank=rank,
-        ranks=ranks,
-        seed=config.seed,
-        start=trainer.position,
-        augmentation=config.augmentation(),
-        device=device,
-        window=config.window(manifest),
-        cache_folder=config.cache_folder(),
-        cache_bytes=config.cache_bytes(),
+    loader = Loader(config.data, manifest, device, config.cache_config())
+    order = Order(batch_size=config.batch_size, seed=config.seed, window=config.window(manifest))
+    batches = loader.train(
+        order, config.augmentation(), start=trainer.position, rank=rank, ranks=ranks
     )
     while trainer.state.step < trainer.steps:
         trainer.train_step(batches)

@@ -22,12 +22,13 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.loading.order import AHEAD, shards_at_once
+from pipeline.loading.order import AHEAD, Order, shards_at_once
 from pipeline.shards.format import Manifest, Shard, index_shard, split_of
 
 GIB = 1 << 30
@@ -50,6 +51,17 @@ def default_folder() -> Path:
     """`shards` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "adversarial-localization" / "shards"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Where shards of a remote set are kept, and the bytes that they may take together.
+
+    folder: None for `default_folder` of the node that uses it.
+    """
+
+    folder: Path | None = None
+    limit_bytes: int = round(DEFAULT_LIMIT * GIB)
 
 
 def _lock(descriptor: int, kind: int, offset: int, wait: bool = True) -> bool:
@@ -90,7 +102,7 @@ class ShardCache:
     """
 
     def __init__(
-        self, data: str | Path, manifest: Manifest, split: str, folder: Path, limit_bytes: int
+        self, data: str | Path, manifest: Manifest, split: str, config: CacheConfig
     ) -> None:
         """Raises UserError where the folder cannot be used or the limit holds no shard."""
         self._ahead: set[str] = set()  # hashes of what `prefetch` was asked for and is not used
@@ -98,7 +110,8 @@ class ShardCache:
         self._thread: threading.Thread | None = None
         self._mutex = threading.Lock()  # of the three above
         self._use = -1  # descriptor that holds the shared locks
-        self.data, self.split, self.folder, self.limit = data, split, folder, limit_bytes
+        folder = config.folder or default_folder()
+        self.data, self.split, self.folder, self.limit = data, split, folder, config.limit_bytes
         self.shards = split_of(manifest, split).shards
         self.remote = storage.is_remote(data)
         if not self.remote:
@@ -364,21 +377,20 @@ def check_window(
     data: str | Path,
     manifest: Manifest,
     limit: int,
-    window: int | None,
-    batch_size: int,
+    order: Order,
     ranks: int,
 ) -> None:
     """Raise UserError where a cache of `limit` bytes, shared by that many ranks, cannot hold all
-    shards of the train split that are in use at once, when `window` are shuffled together.
+    shards of the train split that are in use at once in this order.
 
     The ranks are at the same step, but one may still wait for its batch while another holds the
     shards of the last one that it made ahead. Without room for both, each would wait for the other.
     """
     shards = split_of(manifest, "train").shards
-    if window is None or window >= len(shards):
+    if order.window is None or order.window >= len(shards):
         return
-    reach = batch_size * (1 + AHEAD if ranks > 1 else 1)
-    count = shards_at_once([shard.images for shard in shards], window, reach)
+    reach = order.batch_size * (1 + AHEAD if ranks > 1 else 1)
+    count = shards_at_once([shard.images for shard in shards], order.window, reach)
     largest = sorted(shards, key=cached_bytes, reverse=True)[:count]
     _check_limit(data, "train", largest, limit)
 

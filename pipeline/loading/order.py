@@ -1,8 +1,8 @@
 """The order of an epoch: which samples each step and rank gets, as pure functions.
 
-A place is a position in the split, shards in order; an epoch's order is a permutation of the
-places, cut into steps and the steps into ranks. So a position is two integers and nothing has to
-be saved to resume.
+A sample's index is its number in the split, shards in order. An epoch's order is a permutation of
+the indices, cut into steps and the steps into ranks. So a position is two integers, and nothing
+has to be saved to resume.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,24 @@ class Position:
     step: int = 0
 
 
+FIRST = Position()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """All that the order of training samples depends on.
+
+    batch_size: images per step over all ranks, at most (see `step_range`). window: how many shards
+    are shuffled together, None for all (see `epoch_order`).
+    """
+
+    batch_size: int
+    seed: int = 0
+    window: int | None = None
+
+
 def steps_per_epoch(samples: int, batch_size: int, ranks: int) -> int:
-    """Global batches in an epoch: as many as needed for none to exceed `batch_size`.
+    """Return the number of global batches in an epoch, none of which exceeds `batch_size`.
 
     Raises UserError where some rank would get an empty batch and hang the others.
     """
@@ -38,36 +54,36 @@ def steps_per_epoch(samples: int, batch_size: int, ranks: int) -> int:
 
 
 def step_range(samples: int, steps: int, step: int) -> tuple[int, int]:
-    """First and past-last index into the epoch's order of global batch `step`.
+    """Return the range [first, stop) of global batch `step` in the epoch's order.
 
-    Batches differ by one image at most and together hold every place exactly once, so there is
+    Batches differ by one image at most and together hold every sample exactly once, so there is
     neither a remainder nor padding.
     """
     return samples * step // steps, samples * (step + 1) // steps
 
 
 def rank_range(first: int, stop: int, rank: int, ranks: int) -> tuple[int, int]:
-    """The part of first..stop-1 that falls to `rank`, even to one image."""
+    """Return the part of first..stop-1 that falls to `rank`, even to one image."""
     size = stop - first
     return first + size * rank // ranks, first + size * (rank + 1) // ranks
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
-    """An epoch's order.
+class EpochOrder:
+    """The order of all samples in one epoch.
 
-    places: int64 [samples], a permutation of the split's places.
+    indices: int64 [samples], a permutation of the split's samples.
     windows: shard numbers, int64 [w] each, in the order in which they are needed.
-    bounds: where each window's part of `places` ends, int64 [windows].
+    bounds: where each window's part of `indices` ends, int64 [windows].
     """
 
-    places: np.ndarray
+    indices: np.ndarray
     windows: tuple[np.ndarray, ...]
     bounds: np.ndarray
 
 
-def epoch_order(images: Sequence[int], seed: int, epoch: int, window: int | None) -> Order:
-    """The order of all samples in one epoch, from (seed, epoch) and the window alone.
+def epoch_order(images: Sequence[int], seed: int, epoch: int, window: int | None) -> EpochOrder:
+    """Return the order of all samples in one epoch, from (seed, epoch) and the window alone.
 
     images: number of images in each shard. window: how many shards are shuffled together; None
     makes a uniformly random order of the whole split, for which every shard must be at hand all
@@ -79,8 +95,8 @@ def epoch_order(images: Sequence[int], seed: int, epoch: int, window: int | None
     random = np.random.default_rng([seed, epoch])
     if window is None or window >= len(images):
         order = random.permutation(starts[-1])
-        return Order(
-            places=order, windows=(np.arange(len(images)),), bounds=starts[-1:].astype(np.int64)
+        return EpochOrder(
+            indices=order, windows=(np.arange(len(images)),), bounds=starts[-1:].astype(np.int64)
         )
     shards = random.permutation(len(images))
     windows = tuple(shards[first : first + window] for first in range(0, len(shards), window))
@@ -88,15 +104,15 @@ def epoch_order(images: Sequence[int], seed: int, epoch: int, window: int | None
         random.permutation(np.concatenate([np.arange(starts[n], starts[n + 1]) for n in numbers]))
         for numbers in windows
     ]
-    return Order(
-        places=np.concatenate(parts),
+    return EpochOrder(
+        indices=np.concatenate(parts),
         windows=windows,
         bounds=np.cumsum([len(part) for part in parts]),
     )
 
 
 def shards_at_once(images: Sequence[int], window: int, batch_size: int) -> int:
-    """How many shards a batch needs at once, at most, in any epoch's order.
+    """Return how many shards a batch needs at once, at most, in any epoch's order.
 
     images: number of images in each shard. It may lie across two windows, and across more where
     whole ones fit between those.
@@ -106,10 +122,10 @@ def shards_at_once(images: Sequence[int], window: int, batch_size: int) -> int:
 
 
 def shuffle_window(sizes: Sequence[int], limit: int) -> int | None:
-    """The largest window of shards of these sizes that a cache of `limit` allows, at least 1.
+    """Return the largest window, at least 1, of shards of these sizes within a cache of `limit`.
 
     None, that is the whole split, where all fit. Otherwise any two windows fit, since batches lie
-    across two of them (or more, see `shards_at_once`) and one is brought while the other is used.
+    across two of them (or more, see `shards_at_once`) and one is fetched while the other is used.
     """
     if sum(sizes) <= limit:
         return None

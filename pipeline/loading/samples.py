@@ -52,7 +52,7 @@ class Index:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class RawBatch:
     """Samples as they lie in the shards.
 
     images: uint8 [B, H, W, 3], or JPEG files uint8 [n]. segments: uint8 or uint16 [B, H, W].
@@ -68,7 +68,7 @@ class Stored:
 def _bad_index(path: Path, what: str) -> UserError:
     return UserError(
         f"{path.with_suffix('.idx')} does not fit {path.name}: {what}. It is stale or of another "
-        "shard, and images would be read from wrong places; delete both and run jobs.preprocess "
+        "shard, and images would be read from wrong indices; delete both and run jobs.preprocess "
         "again."
     )
 
@@ -164,7 +164,7 @@ def verify_shard(path: Path, shard: Shard) -> None:
 
 
 class Samples:
-    """The samples of a split. A sample's place is its position in the split, shards in order.
+    """The samples of a split. A sample's index is its number in the split, shards in order.
 
     Holds 12 bytes per sample and a map per open shard, but no open file.
     """
@@ -207,7 +207,7 @@ class Samples:
         self.offsets[part], self.sizes[part] = index.offsets[:, 0], index.sizes[:, 0]
         self.maps[number] = content
 
-    def hold(self, numbers: Sequence[int], following: Sequence[int]) -> None:
+    def use_only(self, numbers: Sequence[int], following: Sequence[int]) -> None:
         """Give up all shards but `numbers`, which are needed now, and have these and then those
         of `following` brought in the background.
 
@@ -219,31 +219,33 @@ class Samples:
         self.cache.check_limit(numbers)
         self.cache.prefetch([n for n in (*numbers, *following) if n not in self.maps])
 
-    def shard_numbers(self, places: np.ndarray) -> np.ndarray:
-        """Which shard each place lies in: int64 [len(places)]."""
-        return np.searchsorted(self.starts, places, side="right") - 1
+    def shard_numbers(self, indices: np.ndarray) -> np.ndarray:
+        """Return the number of the shard in which each sample lies: int64 [len(indices)]."""
+        return np.searchsorted(self.starts, indices, side="right") - 1
 
-    def read(self, places: np.ndarray) -> Stored:
-        """The samples at some places, copied out of the shards (JPEG files: views of them).
+    def read(self, indices: np.ndarray) -> RawBatch:
+        """The samples at some indices, copied out of the shards (JPEG files: views of them).
 
         Opens shards as needed. Raises UserError for a sample that is not where the index says,
         that the manifest does not allow (a class or superpixel label out of range), or whose JPEG
         file is cut off.
         """
         manifest = self.manifest
-        numbers = self.shard_numbers(places)
+        numbers = self.shard_numbers(indices)
         for number in sorted(set(numbers.tolist()) - self.maps.keys()):
             self.open(number)
         pixels = manifest.height * manifest.width
-        segments = np.empty((len(places), manifest.height, manifest.width), manifest.segments_dtype)
-        segment_bytes = segments.view(np.uint8).reshape(len(places), -1)
-        tails = np.empty((len(places), TAIL), np.uint8)
+        segments = np.empty(
+            (len(indices), manifest.height, manifest.width), manifest.segments_dtype
+        )
+        segment_bytes = segments.view(np.uint8).reshape(len(indices), -1)
+        tails = np.empty((len(indices), TAIL), np.uint8)
         raw = manifest.image_format == "rgb"
-        images = np.empty((len(places), 3 * pixels), np.uint8) if raw else None
+        images = np.empty((len(indices), 3 * pixels), np.uint8) if raw else None
         files = []
-        markers = np.empty((len(places), len(JPEG_END)), np.uint8)
-        sizes = self.sizes[places]
-        starts = self.offsets[places]
+        markers = np.empty((len(indices), len(JPEG_END)), np.uint8)
+        sizes = self.sizes[indices]
+        starts = self.offsets[indices]
         middles = starts + _padded(sizes) + BLOCK
         ends = middles + _padded(segment_bytes.shape[1])
         table = zip(
@@ -265,14 +267,14 @@ class Samples:
             tails[n] = content[end : end + TAIL]
         labels = tails[:, BLOCK : BLOCK + LABEL_SIZE].copy().view("<i4")[:, 0].astype(np.int64)
         rows = tails[:, 3 * BLOCK :].copy().view("<i8")[:, 0].astype(np.int64)
-        self._check(places, tails, segments, labels)
+        self._check(indices, tails, segments, labels)
         if files and (cut := (markers != np.frombuffer(JPEG_END, np.uint8)).any(axis=1)).any():
-            path, sample = self.locate_sample(int(places[np.argmax(cut)]))
+            path, sample = self.locate_sample(int(indices[np.argmax(cut)]))
             raise UserError(  # a decoder would make up the rest
                 f"the image of sample {sample} of {path} is cut off: a JPEG must end with its end "
                 "marker. Delete the shard and run jobs.preprocess again."
             )
-        return Stored(
+        return RawBatch(
             images=files if images is None else images.reshape(*segments.shape, 3),
             segments=segments,
             labels=labels,
@@ -280,37 +282,36 @@ class Samples:
         )
 
     def _check(
-        self, places: np.ndarray, tails: np.ndarray, segments: np.ndarray, labels: np.ndarray
+        self, indices: np.ndarray, tails: np.ndarray, segments: np.ndarray, labels: np.ndarray
     ) -> None:
         """Raise UserError where a sample's last members are not those of a sample, or say what
         the manifest does not allow."""
-        sound = np.ones(len(places), bool)
+        sound = np.ones(len(indices), bool)
         for header, size in ((tails[:, :BLOCK], LABEL_SIZE), (tails[:, 2 * BLOCK :], ROW_SIZE)):
             sound &= (header[:, SIZE_FIELD] == np.frombuffer(b"%011o" % size, np.uint8)).all(axis=1)
             sound &= (header[:, MAGIC_FIELD] == np.frombuffer(b"ustar", np.uint8)).all(axis=1)
         if not sound.all():
-            place = int(places[np.argmin(sound)])
-            path, sample = self.locate_sample(place)
+            path, sample = self.locate_sample(int(indices[np.argmin(sound)]))
             raise _bad_index(path, f"sample {sample} does not lie where it says")
         classes, superpixels = len(self.manifest.classes), self.manifest.max_superpixels
         wrong = (labels < 0) | (labels >= classes)
         if wrong.any():
-            path, sample = self.locate_sample(int(places[np.argmax(wrong)]))
+            path, sample = self.locate_sample(int(indices[np.argmax(wrong)]))
             raise UserError(
                 f"sample {sample} of {path} has class {labels[np.argmax(wrong)]}, dataset.json "
                 f"has classes 0 to {classes - 1}: the shard is of another set. Delete it and run "
                 "jobs.preprocess again."
             )
         if segments.max(initial=0) >= superpixels:
-            largest = segments.reshape(len(places), -1).max(axis=1)
-            path, sample = self.locate_sample(int(places[np.argmax(largest)]))
+            largest = segments.reshape(len(indices), -1).max(axis=1)
+            path, sample = self.locate_sample(int(indices[np.argmax(largest)]))
             raise UserError(
                 f"sample {sample} of {path} has superpixel label {largest.max()}, dataset.json "
                 f"allows 0 to {superpixels - 1}: the shard is of another set. Delete it and run "
                 "jobs.preprocess again."
             )
 
-    def locate_sample(self, place: int) -> tuple[Path, int]:
-        """The shard file in which a place lies, and the sample's number in it."""
-        number = int(self.shard_numbers(np.array([place]))[0])
-        return self.cache.path(number), place - int(self.starts[number])
+    def locate_sample(self, index: int) -> tuple[Path, int]:
+        """Return the shard file in which a sample lies, and its number in that file."""
+        number = int(self.shard_numbers(np.array([index]))[0])
+        return self.cache.path(number), index - int(self.starts[number])

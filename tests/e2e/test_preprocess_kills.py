@@ -30,8 +30,8 @@ NODES = """
 import sys
 import ray
 from ray.cluster_utils import Cluster
-from pipeline.plan import PreprocessConfig
-from pipeline.preprocess import preprocess
+from pipeline.shards.plan import PreprocessConfig
+from pipeline.shards.make import preprocess
 
 source, output = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pipeline.loading.augmentation import Augmentation
-from pipeline.loading.cache import cached_bytes
-from pipeline.loading.loader import Batch, evaluation_batches, train_batches
-from pipeline.loading.order import Position, shuffle_window
+from pipeline.loading.cache import CacheConfig, cached_bytes
+from pipeline.loading.loader import Batch, Loader
+from pipeline.loading.order import Order, Position, shuffle_window
 from pipeline.shards.format import read_manifest
 from tests import remote
 from tests.e2e.commands import run
@@ -31,19 +31,13 @@ def train(
     batch_size: int = 16,
 ) -> list[Batch]:
     """One rank's batches of two epochs, of two ranks."""
-    stream = train_batches(
-        data,
-        read_manifest(data),
-        batch_size=batch_size,
+    config = CacheConfig(folder=cache, limit_bytes=limit)
+    stream = Loader(data, read_manifest(data), cache=config).train(
+        Order(batch_size=batch_size, seed=3, window=window),
+        Augmentation(translation=0.1, contrast=0.2),
+        start=Position(epoch=epoch, step=1),
         rank=rank,
         ranks=2,
-        seed=3,
-        start=Position(epoch=epoch, step=1),
-        augmentation=Augmentation(translation=0.1, contrast=0.2),
-        device=CPU,
-        window=window,
-        cache_folder=cache,
-        cache_bytes=limit,
     )
     return list(islice(stream, 112 // batch_size))
 
@@ -74,18 +68,8 @@ def test_evaluation_batches_are_the_same_bytes_and_bring_their_shards_alone(
     small_set: Path, remote_set: str, proxy: Proxy, tmp_path: Path
 ) -> None:
     def batches(data: str | Path, first: int, stop: int) -> list[Batch]:
-        return list(
-            evaluation_batches(
-                data,
-                read_manifest(data),
-                "val",
-                batch_size=5,
-                first=first,
-                stop=stop,
-                device=CPU,
-                cache_folder=tmp_path,
-            )
-        )
+        loader = Loader(data, read_manifest(data), cache=CacheConfig(folder=tmp_path))
+        return list(loader.evaluation("val", 5, first, stop))
 
     data = remote.uri(proxy.endpoint, "small")
     assert_same(batches(data, 0, 2), batches(small_set, 0, 2))

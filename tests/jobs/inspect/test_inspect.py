@@ -12,6 +12,7 @@ from jobs.loading import LoadingConfig
 from jobs.pictures import GAP, TITLE
 from pipeline.errors import UserError
 from pipeline.loading.augmentation import Augmentation
+from pipeline.loading.cache import CacheConfig
 from pipeline.loading.loader import Batch
 from pipeline.shards.format import read_manifest
 
@@ -24,7 +25,7 @@ def config(data: Path, output: Path, **changes: object) -> InspectConfig:
 def test_flags_give_the_augmentation_and_its_own_defaults() -> None:
     plain = parse(LoadingConfig, ["--data", "s3://sets/a"], "")
     assert plain.augmentation() == Augmentation()
-    assert plain.cache_bytes() == 100 * 2**30
+    assert plain.cache_config().limit_bytes == 100 * 2**30
     flags = "--data d --min-crop-area .5 --max-crop-aspect 1.5 --no-flip --translation .1 "
     flags += "--brightness .2 --contrast .3 --saturation .4 --cache /c --cache-limit .5"
     changed = parse(LoadingConfig, flags.split(), "")
@@ -37,7 +38,7 @@ def test_flags_give_the_augmentation_and_its_own_defaults() -> None:
         contrast=0.3,
         saturation=0.4,
     )
-    assert (changed.cache_folder(), changed.cache_bytes()) == (Path("/c"), 2**29)
+    assert changed.cache_config() == CacheConfig(folder=Path("/c"), limit_bytes=2**29)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_superpixels_are_counted_per_image() -> None:
         images=torch.zeros((3, 3, 2, 2), dtype=torch.uint8),
         segments=segments,
         labels=torch.tensor([1, 0, 1]),
-        index=torch.arange(3),
+        rows=torch.arange(3),
         total=3,
         offset=0,
     )

@@ -34,7 +34,8 @@ from model.step import trainable
 from pipeline.errors import UserError
 from pipeline.loading.augmentation import Augmentation
 from pipeline.loading.cache import GIB, cached_bytes
-from pipeline.loading.loader import Batch, train_batches
+from pipeline.loading.loader import Batch, Loader
+from pipeline.loading.order import Order
 from pipeline.shards.format import read_manifest
 
 CPU = torch.device("cpu")
@@ -61,17 +62,9 @@ def new_trainer(config: TrainConfig) -> Trainer:
 
 def batches_for(trainer: Trainer) -> Iterator[Batch]:
     config = trainer.config
-    return train_batches(
-        config.data,
-        read_manifest(config.data),
-        batch_size=config.batch_size,
-        rank=0,
-        ranks=1,
-        seed=config.seed,
-        start=trainer.position,
-        augmentation=Augmentation(),
-        device=CPU,
-    )
+    loader = Loader(config.data, read_manifest(config.data))
+    order = Order(batch_size=config.batch_size, seed=config.seed)
+    return loader.train(order, Augmentation(), start=trainer.position)
 
 
 def train_steps(trainer: Trainer, steps: int) -> None:
@@ -834,17 +827,8 @@ def on_gpu(small_set: Path, request: pytest.FixtureRequest) -> tuple[Trainer, It
     config = config_for(small_set, **request.param)
     manifest, device = read_manifest(config.data), torch.device("cuda")
     trainer = Trainer(config, model_config(config, manifest), manifest, device, ranks=1)
-    batches = train_batches(
-        config.data,
-        manifest,
-        batch_size=config.batch_size,
-        rank=0,
-        ranks=1,
-        seed=0,
-        start=trainer.position,
-        augmentation=Augmentation(),
-        device=device,
-    )
+    loader, order = Loader(config.data, manifest, device), Order(batch_size=config.batch_size)
+    batches = loader.train(order, Augmentation(), start=trainer.position)
     for _ in range(trainer.warmup_steps + LAG):
         trainer.train_step(batches)
     return trainer, batches

@@ -14,7 +14,7 @@ import pytest
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.loading import cache as cache_module
-from pipeline.loading.cache import INDEX_BYTES, ShardCache
+from pipeline.loading.cache import INDEX_BYTES, CacheConfig, ShardCache
 from pipeline.shards.format import Manifest, index_shard, read_manifest
 from tests import remote
 from tests.remote import Proxy
@@ -24,11 +24,11 @@ PLENTY = 1 << 30
 USE_ALL = """
 import sys
 from pathlib import Path
-from pipeline.cache import ShardCache
-from pipeline.shards import read_manifest, sha256_file
+from pipeline.loading.cache import CacheConfig, ShardCache
+from pipeline.shards.format import read_manifest, sha256_file
 data, folder = sys.argv[1:3]
 manifest = read_manifest(data)
-cache = ShardCache(data, manifest, "train", Path(folder), 1 << 30)
+cache = ShardCache(data, manifest, "train", CacheConfig(folder=Path(folder)))
 print("ready", flush=True)
 sys.stdin.readline()
 for number, shard in enumerate(manifest.splits["train"].shards):
@@ -59,7 +59,7 @@ def manifest(small_set: Path) -> Manifest:
 def new_cache(
     data: str | Path, manifest: Manifest, folder: Path, limit: int = PLENTY
 ) -> ShardCache:
-    return ShardCache(data, manifest, "train", folder, limit)
+    return ShardCache(data, manifest, "train", CacheConfig(folder=folder, limit_bytes=limit))
 
 
 def space(manifest: Manifest, *numbers: int) -> int:
@@ -85,8 +85,8 @@ def wait_for(condition: object, seconds: float = 10) -> None:
 
 
 def test_a_local_set_is_used_in_place(small_set: Path, manifest: Manifest, tmp_path: Path) -> None:
-    for place in (small_set, str(small_set), f"file://{small_set}"):
-        local = new_cache(place, manifest, tmp_path / "cache", limit=1)
+    for location in (small_set, str(small_set), f"file://{small_set}"):
+        local = new_cache(location, manifest, tmp_path / "cache", limit=1)
         local.prefetch([0, 1])
         local.check_limit(range(4))
         assert local.path(1) == small_set / "train" / "train-000001.tar"
@@ -242,14 +242,14 @@ def test_a_shard_of_another_size_or_none_is_refused(
     content: bytes | None,
     fault: str,
 ) -> None:
-    place = remote.upload(small_set / "train", s3_endpoint, "other/train")
+    uri = remote.upload(small_set / "train", s3_endpoint, "other/train")
     system, path = remote.client(s3_endpoint), "sets/other/train/train-000000.tar"
     system.delete_file(path)
     if content is not None:
         with system.open_output_stream(path) as file:
             file.write(content)
     with pytest.raises(UserError, match=rf"train-000000\.tar.* {fault}.*[Uu]pload it again"):
-        new_cache(place.replace("other/train", "other"), manifest, tmp_path).path(0)
+        new_cache(uri.replace("other/train", "other"), manifest, tmp_path).path(0)
     assert cached(tmp_path, manifest) == []
 
 
@@ -418,9 +418,9 @@ def test_another_version_of_a_set_never_gets_the_old_shards(
     shards[0] = dataclasses.replace(shards[1], name=shards[0].name)
     split = dataclasses.replace(manifest.splits["train"], shards=tuple(shards))
     changed = dataclasses.replace(manifest, splits={"train": split})
-    place = remote.upload(small_set / "train", s3_endpoint, "changed/train")
+    uri = remote.upload(small_set / "train", s3_endpoint, "changed/train")
     with remote.client(s3_endpoint).open_output_stream("sets/changed/train/train-000000.tar") as f:
         f.write(other.read_bytes())
-    new = new_cache(place.replace("changed/train", "changed"), changed, tmp_path).path(0)
+    new = new_cache(uri.replace("changed/train", "changed"), changed, tmp_path).path(0)
     assert new != old
     assert new.read_bytes() == other.read_bytes() != old.read_bytes()

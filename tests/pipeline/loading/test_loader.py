@@ -2,7 +2,7 @@ import io
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from pipeline.errors import UserError
 from pipeline.loading import cache as cache_module
 from pipeline.loading import loader
 from pipeline.loading.augmentation import Augmentation, augment, draw
-from pipeline.loading.cache import ShardCache, cached_bytes
-from pipeline.loading.loader import Batch, evaluation_batches, train_batches
-from pipeline.loading.order import AHEAD, Position, steps_per_epoch
-from pipeline.loading.samples import JPEG_END, Samples, Stored
+from pipeline.loading.cache import CacheConfig, ShardCache, cached_bytes
+from pipeline.loading.loader import Batch, Loader
+from pipeline.loading.order import AHEAD, Order, Position, steps_per_epoch
+from pipeline.loading.samples import JPEG_END, RawBatch, Samples
 from pipeline.shards.format import Manifest, Sample, read_shard
 from tests import remote
 from tests.pipeline.made_set import COUNTS, MEAN, assert_same, make_samples, write_set
@@ -52,22 +52,21 @@ each_format = pytest.mark.parametrize("image_format", FORMATS)
 
 
 def stream(data: Path | str, manifest: Manifest, **changes: Any) -> Iterator[Batch]:
-    settings: dict[str, Any] = {
-        "batch_size": 16,
-        "rank": 0,
-        "ranks": 1,
-        "seed": 0,
-        "start": Position(),
-        "augmentation": EVERYTHING,
-        "device": CPU,
-    }
-    return train_batches(data, manifest, **(settings | changes))
+    """Batches for training; changes: of Order, of CacheConfig, or arguments of `Loader.train`."""
+
+    def given(config: type, **defaults: Any) -> Any:
+        names = [field.name for field in fields(config) if field.name in changes]
+        return config(**(defaults | {name: changes.pop(name) for name in names}))
+
+    loader = Loader(data, manifest, changes.pop("device", CPU), given(CacheConfig))
+    augmentation = changes.pop("augmentation", EVERYTHING)
+    return loader.train(given(Order, batch_size=16), augmentation, **changes)
 
 
-def evaluated(data: Path, manifest: Manifest, batch_size: int = 10, **changes: Any) -> list[Batch]:
-    settings: dict[str, Any] = {"first": 0, "stop": -(-sum(COUNTS) // batch_size), "device": CPU}
-    options = settings | changes
-    return list(evaluation_batches(data, manifest, "train", batch_size=batch_size, **options))
+def evaluated(
+    data: Path, manifest: Manifest, batch_size: int = 10, device: torch.device = CPU, **part: int
+) -> list[Batch]:
+    return list(Loader(data, manifest, device).evaluation("train", batch_size, **part))
 
 
 def pixels(batch: Batch) -> np.ndarray:
@@ -75,7 +74,7 @@ def pixels(batch: Batch) -> np.ndarray:
 
 
 def rows(batches: list[Batch]) -> list[int]:
-    return torch.cat([batch.index for batch in batches]).tolist()
+    return torch.cat([batch.rows for batch in batches]).tolist()
 
 
 def threads() -> set[threading.Thread]:
@@ -111,7 +110,7 @@ def test_jpeg_decoded_by_dali_is_that_of_simplejpeg_and_pillow_within_a_grey_lev
 ) -> None:
     data, manifest = sets["jpg"]
     found = np.concatenate([pixels(batch) for batch in evaluated(data, manifest)]).astype(int)
-    cache = ShardCache(data, manifest, "train", data, 0)
+    cache = ShardCache(data, manifest, "train", CacheConfig())
     files = Samples(manifest, "train", cache).read(np.arange(53)).images
     for image, file, sample in zip(found, files, written, strict=True):
         assert np.abs(image - simplejpeg.decode_jpeg(file)).max() <= 1
@@ -124,7 +123,7 @@ def test_raw_pixels_through_dali_are_those_that_go_around_it(
     tmp_path: Path, segments_dtype: str
 ) -> None:
     manifest = write_set(tmp_path, make_samples(segments_dtype=segments_dtype))
-    samples = Samples(manifest, "train", ShardCache(tmp_path, manifest, "train", tmp_path, 0))
+    samples = Samples(manifest, "train", ShardCache(tmp_path, manifest, "train", CacheConfig()))
 
     def requests() -> Iterator[loader._Request]:
         return loader._evaluation_requests(samples, 10, 0, 6)
@@ -150,7 +149,7 @@ def test_a_training_batch_is_the_stored_samples_augmented_as_drawn(
     }
     found = list(islice(stream(data, manifest, start=Position(epoch=1)), STEPS))
     for step, batch in enumerate(found):
-        chosen = [stored[row] for row in batch.index.tolist()]
+        chosen = [stored[row] for row in batch.rows.tolist()]
         assert batch.labels.tolist() == [sample.label for sample in chosen]
         drawn = draw(batch.total, 0, Position(epoch=1, step=step), (24, 32), MEAN, EVERYTHING)
         images = torch.from_numpy(np.stack([sample.image for sample in chosen]))
@@ -171,7 +170,7 @@ def test_without_augmentation_training_gives_the_stored_pixels(
     found = list(islice(stream(data, manifest, augmentation=PLAIN), STEPS))
     stored = np.concatenate([pixels(batch) for batch in evaluated(data, manifest)])
     for batch in found:
-        assert np.array_equal(pixels(batch), stored[batch.index.numpy() - 1000])
+        assert np.array_equal(pixels(batch), stored[batch.rows.numpy() - 1000])
 
 
 @each_format
@@ -353,7 +352,7 @@ def test_a_local_set_is_checked_whole_before_the_first_batch(
     manifest = write_set(tmp_path, written)
     last, other = (tmp_path / "train" / f"train-00000{n}.idx" for n in (2, 1))
     settings = {"batch_size": 1, "window": 1, "seed": 1}
-    assert next(stream(tmp_path, manifest, **settings)).index.item() < 1040
+    assert next(stream(tmp_path, manifest, **settings)).rows.item() < 1040
     last.write_bytes(other.read_bytes())
     with pytest.raises(UserError, match=r"train-000002\.idx does not fit"):
         next(stream(tmp_path, manifest, **settings))
@@ -371,7 +370,7 @@ def test_a_cache_that_cannot_hold_the_shards_of_every_batch_is_refused_up_front(
     in an epoch that may come after days. Nothing is asked of a server before."""
     manifest = write_set(tmp_path, written[:44], counts=(20, 20, 4))
     sizes = [cached_bytes(shard) for shard in manifest.splits["train"].shards]
-    settings = {"window": 1, "cache_folder": tmp_path / "cache", "cache_bytes": sum(sizes) - 1}
+    settings = {"window": 1, "folder": tmp_path / "cache", "limit_bytes": sum(sizes) - 1}
     with pytest.raises(UserError, match="3 shards of s3://nowhere/train are needed at once"):
         next(stream("s3://nowhere", manifest, **settings))
 
@@ -423,10 +422,10 @@ def test_batches_are_made_ahead_of_use_and_no_more_than_stated(
     made = threading.Semaphore(0)
     read = Samples.read
 
-    def counted(samples: Samples, places: np.ndarray) -> Stored:
+    def counted(samples: Samples, indices: np.ndarray) -> RawBatch:
         assert threading.current_thread().name.startswith("loader")
         made.release()
-        return read(samples, places)
+        return read(samples, indices)
 
     monkeypatch.setattr(Samples, "read", counted)
     batches = stream(*sets["rgb"])
@@ -464,11 +463,11 @@ def test_an_error_in_the_thread_reaches_the_caller_and_ends_it(
 ) -> None:
     read, calls = Samples.read, [0]
 
-    def failing(samples: Samples, places: np.ndarray) -> Stored:
+    def failing(samples: Samples, indices: np.ndarray) -> RawBatch:
         calls[0] += 1
         if calls[0] == 6:
             raise OSError("the disk is gone")
-        return read(samples, places)
+        return read(samples, indices)
 
     monkeypatch.setattr(Samples, "read", failing)
     before = threads()
@@ -501,17 +500,8 @@ def test_a_closed_iterator_of_a_remote_set_brings_no_more_shards(
     manifest = sets["rgb"][1]
     limit = sum(sorted(cached_bytes(shard) for shard in manifest.splits["train"].shards)[1:])
     before = threads()
-    batches = evaluation_batches(
-        remote_raw,
-        manifest,
-        "train",
-        batch_size=5,
-        first=0,
-        stop=11,
-        device=CPU,
-        cache_folder=tmp_path,
-        cache_bytes=limit,
-    )
+    cache = CacheConfig(folder=tmp_path, limit_bytes=limit)
+    batches = Loader(remote_raw, manifest, cache=cache).evaluation("train", 10, 0, 6)
     assert rows([next(batches)]) == [1000, 1001, 1002, 1003, 1004]
     deadline = time.monotonic() + 10
     while len(list(tmp_path.glob("*.tar"))) < 2 and time.monotonic() < deadline:
@@ -520,7 +510,9 @@ def test_a_closed_iterator_of_a_remote_set_brings_no_more_shards(
     while threads() != before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threads() == before
-    again = ShardCache(remote_raw, manifest, "train", tmp_path, limit)
+    again = ShardCache(
+        remote_raw, manifest, "train", CacheConfig(folder=tmp_path, limit_bytes=limit)
+    )
     assert all(again._evict(shard.sha256) > 0 for shard in manifest.splits["train"].shards[:2])
 
 
@@ -542,8 +534,8 @@ def test_ranks_in_step_that_share_the_smallest_allowed_cache_do_not_wait_for_eac
                 ranks=2,
                 rank=rank,
                 window=1,
-                cache_folder=tmp_path / f"cache-{shards}",
-                cache_bytes=shards * space,
+                folder=tmp_path / f"cache-{shards}",
+                limit_bytes=shards * space,
             )
             for rank in (0, 1)
         ]

@@ -52,17 +52,17 @@ def test_batches_and_shares_by_hand() -> None:
 
 @given(images=COUNTS, seed=SEEDS, epoch=st.integers(0, 9), window=st.none() | st.integers(1, 13))
 @settings(max_examples=200, deadline=None)
-def test_an_epoch_has_every_place_once_and_each_window_the_places_of_its_shards(
+def test_an_epoch_has_every_sample_once_and_each_window_those_of_its_shards(
     images: list[int], seed: int, epoch: int, window: int | None
 ) -> None:
     order = epoch_order(images, seed, epoch, window)
-    assert sorted(order.places.tolist()) == list(range(sum(images)))
+    assert sorted(order.indices.tolist()) == list(range(sum(images)))
     assert sorted(np.concatenate(order.windows).tolist()) == list(range(len(images)))
     assert len(order.windows) == len(order.bounds)
     assert {len(shards) for shards in order.windows[:-1]} <= {window}
-    shard_of_place = np.repeat(np.arange(len(images)), images)
+    shard_of_index = np.repeat(np.arange(len(images)), images)
     for shards, (low, high) in zip(order.windows, pairwise([0, *order.bounds]), strict=True):
-        held = shard_of_place[order.places[low:high]]
+        held = shard_of_index[order.indices[low:high]]
         assert len(held) == sum(images[n] for n in shards)
         assert set(held.tolist()) <= set(shards.tolist())
 
@@ -71,12 +71,12 @@ def test_an_epoch_has_every_place_once_and_each_window_the_places_of_its_shards(
 def test_an_order_changes_with_epoch_and_seed_alone(window: int | None) -> None:
     images = [2] * 1000
     order = epoch_order(images, 5, 2, window)
-    assert np.array_equal(order.places, epoch_order(images, 5, 2, window).places)
+    assert np.array_equal(order.indices, epoch_order(images, 5, 2, window).indices)
     for seed, epoch in ((5, 3), (6, 2)):
         other = epoch_order(images, seed, epoch, window)
-        assert (order.places == other.places).mean() < 0.01
+        assert (order.indices == other.indices).mean() < 0.01
         # a uniform shuffle moves a sample by a third of the length on average
-        moved = np.abs(np.argsort(order.places) - np.argsort(other.places))
+        moved = np.abs(np.argsort(order.indices) - np.argsort(other.indices))
         assert moved.mean() == pytest.approx(2000 / 3, rel=0.1)
 
 
@@ -95,8 +95,8 @@ def test_batches_mix_the_classes_of_a_sorted_set_as_random_draws_do() -> None:
         return classes * (1 - (1 - 1 / classes) ** batch_size)
 
     def found(window: int | None) -> float:
-        orders = [epoch_order(images, 0, epoch, window).places for epoch in range(4)]
-        return float(np.mean([distinct_classes(labels[places], batch_size) for places in orders]))
+        orders = [epoch_order(images, 0, epoch, window).indices for epoch in range(4)]
+        return float(np.mean([distinct_classes(labels[indices], batch_size) for indices in orders]))
 
     assert distinct_classes(labels, batch_size) < 2
     assert found(None) == pytest.approx(drawn(40), rel=0.02)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.loading.cache import ShardCache
+from pipeline.loading.cache import CacheConfig, ShardCache
 from pipeline.loading.samples import Samples, verify_shard
 from pipeline.shards.format import Manifest, Sample, index_shard, sha256_file
 from tests.pipeline.made_set import COUNTS, SUPERPIXELS, make_samples, write_set
@@ -21,7 +21,7 @@ ALL = np.arange(sum(COUNTS))
 
 
 def opened(data: Path, manifest: Manifest) -> Samples:
-    return Samples(manifest, "train", ShardCache(data, manifest, "train", data, 0))
+    return Samples(manifest, "train", ShardCache(data, manifest, "train", CacheConfig()))
 
 
 def shard_path(data: Path, number: int) -> Path:
@@ -54,10 +54,10 @@ def read_members(path: Path) -> list[tuple[str, bytes]]:
         return [(info.name, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
 
 
-def assert_stored(samples: Samples, places: np.ndarray, written: list[Sample]) -> None:
+def assert_stored(samples: Samples, indices: np.ndarray, written: list[Sample]) -> None:
     """Reading gives what was written, JPEG within its loss."""
-    stored = samples.read(places)
-    chosen = [written[place] for place in places.tolist()]
+    stored = samples.read(indices)
+    chosen = [written[index] for index in indices.tolist()]
     assert stored.labels.tolist() == [sample.label for sample in chosen]
     assert stored.rows.tolist() == [sample.row for sample in chosen]
     assert stored.segments.dtype == samples.manifest.segments_dtype
@@ -80,8 +80,8 @@ def test_any_places_give_the_samples_that_were_written(
     samples = opened(tmp_path, write_set(tmp_path, written, image_format))
     assert len(samples) == len(written)
     random = np.random.default_rng(0)
-    for places in (ALL, ALL[::-1], random.permutation(ALL)[:9], np.array([40, 40, 0])):
-        assert_stored(samples, places, written)
+    for indices in (ALL, ALL[::-1], random.permutation(ALL)[:9], np.array([40, 40, 0])):
+        assert_stored(samples, indices, written)
     path, sample = samples.locate_sample(41)
     assert (path, sample) == (shard_path(tmp_path, 2), 1)
 
@@ -315,7 +315,7 @@ def test_shards_that_are_not_held_are_unmapped_and_opened_again_when_needed(
     samples = opened(data, manifest)
     samples.read(ALL)
     assert len(mapped(data)) == 3
-    samples.hold([1], [2])
+    samples.use_only([1], [2])
     assert mapped(data) == {"train-000001.tar"}
     assert_stored(samples, ALL, make_samples(size=(5, 8)))
     assert len(mapped(data)) == 3
@@ -355,4 +355,4 @@ def test_a_split_that_is_not_there_is_named(data: Path, manifest: Manifest) -> N
         manifest, splits={"train": manifest.splits["train"], "val": manifest.splits["train"]}
     )
     with pytest.raises(UserError, match="no split 'test'; it has train, val"):
-        Samples(manifest, "test", ShardCache(data, manifest, "train", data, 0))
+        Samples(manifest, "test", ShardCache(data, manifest, "train", CacheConfig()))

@@ -67,7 +67,7 @@ def test_any_image_gives_contiguous_labels_in_one_piece_each_or_a_clear_error(
 EXTREMES = """
 import sys
 import numpy as np
-from pipeline.superpixels import MAX_COUNT, MIN_PIXELS, superpixels
+from pipeline.shards.superpixels import MAX_COUNT, MIN_PIXELS, superpixels
 rng = np.random.default_rng(int(sys.argv[1]))
 for number in range(250):
     height, width = (int(x) for x in rng.integers(1, 200, 2))
@@ -177,7 +177,7 @@ def test_a_count_out_of_range_is_refused(count: int) -> None:
 
 def test_checking_a_size_does_not_load_fast_slic() -> None:
     code = (
-        "import sys; from pipeline.preprocess import PreprocessConfig; "
+        "import sys; from pipeline.shards.plan import PreprocessConfig; "
         "PreprocessConfig(source='a', output='b'); "
         "assert not any('fast_slic' in name for name in sys.modules)"
     )
