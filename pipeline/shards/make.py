@@ -210,7 +210,7 @@ def _samples(
 
     position = 0
     listed = images.to_pylist()
-    fetched = files.fetched((x["path"], x["offset"], x["size"]) for x in listed)
+    fetched = files.fetch((x["path"], x["offset"], x["size"]) for x in listed)
     pairs = zip(listed, fetched, strict=True)
     for row, (image, fetch) in enumerate(pairs, start=task.first_row):
         entry = {

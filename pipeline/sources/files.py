@@ -1,4 +1,4 @@
-"""The files of a source, here or on object storage: which there are, and ranges of their bytes."""
+"""The files of a source, in a local folder or on object storage: names, and ranges of bytes."""
 
 import errno
 import os
@@ -20,14 +20,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Range = tuple[str, int | None, int | None]  # path, offset and size in bytes; None: the whole file
 
-STREAMS = 32  # requests at once to object storage, where each waits tens of milliseconds
+STREAMS = 32  # requests at once to object storage; each takes tens of milliseconds
 
 
 class SourceFiles:
     """The files below `source`, a folder or URI, by paths relative to it with forward slashes.
 
     A context manager, which closes the archives that it opened. Raises UserError where the folder
-    is not there.
+    does not exist.
     """
 
     def __init__(self, source: str) -> None:
@@ -44,28 +44,29 @@ class SourceFiles:
         self._opening = threading.Lock()
         self._pool = ThreadPoolExecutor(STREAMS) if self.remote else None
 
-    def place(self, path: str) -> str:
-        """The place of a file, for messages."""
+    def location(self, path: str = "") -> str:
+        """Return the location of a file or folder; of the source itself by default."""
         return storage.join(self.source, *path.split("/")) if path else self.source
 
     def entries(self, path: str = "") -> tuple[list[str], list[str]]:
-        """Sorted names of the folders and of the files in a folder, hidden ones left out; none
-        where there is no such folder."""
+        """Return the sorted names of the folders and of the files in a folder, without hidden ones.
+
+        Both are empty where the folder does not exist.
+        """
         if self.remote:
-            folders, files = storage.entries(self.place(path))
+            folders, names = storage.entries(self.location(path))
         else:
-            folders, files = [], []
+            folders, names = [], []
             try:
                 with os.scandir(self._local(path)) as entries:
                     for entry in entries:
-                        (folders if entry.is_dir() else files).append(entry.name)
+                        (folders if entry.is_dir() else names).append(entry.name)
             except (FileNotFoundError, NotADirectoryError):
                 pass
-        shown = ([x for x in names if not x.startswith(".")] for names in (folders, files))
-        return sorted(next(shown)), sorted(next(shown))
+        return _sorted_without_hidden(folders), _sorted_without_hidden(names)
 
     def walk(self, path: str = "") -> Iterator[tuple[str, list[str]]]:
-        """Every folder from `path` down, in sorted order, with the names of its files.
+        """Yield every folder from `path` down, in sorted order, with the names of its files.
 
         Links are followed, and no folder comes twice.
         """
@@ -81,9 +82,9 @@ class SourceFiles:
             visited.add(real)
         folders, names = entries
         yield path, names
-        below = [joined(path, name) for name in folders]
-        for folder, listed in zip(below, self.ahead(self.entries, below), strict=True):
-            yield from self._walk(folder, listed, visited)
+        children = [path_in(path, name) for name in folders]
+        for child, entries in zip(children, self.ahead(self.entries, children), strict=True):
+            yield from self._walk(child, entries, visited)
 
     def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Yield `function(item)` for each item, in order; STREAMS at once on object storage."""
@@ -92,7 +93,7 @@ class SourceFiles:
         else:
             yield from map(Future.result, submit_ahead(self._pool, function, items, STREAMS))
 
-    def fetched(self, ranges: Iterable[Range]) -> Iterator[Callable[[], bytes]]:
+    def fetch(self, ranges: Iterable[Range]) -> Iterator[Callable[[], bytes]]:
         """Yield a function for each range that returns its bytes, or raises, as `read` does.
 
         On object storage STREAMS of them are requested before they are called.
@@ -104,13 +105,13 @@ class SourceFiles:
                 yield future.result
 
     def size(self, path: str) -> int:
-        """Size of a file in bytes."""
+        """Return the size of a file in bytes."""
         if self.remote:
             return int(self._open(path).size())
         return os.fstat(self._descriptor(path)).st_size
 
     def read(self, path: str, offset: int | None = None, size: int | None = None) -> bytes:
-        """A whole file, or `size` bytes of it from `offset` on.
+        """Read a whole file, or `size` bytes of it from `offset` on.
 
         A file that is read in ranges stays open. Raises OSError as the file system does, and
         UserError where object storage cannot be reached or the file ends before the range.
@@ -119,13 +120,13 @@ class SourceFiles:
             return self._read_whole(path)
         if self.remote:
             file = self._open(path)
-            data = storage.attempt(self.place(path), lambda: file.read_at(size, offset))
+            data = storage.attempt(self.location(path), lambda: file.read_at(size, offset))
         else:
             data = os.pread(self._descriptor(path), size, offset)
         if len(data) < size:
             raise UserError(
-                f"{self.place(path)} has {len(data)} of {size} bytes at {offset}: it has changed "
-                "since it was listed; run the same command again."
+                f"{self.location(path)} has {len(data)} of {size} bytes at {offset}: it has "
+                "changed since it was listed; run the same command again."
             )
         return data
 
@@ -134,7 +135,7 @@ class SourceFiles:
             with open(self._local(path), "rb", buffering=0) as file:  # noqa: PTH123  (no Path: slow)
                 return file.readall()
         try:
-            return storage.read_bytes(self.place(path))
+            return storage.read_bytes(self.location(path))
         except storage.MissingError as error:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
 
@@ -149,7 +150,7 @@ class SourceFiles:
     def _open(self, path: str) -> pa.NativeFile:
         with self._opening:
             if path not in self._opened:
-                self._opened[path] = storage.open_input(self.place(path))
+                self._opened[path] = storage.open_input(self.location(path))
             return self._opened[path]
 
     def __enter__(self) -> "SourceFiles":
@@ -171,6 +172,10 @@ class SourceFiles:
         self._opened.clear()
 
 
-def joined(folder: str, name: str) -> str:
-    """The path of `name` in a folder of a source, whose root is the empty path."""
+def path_in(folder: str, name: str) -> str:
+    """Return the path of `name` in a folder of a source, whose root is the empty path."""
     return f"{folder}/{name}" if folder else name
+
+
+def _sorted_without_hidden(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if not name.startswith("."))

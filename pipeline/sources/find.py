@@ -1,4 +1,4 @@
-"""Which images, labels and boxes a collection holds, in every layout there is."""
+"""Finding the layout of a collection, and listing its images, labels and boxes."""
 
 from dataclasses import dataclass
 
@@ -39,10 +39,11 @@ LAYOUT_HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A listed collection. classes: sorted wnids; the class index is the position in them.
+    """A listed collection.
 
-    class_names: readable, in the same order. images: by split, train first, a row per image in a
-    fixed order, see pipeline/sources/listing.py.
+    classes: sorted wnids; the class index is the position in them. class_names: readable, in the
+    same order. images: by split, train first, a row per image in a fixed order, see SCHEMA in
+    pipeline/sources/listing.py.
     """
 
     layout: str
@@ -52,11 +53,14 @@ class Source:
 
 
 def find_layout(files: SourceFiles) -> str:
-    """The layout of a collection, one of LAYOUTS. Raises UserError for an empty or unknown one."""
+    """Return the layout of a collection, a key of LAYOUTS.
+
+    Raises UserError where it is empty or of no known layout.
+    """
     folders, names = files.entries()
-    place = files.place("")
+    location = files.location()
     if not folders and not names:
-        raise UserError(f"source {place} is an empty folder; name the folder with the images.")
+        raise UserError(f"source {location} is an empty folder; name the folder with the images.")
     if "wnids.txt" in names and "train" in folders:
         return "tiny-imagenet"
     if cub_root(files) is not None:
@@ -70,25 +74,25 @@ def find_layout(files: SourceFiles) -> str:
     packed = [name for name in names if is_packed(name)]
     if packed:
         raise UserError(
-            f"source {place} holds {packed[0]}, which only unpacked can be read in places; run "
+            f"source {location} holds {packed[0]}, which cannot be read while packed; run "
             "`tar xf` on it and name the folder that this makes."
         )
-    raise UserError(f"source {place} has no known layout. Known: {LAYOUT_HELP}.")
+    raise UserError(f"source {location} has no known layout. Known: {LAYOUT_HELP}.")
 
 
 def _is_ilsvrc(files: SourceFiles, names: list[str]) -> bool:
     kaggle = (files.entries(x)[0] for x in ("Data", "ILSVRC/Data"))
-    if {*names} & {*IMAGES} or any("CLS-LOC" in found for found in kaggle):
+    if {*names} & {*IMAGES} or any("CLS-LOC" in folders for folders in kaggle):
         return True
-    in_train, in_val = files.entries("train"), files.entries("val")
-    class_tars = (stem(name) for name in in_train[1] if is_archive(name))
-    if any(WNID.fullmatch(name) for name in (*in_train[0], *in_val[0], *class_tars)):
+    (train_folders, train_files), (val_folders, val_files) = map(files.entries, ("train", "val"))
+    class_tars = (stem(name) for name in train_files if is_archive(name))
+    if any(WNID.fullmatch(name) for name in (*train_folders, *val_folders, *class_tars)):
         return True
-    return any(map(is_image, in_val[1]))
+    return any(map(is_image, val_files))
 
 
 def list_images(files: SourceFiles, layout: str) -> Source:
-    """Every image of the collection, read by `layout`, one of LAYOUTS.
+    """List every image of the collection by `layout`, a key of LAYOUTS.
 
     An image whose label is unknown, or that the labels name but the folder lacks, is listed with
     its `problem`. Raises UserError for an unknown layout, a collection without images, a damaged
@@ -96,19 +100,19 @@ def list_images(files: SourceFiles, layout: str) -> Source:
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is unknown; allowed: auto, {', '.join(LAYOUTS)}.")
-    listed = LAYOUTS[layout](files)
-    images = {split: table for split, table in listed.images.items() if table.num_rows}
+    listing = LAYOUTS[layout](files)
+    images = {split: table for split, table in listing.images.items() if table.num_rows}
     if not images:
         raise UserError(
-            f"source {files.place('')} holds no images in the {layout} layout. "
+            f"source {files.location()} holds no images in the {layout} layout. "
             f"Known: {LAYOUT_HELP}."
         )
-    # Of the train images, or of val where there is no train split.
-    first = pc.unique(next(iter(images.values()))["wnid"]).drop_null()
-    classes = listed.classes or tuple(sorted(first.to_pylist()))
+    first_split = next(iter(images.values()))  # train, or val where there is no train split
+    wnids = pc.unique(first_split["wnid"]).drop_null().to_pylist()
+    classes = listing.classes or tuple(sorted(wnids))
     return Source(
         layout=layout,
         classes=classes,
-        class_names=tuple(listed.names.get(wnid, wnid) for wnid in classes),
+        class_names=tuple(listing.names.get(wnid, wnid) for wnid in classes),
         images={split: with_labels(table, classes) for split, table in images.items()},
     )

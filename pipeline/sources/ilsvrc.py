@@ -1,7 +1,6 @@
-"""ILSVRC 2012 as it was published, as it was unpacked, and as Kaggle hands it out, or a mixture."""
+"""ILSVRC 2012: the published archives, unpacked folders, Kaggle's layout, or a mixture of them."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -11,9 +10,9 @@ from pipeline.errors import UserError
 from pipeline.sources import labels
 from pipeline.sources.annotations import Annotation, read_annotation
 from pipeline.sources.archives import Member, is_archive, is_packed, members, packed_files
-from pipeline.sources.files import SourceFiles, joined
+from pipeline.sources.files import SourceFiles, path_in
 from pipeline.sources.labels import WNID, Labels, Synset, agreed
-from pipeline.sources.listing import Listed, Rows, is_image, replaced, stem
+from pipeline.sources.listing import Listing, ListingBuilder, is_image, stem, with_columns
 
 SPLIT_FOLDER = re.compile(r"(?:(?:ILSVRC/)?Data/CLS-LOC/)?(train|val)(?:/([^/]+))?")
 TEST_FOLDER = re.compile(r"(?:(?:ILSVRC/)?Data/CLS-LOC/)?test(?:/.*)?")  # without labels
@@ -24,130 +23,154 @@ DEVKIT_LABELS, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 SYNSET_LABELS = "imagenet_2012_validation_synset_labels.txt"
 VAL_SOLUTION, SOLUTION = "LOC_val_solution.csv", re.compile(r"LOC_.*_solution\.csv")
 MAPPING, WORDS, CAFFE_LABELS = "LOC_synset_mapping.txt", "words.txt", "val.txt"
-SMALL_FILES = (DEVKIT_LABELS, META, SYNSET_LABELS, MAPPING, WORDS, CAFFE_LABELS)
+LISTS = (DEVKIT_LABELS, META, SYNSET_LABELS, MAPPING, WORDS, CAFFE_LABELS)
+
+
+def _builders() -> dict[str, ListingBuilder]:
+    return {"train": ListingBuilder(), "val": ListingBuilder()}
 
 
 @dataclass(kw_only=True)
-class _Found:
-    """What a walk over the source comes upon. small: content of the files of labels and names, by
-    place; annotations, solutions: a row per image that has one."""
+class _Contents:
+    """The content of a source as a walk over it collects it.
 
-    images: dict[str, Rows] = field(default_factory=lambda: {"train": Rows(), "val": Rows()})
+    images: by split, those in folders. archives: path of the tar of images, by split. lists:
+    content of the files of labels and names, by path. synsets: the classes of each meta.mat, by its
+    folder. annotations, solutions: a row per image, of the XML and of Kaggle's solutions.
+    """
+
+    images: dict[str, ListingBuilder] = field(default_factory=_builders)
     archives: dict[str, str] = field(default_factory=dict)
-    small: dict[str, bytes] = field(default_factory=dict)
-    annotations: Rows = field(default_factory=Rows)
-    solutions: Rows = field(default_factory=Rows)
+    lists: dict[str, bytes] = field(default_factory=dict)
+    synsets: dict[str, list[Synset]] = field(default_factory=dict)
+    annotations: ListingBuilder = field(default_factory=ListingBuilder)
+    solutions: ListingBuilder = field(default_factory=ListingBuilder)
     val_solution: Labels = field(default_factory=dict)
 
 
-def list_ilsvrc(files: SourceFiles) -> Listed:
-    """The images by split and readable names by wnid.
+def list_ilsvrc(files: SourceFiles) -> Listing:
+    """List the images by split, and readable names by wnid.
 
-    Images come from `ILSVRC2012_img_<split>.tar` where it is there, else from the folders. Boxes
+    Images come from `ILSVRC2012_img_<split>.tar` where it exists, else from the folders. Boxes
     come from the XML, else from Kaggle's solutions. Raises UserError for a damaged archive, and
     for labels or boxes that contradict each other.
     """
-    found = _search(files)
-    for split, path in found.archives.items():
-        found.images[split] = Rows()
-        _add_archive(found.images[split], files, path)
-    images = {
-        "train": found.images["train"].table("wnid", "id", "path"),
-        "val": found.images["val"].table("id", "path"),
-    }
-    boxes = _one_each(found.annotations.table("id", "path"), "XML files")
-    solutions = _one_each(found.solutions.table("id", "path"), "solutions")
-    val = images["val"]
-    told = _told(val, boxes, found, _known(images["train"], found))
-    images["val"] = replaced(val, wnid=agreed(val["id"].to_pylist(), told))
-    annotated = {x: _annotated(table, boxes, solutions) for x, table in images.items()}
-    return Listed(annotated, _names(found))
+    contents = _read_contents(files)
+    for split, path in contents.archives.items():
+        contents.images[split] = ListingBuilder()
+        _add_archive(contents.images[split], files, path)
+    train = contents.images["train"].table("wnid", "id", "path")
+    val = contents.images["val"].table("id", "path")
+    boxes = _without_repetitions(contents.annotations.table("id", "path"), "XML files")
+    solutions = _without_repetitions(contents.solutions.table("id", "path"), "solutions")
+    labels_by_source = _labels_by_source(val, boxes, contents, _all_wnids(train, contents))
+    val = with_columns(val, wnid=agreed(val["id"].to_pylist(), labels_by_source))
+    images = {"train": train, "val": val}
+    annotated = {split: _annotated(x, boxes, solutions) for split, x in images.items()}
+    return Listing(annotated, _class_names(contents))
 
 
-def _search(files: SourceFiles) -> _Found:
-    found = _Found()
+def _read_contents(files: SourceFiles) -> _Contents:
+    contents = _Contents()
     for folder, names in files.walk():
         split = SPLIT_FOLDER.fullmatch(folder)
         if split and split[2] and split[1] == "train":
-            _add_images(found.images["train"], folder, names, split[2])
+            _add_images(contents.images["train"], folder, names, split[2])
         elif split and split[1] == "val":
-            _add_images(found.images["val"], folder, names, split[2])
+            _add_images(contents.images["val"], folder, names, split[2])
         elif split:  # train, where the outer tar was unpacked and the inner ones were not
             for name in filter(is_archive, names):
-                _add_archive(found.images["train"], files, joined(folder, name))
+                _add_archive(contents.images["train"], files, path_in(folder, name))
         if not TEST_FOLDER.fullmatch(folder):
-            _add_xml(found.annotations, files, [joined(folder, x) for x in names if _is_xml(x)])
+            paths = [path_in(folder, name) for name in names if _is_xml(name)]
+            for path, data in zip(paths, files.ahead(files.read, paths), strict=True):
+                _add_annotation(contents.annotations, path, path, read_annotation(data))
         for name in names:
-            _keep(found, files, joined(folder, name), name)
-    return found
+            _read_file(contents, files, path_in(folder, name), name)
+    return contents
 
 
-def _keep(found: _Found, files: SourceFiles, path: str, name: str) -> None:
-    """Read a file that tells labels, boxes or names; remember an archive of images."""
+def _read_file(contents: _Contents, files: SourceFiles, path: str, name: str) -> None:
+    """Read a file that gives labels, boxes or names; note the path of an archive of images."""
+    is_tar = is_packed(name) or is_archive(name)
     if name in IMAGES:
-        other = found.archives.setdefault(IMAGES[name], path)
-        if other != path:
-            raise UserError(f"{files.place(other)} and {files.place(path)} are one; keep either.")
-    elif (is_packed(name) or is_archive(name)) and BOXES.fullmatch(name):
+        first = contents.archives.setdefault(IMAGES[name], path)
+        if first != path:
+            raise UserError(
+                f"{files.location(first)} and {files.location(path)} hold the same images; "
+                "keep one of them."
+            )
+    elif is_tar and BOXES.fullmatch(name):
         for inner, data in packed_files(files, path):
             if _is_xml(inner):
-                _add_annotation(found.annotations, inner, f"{path}/{inner}", read_annotation(data))
-    elif (is_packed(name) or is_archive(name)) and DEVKIT.fullmatch(name):
+                annotation = read_annotation(data)
+                _add_annotation(contents.annotations, inner, f"{path}/{inner}", annotation)
+    elif is_tar and DEVKIT.fullmatch(name):
         for inner, data in packed_files(files, path):
-            if inner.split("/")[-1] in (DEVKIT_LABELS, META):
-                found.small[f"{path}/{inner}"] = data
-    elif name in SMALL_FILES:
-        found.small[path] = files.read(path)
+            if _last(inner) in (DEVKIT_LABELS, META):
+                _add_list(contents, f"{path}/{inner}", data)
+    elif name in LISTS:
+        _add_list(contents, path, files.read(path))
     elif SOLUTION.fullmatch(name):
         for id, annotation in labels.read_solution(files.read(path)):
-            _add_annotation(found.solutions, id, path, annotation)
+            _add_annotation(contents.solutions, id, path, annotation)
             if name == VAL_SOLUTION and annotation.wnid:
-                found.val_solution[id] = annotation.wnid
+                contents.val_solution[id] = annotation.wnid
+
+
+def _add_list(contents: _Contents, path: str, data: bytes) -> None:
+    if _last(path) == META:
+        contents.synsets[path.removesuffix(META)] = labels.read_meta(data, path)
+    else:
+        contents.lists[path] = data
+
+
+def _last(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _is_xml(name: str) -> bool:
     return name.endswith(".xml")
 
 
-def _add_images(rows: Rows, folder: str, names: list[str], wnid: str | None) -> None:
+def _is_hidden(path: str) -> bool:
+    return _last(path).startswith(".")
+
+
+def _add_images(builder: ListingBuilder, folder: str, names: list[str], wnid: str | None) -> None:
     images = [name for name in names if is_image(name)]
-    rows.add_many([stem(x) for x in images], [joined(folder, x) for x in images], wnid)
+    builder.add_many([stem(x) for x in images], [path_in(folder, x) for x in images], wnid)
 
 
-def _add_archive(rows: Rows, files: SourceFiles, path: str) -> None:
-    """The images in a tar, or in the tars within it, whose names are their classes."""
+def _add_archive(builder: ListingBuilder, files: SourceFiles, path: str) -> None:
+    """Add the images in a tar, or in the tars within it, whose names are their classes."""
 
     def images(span: tuple[int, int | None]) -> list[Member]:
-        return [x for x in members(files, path, *span) if _is_shown(x.name) and is_image(x.name)]
+        listed = members(files, path, *span)
+        return [x for x in listed if is_image(x.name) and not _is_hidden(x.name)]
 
-    outer = [x for x in members(files, path) if _is_shown(x.name) and is_archive(x.name)]
-    if outer:
-        spans: list[tuple[int, int | None]] = [(x.offset, x.offset + x.size) for x in outer]
-    else:
-        spans = [(0, None)]
-    names = [stem(x.name) for x in outer] or [stem(path)]
+    inner = [x for x in members(files, path) if is_archive(x.name) and not _is_hidden(x.name)]
+    names = [stem(x.name) for x in inner]
+    spans: list[tuple[int, int | None]] = [(x.offset, x.offset + x.size) for x in inner]
+    if not inner:
+        names, spans = [stem(path)], [(0, None)]
     for name, found in zip(names, files.ahead(images, spans), strict=True):
         wnid = name if WNID.fullmatch(name) else None
-        whole = [x for x in found if x.link is None]
-        ids = [stem(x.name) for x in whole]
-        offsets, sizes = [x.offset for x in whole], [x.size for x in whole]
-        rows.add_many(ids, [path] * len(ids), wnid, offsets, sizes)
+        regular = [x for x in found if x.link is None]
+        builder.add_many(
+            [stem(x.name) for x in regular],
+            [path] * len(regular),
+            wnid,
+            [x.offset for x in regular],
+            [x.size for x in regular],
+        )
         for link in (x for x in found if x.link is not None):
             problem = f"archive link: it has no content and points to {link.link}"
-            rows.add(id=stem(link.name), path=path, wnid=wnid, problem=problem)
+            builder.add(id=stem(link.name), path=path, wnid=wnid, problem=problem)
 
 
-def _is_shown(name: str) -> bool:
-    return not name.split("/")[-1].startswith(".")
-
-
-def _add_xml(rows: Rows, files: SourceFiles, paths: list[str]) -> None:
-    for path, data in zip(paths, files.ahead(files.read, paths), strict=True):
-        _add_annotation(rows, path, path, read_annotation(data))
-
-
-def _add_annotation(rows: Rows, id: str, path: str, annotation: Annotation) -> None:
-    rows.add(
+def _add_annotation(builder: ListingBuilder, id: str, path: str, annotation: Annotation) -> None:
+    builder.add(
         id=stem(id),  # the <filename> within is not to be trusted
         path=path,
         wnid=annotation.wnid,
@@ -157,96 +180,95 @@ def _add_annotation(rows: Rows, id: str, path: str, annotation: Annotation) -> N
     )
 
 
-def _one_each(rows: pa.Table, kind: str) -> pa.Table:
-    """Rows sorted by id, without those that repeat the one before; refuses contradictions."""
+def _without_repetitions(rows: pa.Table, kind: str) -> pa.Table:
+    """Return rows sorted by id, one for each id. Raises UserError where two contradict."""
     if rows.num_rows < 2:
         return rows
     ids = rows["id"].combine_chunks()
-    again = pc.equal(ids[1:], ids[:-1])
-    for place in pc.indices_nonzero(again).to_pylist():
-        one, other = rows.slice(place, 2).to_pylist()
-        if any(one[name] != other[name] for name in rows.column_names if name != "path"):
+    repeats = pc.equal(ids[1:], ids[:-1])
+    for index in pc.indices_nonzero(repeats).to_pylist():
+        first, second = rows.slice(index, 2).to_pylist()
+        if any(first[name] != second[name] for name in rows.column_names if name != "path"):
             raise UserError(
-                f"{kind} {one['path']} and {other['path']} describe the image {one['id']} "
+                f"{kind} {first['path']} and {second['path']} describe the image {first['id']} "
                 "differently; keep one of them."
             )
-    return rows.filter(pc.invert(pa.concat_arrays([pa.array([False]), again])))
+    return rows.filter(pc.invert(pa.concat_arrays([pa.array([False]), repeats])))
 
 
 def _annotated(images: pa.Table, boxes: pa.Table, solutions: pa.Table) -> pa.Table:
-    """The images with boxes and notes of their XML, else of a solution; classes where they lack."""
-    at = pc.index_in(images["id"], boxes["id"])
-    at_solution = pc.index_in(images["id"], solutions["id"])
-    only = pc.and_(pc.is_null(at), pc.is_valid(at_solution))
+    """Return the images with the boxes and notes of their XML, else of a solution.
 
-    def told(name: str) -> pa.ChunkedArray:
-        in_xml, in_solution = boxes[name].take(at), solutions[name].take(at_solution)
-        return pc.if_else(only, in_solution, in_xml)
+    Both also give the class where the image has none.
+    """
+    in_boxes = pc.index_in(images["id"], boxes["id"])
+    in_solutions = pc.index_in(images["id"], solutions["id"])
+    from_solution = pc.and_(pc.is_null(in_boxes), pc.is_valid(in_solutions))
 
-    nothing = pa.scalar([], images.schema.field("boxes").type)
-    return replaced(
+    def column(name: str) -> pa.ChunkedArray:
+        solved = solutions[name].take(in_solutions)
+        return pc.if_else(from_solution, solved, boxes[name].take(in_boxes))
+
+    no_boxes = pa.scalar([], images.schema.field("boxes").type)
+    return with_columns(
         images,
-        wnid=pc.coalesce(images["wnid"], told("wnid")),
-        boxes=pc.coalesce(told("boxes"), nothing),
-        box_width=told("box_width"),
-        box_height=told("box_height"),
-        note=told("note"),
+        wnid=pc.coalesce(images["wnid"], column("wnid")),
+        boxes=pc.coalesce(column("boxes"), no_boxes),
+        box_width=column("box_width"),
+        box_height=column("box_height"),
+        note=column("note"),
     )
 
 
-def _synsets(found: _Found) -> Iterator[tuple[str, list[Synset]]]:
-    """Folder of each meta.mat, and the classes in it."""
-    for path, data in found.small.items():
-        if path.endswith(META):
-            yield path.removesuffix(META), labels.read_meta(data, path)
-
-
-def _told(
-    val: pa.Table, boxes: pa.Table, found: _Found, wnids: tuple[str, ...]
+def _labels_by_source(
+    val: pa.Table, boxes: pa.Table, contents: _Contents, wnids: tuple[str, ...]
 ) -> dict[str, Labels]:
-    """The labels of val images by who tells them."""
-    told: dict[str, Labels] = {}
-    named = val.filter(pc.is_valid(val["wnid"]))
-    told["the class folder"] = dict(
-        zip(*(named[x].to_pylist() for x in ("id", "wnid")), strict=True)
-    )
-    own = boxes.filter(
-        pc.and_(pc.is_valid(boxes["wnid"]), pc.is_in(boxes["id"], val["id"].combine_chunks()))
-    )
-    told["the XML"] = dict(zip(*(own[x].to_pylist() for x in ("id", "wnid")), strict=True))
-    if found.val_solution:
-        told[VAL_SOLUTION] = found.val_solution
-    metas = dict(_synsets(found))
-    for path, data in found.small.items():
-        name = path.split("/")[-1]
+    """Return the labels of val images by their source, as messages name it."""
+    in_val = pc.is_in(boxes["id"], val["id"].combine_chunks())
+    labels_by_source = {
+        "the class folder": _wnid_by_id(val),
+        "the XML": _wnid_by_id(boxes.filter(in_val)),
+        VAL_SOLUTION: contents.val_solution,
+    }
+    for path, data in contents.lists.items():
+        name = _last(path)
         if name == SYNSET_LABELS:
-            told[path] = labels.read_synset_labels(data, path)
+            labels_by_source[path] = labels.read_synset_labels(data, path)
         elif name == CAFFE_LABELS:
-            told[path] = labels.read_caffe_labels(data, path, wnids)
+            labels_by_source[path] = labels.read_caffe_labels(data, path, wnids)
         elif name == DEVKIT_LABELS:
-            synsets = metas.get(path.removesuffix(name)) or next(iter(metas.values()), None)
+            any_synsets = next(iter(contents.synsets.values()), None)
+            synsets = contents.synsets.get(path.removesuffix(name), any_synsets)
             if synsets is None:
                 raise UserError(
-                    f"{path} numbers the classes in the devkit's order, which its meta.mat tells; "
-                    "put that beside it, or take it away where other labels are at hand."
+                    f"{path} numbers the classes in the devkit's order; put the devkit's meta.mat "
+                    "beside it, or remove it where other labels exist."
                 )
-            told[path] = labels.read_devkit_labels(data, path, [x.wnid for x in synsets])
-    return told
+            labels_by_source[path] = labels.read_devkit_labels(
+                data, path, [x.wnid for x in synsets]
+            )
+    return labels_by_source
 
 
-def _known(train: pa.Table, found: _Found) -> tuple[str, ...]:
-    """All wnids, sorted: of the mapping or the devkit, else of the train images."""
-    for path, data in found.small.items():
-        if path.split("/")[-1] == MAPPING:
+def _wnid_by_id(rows: pa.Table) -> Labels:
+    known = rows.filter(pc.is_valid(rows["wnid"]))
+    return dict(zip(known["id"].to_pylist(), known["wnid"].to_pylist(), strict=True))
+
+
+def _all_wnids(train: pa.Table, contents: _Contents) -> tuple[str, ...]:
+    """Return all wnids, sorted: of the mapping or the devkit, else of the train images."""
+    for path, data in contents.lists.items():
+        if _last(path) == MAPPING:
             return tuple(sorted(labels.read_names(data, " ")))
-    for _, synsets in _synsets(found):
+    for synsets in contents.synsets.values():
         return tuple(sorted(x.wnid for x in synsets))
     return tuple(sorted(pc.unique(train["wnid"]).drop_null().to_pylist()))
 
 
-def _names(found: _Found) -> dict[str, str]:
-    for wanted, separator in ((WORDS, "\t"), (MAPPING, " ")):
-        for path, data in found.small.items():
-            if path.split("/")[-1] == wanted:
+def _class_names(contents: _Contents) -> dict[str, str]:
+    """Return readable names by wnid, of the first list that has them; empty where none has."""
+    for list_name, separator in ((WORDS, "\t"), (MAPPING, " ")):
+        for path, data in contents.lists.items():
+            if _last(path) == list_name:
                 return labels.read_names(data, separator)
-    return {x.wnid: x.words for _, synsets in _synsets(found) for x in synsets}
+    return {x.wnid: x.words for synsets in contents.synsets.values() for x in synsets}

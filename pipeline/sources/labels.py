@@ -157,11 +157,11 @@ def _numbered(data: bytes, wnid: Callable[[str], str | None]) -> Labels:
 
 def _checked(labels: Labels, place: str, expected: str) -> Labels:
     if not labels:
-        raise UserError(f"{place} holds no labels; expected {expected}. Bring it here again.")
+        raise UserError(f"{place} holds no labels; expected {expected}. Copy it again.")
     if len(labels) == VAL_IMAGES and labels.get(PROBE_ID) != PROBE_WNID:
         raise UserError(
             f"{place} says {labels.get(PROBE_ID)} of val image 1, which is {PROBE_WNID} (490 in "
             "the devkit's order of the classes, 65 in the sorted wnids): its labels or classes are "
-            "in another order; bring it here again."
+            "in another order; copy it again."
         )
     return labels

@@ -22,31 +22,34 @@ SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("path", pa.string()),  # of a file, relative to the source, with forward slashes
-        ("offset", pa.int64()),  # where in that file the image begins; null: it is the whole file
-        ("size", pa.int64()),  # bytes from there
+        ("offset", pa.int64()),  # of the image in that file, in bytes; null: it is the whole file
+        ("size", pa.int64()),  # of the image, in bytes; null as above
         ("wnid", pa.string()),  # null where unknown
-        ("label", pa.int32()),  # position of the wnid in the classes; null where there is a problem
+        ("label", pa.int32()),  # position of the wnid in the classes; null beside a problem
         # inclusive [x0, y0, x1, y1], neither sorted nor clipped yet, in pixels of an image of
         # box_width x box_height, of the file's own size where those are null
         ("boxes", pa.list_(pa.list_(pa.int32(), 4))),
         ("box_width", pa.int32()),
         ("box_height", pa.int32()),
-        ("note", pa.string()),  # what is odd about the labels but leaves the image usable
-        ("problem", pa.string()),  # why it cannot be used, as `kind: detail`
+        ("note", pa.string()),  # an oddity of the labels that leaves the image usable
+        ("problem", pa.string()),  # the reason why it cannot be used, as `kind: detail`
     ]
 )
 
 
-class Listed(NamedTuple):
-    """A collection as its layout tells it: rows by split, train first, and readable names by wnid.
-    classes: all wnids, sorted, where others than the train images' are known."""
+class Listing(NamedTuple):
+    """A collection as its layout describes it.
+
+    images: rows by split, train first. names: readable ones by wnid. classes: all wnids, sorted;
+    None where only the train images name them.
+    """
 
     images: dict[str, pa.Table]
     names: dict[str, str]
     classes: tuple[str, ...] | None = None
 
 
-class Rows:
+class ListingBuilder:
     """Collects the rows of one split."""
 
     def __init__(self) -> None:
@@ -66,7 +69,7 @@ class Rows:
         note: str | None = None,
         problem: str | None = None,
     ) -> None:
-        """One image; see SCHEMA. Names that are not UTF-8 are escaped and become its problem."""
+        """Add one image, see SCHEMA. A name that is not UTF-8 is escaped and is its problem."""
         if not all(map(_is_utf8, (id, path, wnid or ""))):
             id, path = _escaped(id), _escaped(path)
             wnid = wnid if wnid and _is_utf8(wnid) else None
@@ -97,27 +100,28 @@ class Rows:
         offsets: Sequence[int] | None = None,
         sizes: Sequence[int] | None = None,
     ) -> None:
-        """Images of one class, as `add` for each but at a tenth of the time."""
-        nothing = [None] * len(ids)
+        """Add images of one class, as `add` does but in a tenth of the time."""
+        nulls = [None] * len(ids)
         try:
             columns = {
                 "id": pa.array(ids, pa.string()),
                 "path": pa.array(paths, pa.string()),
                 "wnid": pa.array([wnid] * len(ids), pa.string()),
-                "offset": pa.array(offsets or nothing, pa.int64()),
-                "size": pa.array(sizes or nothing, pa.int64()),
+                "offset": pa.array(offsets or nulls, pa.int64()),
+                "size": pa.array(sizes or nulls, pa.int64()),
                 "boxes": pa.array([[]] * len(ids), SCHEMA.field("boxes").type),
             }
         except UnicodeEncodeError:
-            for row in zip(ids, paths, offsets or nothing, sizes or nothing, strict=True):
-                self.add(id=row[0], path=row[1], wnid=wnid, offset=row[2], size=row[3])
+            rows = zip(ids, paths, offsets or nulls, sizes or nulls, strict=True)
+            for id, path, offset, size in rows:
+                self.add(id=id, path=path, wnid=wnid, offset=offset, size=size)
             return
         self._flush()
         empty = {field.name: pa.nulls(len(ids), field.type) for field in SCHEMA}
         self._batches.append(pa.RecordBatch.from_pydict(empty | columns, SCHEMA))
 
     def table(self, *order: str) -> pa.Table:
-        """All rows, sorted by these columns; equal ones stay in the order they came."""
+        """Return all rows, sorted by the columns `order`; equal ones keep their order."""
         self._flush()
         table = pa.Table.from_batches(self._batches, SCHEMA)
         self._batches = []
@@ -131,17 +135,17 @@ class Rows:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image."""
+    """Return whether a file of this name is taken for an image."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def stem(path: str) -> str:
-    """The last name of a path without its suffix."""
+    """Return the last name of a path without its suffix."""
     return PurePosixPath(path).stem
 
 
-def replaced(table: pa.Table, **columns: Any) -> pa.Table:
-    """The rows with other values in these columns of SCHEMA."""
+def with_columns(table: pa.Table, **columns: Any) -> pa.Table:
+    """Return the rows with other values in these columns of SCHEMA."""
     for name, column in columns.items():
         field = SCHEMA.field(name)
         values = column if isinstance(column, pa.ChunkedArray) else pa.array(column, field.type)
@@ -150,21 +154,20 @@ def replaced(table: pa.Table, **columns: Any) -> pa.Table:
 
 
 def with_labels(table: pa.Table, classes: Sequence[str]) -> pa.Table:
-    """The rows with their label, and with a problem where their class has none."""
-    known = pa.array(classes, pa.string())
-    labels = pc.index_in(table["wnid"], known)
-    unnamed = pc.and_(pc.is_null(labels), pc.is_null(table["problem"]))
+    """Return the rows with their labels, and with a problem where `classes` lacks the wnid."""
+    labels = pc.index_in(table["wnid"], pa.array(classes, pa.string()))
+    unlabelled = pc.and_(pc.is_null(labels), pc.is_null(table["problem"]))
     prefix = "label unknown: "
-    strange = pc.binary_join_element_wise(prefix, "no train image has class ", table["wnid"], "")
-    reason = pc.fill_null(strange, prefix + "no folder, annotation or list names its class")
-    problems = pc.if_else(unnamed, reason, table["problem"])
+    foreign = pc.binary_join_element_wise(prefix, "no train image has class ", table["wnid"], "")
+    reason = pc.fill_null(foreign, prefix + "no folder, annotation or list names its class")
+    problems = pc.if_else(unlabelled, reason, table["problem"])
     labels = pc.if_else(pc.is_null(problems), labels, pa.scalar(None, pa.int32()))
     # In one chunk: taking rows out of many would gather all of them each time.
-    return replaced(table, label=labels, problem=problems).combine_chunks()
+    return with_columns(table, label=labels, problem=problems).combine_chunks()
 
 
 def digest(table: pa.Table) -> str:
-    """Hexadecimal SHA-256 of the rows' values, whatever chunks and buffers hold them."""
+    """Return the hexadecimal SHA-256 of the rows' values, which no chunks or buffers change."""
     sha = hashlib.sha256()
     for name in table.column_names:
         _update(sha, pa.concat_arrays(table[name].chunks) if table.num_rows else table[name])

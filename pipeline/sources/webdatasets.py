@@ -1,8 +1,10 @@
-"""WebDataset tars of others: an image and its label side by side under one key."""
+"""WebDataset tars in general: an image and its label side by side under one key."""
 
 import json
 import re
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
@@ -10,8 +12,8 @@ import pyarrow as pa
 from pipeline.errors import UserError
 from pipeline.sources import labels
 from pipeline.sources.archives import Member, is_archive, members
-from pipeline.sources.files import SourceFiles, joined
-from pipeline.sources.listing import Listed, Rows, replaced
+from pipeline.sources.files import SourceFiles, path_in
+from pipeline.sources.listing import Listing, ListingBuilder, with_columns
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -23,63 +25,62 @@ Sample = dict[str, Member]  # by extension
 
 
 def shard_names(files: SourceFiles) -> dict[str, list[str]]:
-    """The paths of the tars in the source and in its folders of splits, by split, in order.
+    """Return the paths of the tars in the source and in its folders of splits, by split, in order.
 
-    A split is told by a word of the tar's name or its folder's: `train-000000.tar`,
-    `imagenet-val-0001.tar`, `validation/00000.tar`; what names none is train.
+    A word of the tar's name or its folder's gives the split: `train-000000.tar`,
+    `imagenet-val-0001.tar`, `validation/00000.tar`; without such a word it is train.
     """
-    found: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    shards: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for folder in ["", *(x for x in files.entries()[0] if x.lower() in SPLITS)]:
         for name in filter(is_archive, files.entries(folder)[1]):
-            path = joined(folder, name)
+            path = path_in(folder, name)
             words = re.split(r"[^a-z]+", path.lower())
-            found[next((SPLITS[word] for word in words if word in SPLITS), "train")].append(path)
-    return {split: paths for split, paths in found.items() if paths}
+            split = next((SPLITS[word] for word in words if word in SPLITS), "train")
+            shards[split].append(path)
+    return {split: paths for split, paths in shards.items() if paths}
 
 
-def list_webdataset(files: SourceFiles) -> Listed:
-    """The images by split and readable names of the classes.
+def list_webdataset(files: SourceFiles) -> Listing:
+    """List the images by split, and readable names of the classes.
 
     A class is the `cls` member's text, else the `label` (or `cls`) of the `json` member. Where all
     are numbers they count the classes from 0, in the order of `LOC_synset_mapping.txt` or
-    `classes.txt` (one per line) where one of these is there.
+    `classes.txt` (one per line) where one of these exists.
     """
     images = {}
     for split, paths in shard_names(files).items():
-        rows = Rows()
-        for path, found in zip(paths, files.ahead(lambda x: _rows(files, x), paths), strict=True):
-            for row in found:
-                rows.add(path=path, **row)
-        images[split] = _with_plain_ids(rows.table())
+        builder = ListingBuilder()
+        for rows in files.ahead(lambda path: _rows(files, path), paths):
+            for row in rows:
+                builder.add(**row)
+        images[split] = _with_plain_ids(builder.table())
     return _with_classes(files, images)
 
 
 def _rows(files: SourceFiles, path: str) -> list[dict[str, Any]]:
     shard = path.rpartition("/")[2].rpartition(".")[0]
     return [
-        {"id": f"{shard}/{key}"} | _row(files, path, sample)
+        {"id": f"{shard}/{key}", "path": path} | _row(files, path, sample)
         for key, sample in _samples(members(files, path))
     ]
 
 
 def _samples(listed: Iterator[Member]) -> Iterator[tuple[str, Sample]]:
-    key: str | None = None
-    sample: Sample = {}
-    for member in listed:
-        folder, _, name = member.name.removeprefix("./").rpartition("/")
-        if name.startswith(".") or "." not in name:
-            continue
-        first, _, extension = name.partition(".")
-        if joined(folder, first) != key and key is not None:
-            yield key, sample
-            sample = {}
-        key = joined(folder, first)
-        sample[extension.lower()] = member
-    if key is not None:
-        yield key, sample
+    """Yield the key and the members of each run of members that share their key."""
+    parts = ((*_key_and_extension(member.name), member) for member in listed)
+    for key, run in groupby(filter(itemgetter(0), parts), key=itemgetter(0)):
+        yield key, {extension: member for _, extension, member in run}
+
+
+def _key_and_extension(path: str) -> tuple[str, str]:
+    """Split a path at the first dot of its last name; no key where it is hidden or has no dot."""
+    folder, _, name = path.removeprefix("./").rpartition("/")
+    start, dot, extension = name.partition(".")
+    return (path_in(folder, start), extension.lower()) if start and dot else ("", "")
 
 
 def _row(files: SourceFiles, path: str, sample: Sample) -> dict[str, Any]:
+    """Return the columns of a sample's image besides its id and path."""
     image = next((sample[x] for x in IMAGE_EXTENSIONS if x in sample), None)
     has = f"the sample has {', '.join(sorted(sample))}"
     if image is None or image.link is not None:
@@ -102,7 +103,7 @@ def _read(files: SourceFiles, path: str, member: Member) -> bytes:
 
 
 def _json_label(data: bytes) -> tuple[str | None, str | None]:
-    """The label in a sample's JSON, or why there is none."""
+    """Return the label in a sample's JSON, or the reason why it has none."""
     try:
         content = json.loads(data)
         label = content.get("label", content.get("cls"))
@@ -114,36 +115,36 @@ def _json_label(data: bytes) -> tuple[str | None, str | None]:
 
 
 def _with_plain_ids(table: pa.Table) -> pa.Table:
-    """Keys alone where no two shards share one."""
+    """Return the table with keys alone as ids where no two shards share a key."""
     keys = [id.split("/", 1)[1] for id in table["id"].to_pylist()]
-    return replaced(table, id=keys) if len({*keys}) == len(keys) else table
+    return with_columns(table, id=keys) if len({*keys}) == len(keys) else table
 
 
-def _with_classes(files: SourceFiles, images: dict[str, pa.Table]) -> Listed:
-    here = files.entries()[1]
+def _with_classes(files: SourceFiles, images: dict[str, pa.Table]) -> Listing:
+    """Return the listing, with wnids in place of class numbers."""
+    file_names = files.entries()[1]
     names: dict[str, str] = {}
-    listed: list[str] = []
-    if "LOC_synset_mapping.txt" in here:
+    wnids: list[str] = []
+    if "LOC_synset_mapping.txt" in file_names:
         names = labels.read_names(files.read("LOC_synset_mapping.txt"), " ")
-        listed = list(names)
-    elif "classes.txt" in here:
-        listed = [
-            x.strip() for x in labels.text(files.read("classes.txt")).splitlines() if x.strip()
-        ]
-    told = {x for table in images.values() for x in table["wnid"].to_pylist() if x is not None}
-    if not told or not all(map(NUMBER.fullmatch, told)):
-        return Listed(images, names)
-    count = max(map(int, told)) + 1
-    if count > (len(listed) or MAX_CLASSES):
+        wnids = list(names)
+    elif "classes.txt" in file_names:
+        lines = labels.text(files.read("classes.txt")).splitlines()
+        wnids = [line.strip() for line in lines if line.strip()]
+    classes = {x for table in images.values() for x in table["wnid"].to_pylist() if x is not None}
+    if not classes or not all(map(NUMBER.fullmatch, classes)):
+        return Listing(images, names)
+    count, known = max(map(int, classes)) + 1, len(wnids) or MAX_CLASSES
+    if count > known:
         raise UserError(
-            f"{files.place('')} has class number {count - 1}; "
-            f"{len(listed) or MAX_CLASSES} classes are known, counted from 0."
+            f"{files.location()} has class number {count - 1}; {known} classes are known, counted "
+            "from 0."
         )
     digits = len(str(count - 1))
-    wnids = listed or [f"{i:0{digits}}" for i in range(count)]
-    named = {x: wnids[int(x)] for x in told}
+    wnids = wnids or [f"{i:0{digits}}" for i in range(count)]
+    wnid_of = {x: wnids[int(x)] for x in classes}
     relabelled = {
-        split: replaced(table, wnid=[x and named[x] for x in table["wnid"].to_pylist()])
+        split: with_columns(table, wnid=[x and wnid_of[x] for x in table["wnid"].to_pylist()])
         for split, table in images.items()
     }
-    return Listed(relabelled, names, tuple(sorted(wnids)))
+    return Listing(relabelled, names, tuple(sorted(wnids)))

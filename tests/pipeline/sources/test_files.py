@@ -38,7 +38,7 @@ def test_names_sizes_and_ranges_are_the_same_everywhere(source: str) -> None:
 def test_fetched_ranges_come_in_order_and_errors_come_with_their_own(source: str) -> None:
     wanted: list[Any] = [("b/2.jpg", None, None), ("no.jpg", None, None), ("1.jpg", 1, 2)] * 40
     with SourceFiles(source) as files:
-        for (path, _, _), fetch in zip(wanted, files.fetched(wanted), strict=True):
+        for (path, _, _), fetch in zip(wanted, files.fetch(wanted), strict=True):
             if path == "no.jpg":
                 with pytest.raises(FileNotFoundError):
                     fetch()
@@ -63,7 +63,7 @@ def test_object_storage_is_asked_for_many_ranges_at_once(
 
     proxy.fault = fault
     with SourceFiles(remote.uri(proxy.endpoint, "many")) as files:
-        fetched = files.fetched([("a.tar", i, 2) for i in range(48)])
+        fetched = files.fetch([("a.tar", i, 2) for i in range(48)])
         assert [fetch()[0] for fetch in fetched] == list(range(48))
     assert most >= 5
     assert proxy.counts["GET", "a.tar"] == 48

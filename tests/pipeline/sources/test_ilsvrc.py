@@ -211,7 +211,7 @@ def test_val_image_1_tells_the_order_of_the_labels() -> None:
 def test_devkit_labels_without_their_classes_are_refused(tmp_path: Path) -> None:
     files = folders(made_miniature())
     files["ILSVRC2012_validation_ground_truth.txt"] = b"1\n"
-    with pytest.raises(UserError, match=r"meta\.mat tells; put that beside it"):
+    with pytest.raises(UserError, match=r"put the devkit.s meta\.mat beside it"):
         read_source(write(tmp_path, files))
 
 
@@ -239,7 +239,7 @@ def test_a_damaged_archive_is_one_clear_error(tmp_path: Path) -> None:
         message = refusal(root)  # None where only pictures or padding were hit
         if message is not None:
             assert name in message
-            assert "bring it here again" in message or "cannot be read" in message
+            assert "copy it again" in message or "cannot be read" in message
             errors.add(name)
     assert len(errors) == len(whole)
 
@@ -253,4 +253,4 @@ def test_an_image_archive_that_is_cut_off_anywhere_is_refused(name: str, tmp_pat
         message = refusal(root)
         assert message is not None, length
         assert f"{name} " in message
-        assert message.endswith("bring it here again.")
+        assert message.endswith("copy it again.")

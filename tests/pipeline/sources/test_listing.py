@@ -2,11 +2,11 @@ import pickle
 
 import pyarrow as pa
 
-from pipeline.sources.listing import BATCH, SCHEMA, Rows, digest, with_labels
+from pipeline.sources.listing import BATCH, SCHEMA, ListingBuilder, digest, with_labels
 
 
 def table(count: int = 5) -> pa.Table:
-    rows = Rows()
+    rows = ListingBuilder()
     for i in range(count):
         rows.add(
             id=f"image-{i}",
