@@ -13,10 +13,11 @@ pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no browser in PATH; 
 
 PANELS = """() => [...document.querySelectorAll(".panel")].map(panel => {
   const [image, drawn] = [panel.querySelector("img"), panel.querySelector("svg")];
-  const place = e => { const r = e.getBoundingClientRect();
-                       return [r.left, r.top, r.width, r.height].map(Math.round); };
-  return [image.naturalWidth, place(image), place(drawn), drawn.childElementCount];
+  const box = e => { const r = e.getBoundingClientRect();
+                     return [r.left, r.top, r.width, r.height].map(Math.round); };
+  return [image.naturalWidth, box(image), drawn && box(drawn)];
 })"""
+BARS = """() => [...document.querySelectorAll(".bars i")].map(bar => bar.offsetHeight)"""
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
@@ -36,14 +37,16 @@ def test_the_page_fits_reads_well_and_asks_for_nothing(
         page.goto(page_file.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") == width
         panels = page.evaluate(PANELS)
+        bars = page.evaluate(BARS)
         contrasts = page.evaluate(CONTRASTS)
         browser.close()
     assert [url for url in requests if not url.startswith("data:")] == [page_file.as_uri()]
     assert len(panels) == 2 * 24
-    for natural, image, drawn, children in panels:
-        assert natural == 32
-        assert image == drawn
-        assert min(image[2:]) > 100
-        assert children >= 2  # a box or the borders, each with its dark edge
+    for plain, bordered in zip(panels[::2], panels[1::2], strict=True):
+        assert plain[0] == 32
+        assert plain[1] == plain[2], "boxes are drawn over the image"
+        assert bordered[0] == 320
+        assert min(*plain[1][2:], *bordered[1][2:]) > 100
+    assert max(bars) > 100
     assert len(contrasts) > 80
-    assert [found for found in contrasts if found[0] < LEAST_CONTRAST] == []
+    assert [pair for pair in contrasts if pair[0] < LEAST_CONTRAST] == []
