@@ -1,4 +1,4 @@
-"""`python -m jobs.preprocess`: a collection of images becomes a set of shards; sets are checked."""
+"""`python -m jobs.preprocess`: turn a collection of images into shards, or check finished ones."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,47 +9,39 @@ from jobs import cli
 from jobs.cli import option
 from jobs.preprocess.preview import write_previews
 from pipeline.errors import UserError
+from pipeline.shards.format import MANIFEST_NAME
 from pipeline.shards.make import Outcome, Progress, preprocess
 from pipeline.shards.plan import PreprocessConfig
-from pipeline.shards.verify import Verification, repair, verify
+from pipeline.shards.verify import Verification, verify
 
 DESCRIPTION = (
-    "Turn a collection of images into shards (--source, --output), check finished ones "
-    "(--verify --output), or make damaged ones again (--repair --output)."
+    "Turn a collection of images into shards (--source, --output), or check finished ones "
+    "(--verify --output)."
 )
-NAMED_PROBLEMS = 50
+MOST_LINES = 50  # of problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig(PreprocessConfig):
     """What to make, or which set to check."""
 
-    source: str = option(
-        "",
-        help="folder or URI of the images; --verify needs none, and --repair finds it in the set",
-    )
+    source: str = option("", help="folder or URI of the images; --verify needs none")
     verify: bool = option(
         False,
         help="check the set in --output: every shard against its SHA-256, index, ledger and "
         "decoded samples; prints a table, and exits with 1 naming what is wrong",
     )
-    repair: bool = option(
-        False,
-        help="check the set in --output and make again, in place, only what is wrong with it",
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.source or self.verify or self.repair):
+        if not (self.source or self.verify):
             raise ValueError("--source is missing: name the folder that holds the images")
-        if self.verify and self.repair:
-            raise ValueError("--repair verifies too; give one of --verify and --repair")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the job with command-line flags (`--help` lists them)."""
+    """Run the command with its flags (`--help` lists them)."""
     config = cli.parse(JobConfig, argv, DESCRIPTION)
-    if config.verify or config.repair:
+    if config.verify:
         check(config)
         return
     values = {field.name: getattr(config, field.name) for field in fields(PreprocessConfig)}
@@ -96,47 +88,43 @@ def _shards(count: int, verb: str) -> str:
 
 
 def check(config: JobConfig) -> None:
-    """Verify the set, with --repair mend it, and print what was found.
-
-    Raises UserError, naming what is wrong, where the set is not sound in the end.
-    """
-    found = verify(config.output, config.workers, printer(checking), cli.connect_ray)
-    _check_flags(config, found.fingerprint["configuration"])
-    print(verification_table(found))
-    for name in found.unknown:
+    """Verify the set in --output and print the result. Raises UserError where it is damaged."""
+    verification = verify(config.output, config.workers, printer(checking), cli.connect_ray)
+    _check_flags(config, verification.fingerprint["configuration"])
+    print(verification_table(verification))
+    for name in verification.unknown:
         print(f"not part of the set: {name}")
-    if config.repair and not found.is_sound:
-        for line in problem_lines(found):
-            print(line)
-        print("making these again", flush=True)
-        repair(found, config.source, config.workers, printer(making))
-        print(verification_table(found))
-    if config.repair:
-        write_previews(found.output, found.manifest)
-    if not found.is_sound:
-        for line in problem_lines(found):
-            print(line)
-        wrong = [*found.problems, *(task.name for task in found.damaged)]
-        remedy = "" if config.repair else "; --repair makes these again"
-        raise UserError(f"{found.output} is damaged: {', '.join(wrong)}{remedy}.")
-    print(f"{found.output} is sound.")
+    if verification.is_sound:
+        print(f"{verification.output} is sound.")
+        return
+    for line in problem_lines(verification):
+        print(line)
+    shards = [f"{task.split}/{task.name}.*" for task in verification.damaged]
+    wrong = [name for name in verification.problems if name != MANIFEST_NAME]
+    raise UserError(
+        f"{verification.output} is damaged; remove {', '.join([*shards, *wrong, MANIFEST_NAME])} "
+        "from it and give again the command that made it, without --verify."
+    )
 
 
-def _check_flags(config: JobConfig, there: dict[str, Any]) -> None:
+def _check_flags(config: JobConfig, recorded: dict[str, Any]) -> None:
+    """Raise UserError for a flag whose value is not the one that the set was made with."""
     for field in fields(PreprocessConfig):
         value = getattr(config, field.name)
-        if field.name in there and value not in (field.default, there[field.name]):
+        if field.name in recorded and value not in (field.default, recorded[field.name]):
             raise UserError(
-                f"--{field.name.replace('_', '-')} {value}: the set in {config.output} was made "
-                f"with {there[field.name]}; leave the flag out."
+                f"{cli.flag(field.name)} {value}: the set in {config.output} was made "
+                f"with {recorded[field.name]}; leave the flag out."
             )
 
 
-def verification_table(found: Verification) -> str:
-    """What was checked, by split."""
+def verification_table(verification: Verification) -> str:
+    """Return a table of what was checked, a row per split."""
     rows = []
-    for split in found.fingerprint["images"]:
-        checks = [found.shards[task.name] for task in found.tasks if task.split == split]
+    for split in verification.fingerprint["images"]:
+        checks = [
+            verification.shards[task.name] for task in verification.tasks if task.split == split
+        ]
         rows.append(
             [
                 split,
@@ -152,17 +140,18 @@ def verification_table(found: Verification) -> str:
     return cli.table(headers, rows)
 
 
-def problem_lines(found: Verification) -> list[str]:
-    """A line for each thing that is wrong, the first NAMED_PROBLEMS of them."""
-    lines = [f"{name}: {text}" for name, text in found.problems.items()]
-    lines += [line for task in found.damaged for line in found.shards[task.name].problems]
-    if len(lines) > NAMED_PROBLEMS:
-        lines[NAMED_PROBLEMS:] = [f"and {len(lines) - NAMED_PROBLEMS} more"]
+def problem_lines(verification: Verification) -> list[str]:
+    """Return a line for each problem, at most MOST_LINES of them."""
+    lines = [f"{name}: {text}" for name, text in verification.problems.items()]
+    for task in verification.damaged:
+        lines += verification.shards[task.name].problems
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"and {len(lines) - MOST_LINES} more"]
     return lines
 
 
 def summary(outcome: Outcome) -> str:
-    """A table with a row per split; seconds are those of this run's tasks, added up."""
+    """Return a table of the set, a row per split; seconds are summed over this run's tasks."""
     rows = []
     for split, total in (outcome.totals or {}).items():
         entry = outcome.manifest.splits[split]

@@ -213,8 +213,8 @@ def test_an_unfinished_set_and_one_without_plan_cannot_be_verified(output: Path)
         check(output)
 
 
-def test_the_command_prints_a_table_names_what_is_wrong_and_mends_it(
-    output: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_prints_a_table_names_what_to_remove_and_makes_that_again(
+    output: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (output / "train" / "notes.txt").write_text("mine")
     main(["--verify", "--output", str(output)])
@@ -223,12 +223,17 @@ def test_the_command_prints_a_table_names_what_is_wrong_and_mends_it(
     assert "not part of the set: train/notes.txt" in shown
     assert shown.endswith("is sound.\n")
     flip(output / f"{PREFIX}.tar", 5000)
-    with pytest.raises(UserError, match=r"damaged: train-000001; --repair makes these again"):
+    with pytest.raises(UserError, match=r"train/train-000001\.\*, dataset\.json"):
         main(["--verify", "--output", str(output)])
     assert "train-000001.tar: its SHA-256" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--superpixels 99: the set in .* was made with 25"):
         main(["--verify", "--output", str(output), "--superpixels", "99"])
-    main(["--repair", "--output", str(output)])
+    for path in [*output.glob(f"{PREFIX}.*"), output / "dataset.json"]:
+        path.unlink()
+    flags = "--image-size 32 --superpixels 25 --samples-per-shard 20 --max-bad-share 0.1"
+    main(["--source", str(images), "--output", str(output), *flags.split()])
+    capsys.readouterr()
+    main(["--verify", "--output", str(output)])
     assert capsys.readouterr().out.endswith("is sound.\n")
     assert (output / "train" / "notes.txt").read_text() == "mine"
     assert (output / "val" / "preview.html").is_file()
