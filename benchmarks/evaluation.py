@@ -72,7 +72,8 @@ def stage_costs(data: Path, run: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     manifest, nets = read_manifest(str(data)), load_nets(run)
     ledger = read_ledger(str(data), "val")
-    truth = map_truth(ground_truth_of(ledger, manifest), ledger["row"].to_numpy(), "devkit", 0)
+    known = ground_truth_of(ledger, manifest.classes, manifest.class_names)
+    truth = map_truth(known, ledger["row"].to_numpy(), "devkit", 0)
     batches = list(Loader(str(data), manifest).evaluation("val", 100, 0, 4))
     batch = batches[-1]
     places = np.searchsorted(truth.rows, batch.rows.numpy())

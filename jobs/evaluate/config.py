@@ -239,7 +239,7 @@ def _inputs(config: EvaluateConfig) -> _Inputs:
             check_compatible(run, load_nets(run).config, config.data, manifest)
         names = ["row", "key", "id", "label", "shard", "width", "height", "boxes"]
         table = read_ledger(config.data, config.split, names)
-        truth = ground_truth_of(table, manifest)
+        truth = ground_truth_of(table, manifest.classes, manifest.class_names)
     else:
         assert config.ground_truth is not None
         truth = read_ground_truth(

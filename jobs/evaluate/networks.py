@@ -18,6 +18,7 @@ from model.masking import normalize
 from model.relevance import layerwise_relevance
 from model.saliency import blur, gradient_saliency, gradient_weighted_cam
 from pipeline.errors import UserError
+from pipeline.sources.labels import class_lines
 
 SMALLEST_SIZE = 64  # most networks divide the side by 32: below, one feature is the whole image
 MAP_BATCH = 16  # images whose gradients are held at once: 3 GB for a ResNet-50 at 224 px
@@ -144,10 +145,10 @@ def _load_weights(name: str, module: nn.Module, path: Path, outputs: int) -> Non
 def _read_classes(path: Path) -> list[str]:
     """The first word of each line: a wnid per line, or LOC_synset_mapping.txt."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"file of the network's classes {path} cannot be read: {error}") from error
-    wnids = [line.split()[0] for line in lines if line.strip()]
+    wnids = [wnid for _, wnid, _ in class_lines(text)]
     places: dict[str, int] = {}
     for place, wnid in enumerate(wnids, 1):
         if wnid in places:

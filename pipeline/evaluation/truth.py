@@ -6,41 +6,42 @@ together is an error that names file and line: an image silently left out would 
 """
 
 import glob
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import UserError
-from pipeline.evaluation.rows import (
+from pipeline.evaluation.lines import (
     SHOWN,
-    WHOLE_NUMBER,
-    at,
+    Lines,
     check_boxes,
     check_once,
-    class_indices,
-    file_name_order,
-    find_rows,
+    find_classes,
+    find_images,
     match_ids,
+    read_csv,
     read_lines,
-    read_prediction_strings,
+    read_text,
+    slots,
 )
-from pipeline.shards.format import Manifest
-from pipeline.sources.annotations import fit_boxes, read_annotation
-from pipeline.sources.labels import WNID
+from pipeline.sources.annotations import Annotation, fit_boxes, read_annotation
+from pipeline.sources.labels import WNID, class_lines, parse_prediction
 from pipeline.storage import write_atomically
 
-METADATA_FORMS = {
-    "image_ids.txt": (re.compile(r"([^,]+)"), "id"),
-    "class_labels.txt": (re.compile(r"([^,]+),([0-9]{1,9})"), "id,label"),
-    "image_sizes.txt": (re.compile(r"([^,]+),([0-9]{1,9}),([0-9]{1,9})"), "id,width,height"),
-    "localization.txt": (re.compile(r"([^,]+)" + r",(-?[0-9]{1,9})" * 4), "id,x0,y0,x1,y1"),
+NUMBER = "[0-9]{1,9}"
+METADATA = {  # wsolevaluation's files: a line as a pattern, and in words
+    "image_ids.txt": ("[^,]+", "id"),
+    "class_labels.txt": (f"[^,]+,{NUMBER}", "id,label"),
+    "image_sizes.txt": (f"[^,]+(,{NUMBER}){{2}}", "id,width,height"),
+    "localization.txt": (f"[^,]+(,-?{NUMBER}){{4}}", "id,x0,y0,x1,y1"),
 }
 
-Known = tuple[tuple[str, ...], tuple[str, ...]] | None  # classes and class_names, if given
+Classes = tuple[tuple[str, ...], tuple[str, ...]]  # sorted wnids, and their readable names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +67,12 @@ class GroundTruth:
 def read_ground_truth(
     path: Path, *, image_sizes: Path | None = None, classes: Path | None = None
 ) -> GroundTruth:
-    """The ground truth in `path`, by what lies there.
+    """Read the ground truth in `path`, by what lies there.
 
     A folder with class_labels.txt is wsolevaluation's metadata (each file also as .gz; ids in the
     order of image_ids.txt, or of class_labels.txt without it); any other folder is searched for
-    XML files at any depth, whose stems are the ids; a .csv file is a Kaggle solution. Rows of the
-    last two are in file-name order.
+    XML files at any depth, whose stems are the ids; a .csv file is a Kaggle solution. Images of
+    the last two are in file-name order.
 
     image_sizes: a file of lines `id,width,height` for sizes that the ground truth itself does not
     tell; where an XML file tells another size, its boxes are scaled from that. classes: a file
@@ -87,22 +88,23 @@ def read_ground_truth(
                 f"ground truth {path} is neither a folder nor a .csv file; give a folder of "
                 "metadata or XML files (unpacked), or a Kaggle LOC_*_solution.csv."
             )
-        return _read_solution(path, image_sizes, known)
+        return _from_annotations(_read_solution(path), image_sizes, known)
     if _metadata_file(path, "class_labels.txt") is not None:
         return _read_metadata(path, image_sizes, known)
     # Unlike Path.rglob, this follows links to folders and passes over hidden files.
-    annotations = glob.glob("**/*.xml", root_dir=path, recursive=True)  # noqa: PTH207
-    if not annotations:
+    names = glob.glob("**/*.xml", root_dir=path, recursive=True)  # noqa: PTH207
+    if not names:
         raise UserError(
-            f"ground truth {path} holds neither class_labels.txt nor XML files; give a folder of "
-            "wsolevaluation metadata, a folder of XML files, or a Kaggle LOC_*_solution.csv; "
-            "shards are given by --data."
+            f"ground truth {path} has neither class_labels.txt nor XML files; give a folder of "
+            "wsolevaluation metadata, a folder of XML files, or a Kaggle LOC_*_solution.csv."
         )
-    return _read_annotations([path / x for x in sorted(annotations)], image_sizes, known)
+    return _from_annotations(_read_xml_files(path, sorted(names)), image_sizes, known)
 
 
-def ground_truth_of(ledger: pa.Table, manifest: Manifest) -> GroundTruth:
-    """The ground truth in the ledger's rows (columns key, id, label, width, height, boxes).
+def ground_truth_of(
+    ledger: pa.Table, classes: tuple[str, ...], class_names: tuple[str, ...]
+) -> GroundTruth:
+    """Take the ground truth from a ledger (columns key, id, label, width, height, boxes).
 
     The ids are the ledger's, or its keys where two images share an id, as equal file names in
     two class folders do.
@@ -110,16 +112,15 @@ def ground_truth_of(ledger: pa.Table, manifest: Manifest) -> GroundTruth:
     ids = ledger["id"].to_pylist()
     if len(set(ids)) < len(ids):
         ids = ledger["key"].to_pylist()
-    listed = [boxes or [] for boxes in ledger["boxes"].to_pylist()]
-    flat = [box for boxes in listed for box in boxes]
+    boxes = [boxes or [] for boxes in ledger["boxes"].to_pylist()]
     return GroundTruth(
         ids=tuple(ids),
         labels=ledger["label"].to_numpy().astype(np.int64),
         sizes=np.stack([ledger["height"], ledger["width"]], axis=1).astype(np.int64),
-        boxes=np.array(flat, np.int64).reshape(-1, 4),
-        starts=np.cumsum([0, *map(len, listed)]),
-        classes=manifest.classes,
-        class_names=manifest.class_names,
+        boxes=_flat(boxes),
+        starts=np.cumsum([0, *map(len, boxes)]),
+        classes=classes,
+        class_names=class_names,
     )
 
 
@@ -130,9 +131,7 @@ def write_metadata(folder: Path, truth: GroundTruth) -> None:
     unknown or an id holds what the format cannot.
     """
     if truth.sizes is None:
-        raise UserError(
-            "image_sizes.txt cannot be written: the sizes are unknown; give --image-sizes FILE."
-        )
+        raise UserError("image_sizes.txt cannot be written: the sizes of the images are unknown.")
     for name in truth.ids:
         if "," in name or name != name.strip() or len(name.splitlines()) != 1:
             raise UserError(
@@ -155,50 +154,53 @@ def write_metadata(folder: Path, truth: GroundTruth) -> None:
         write_atomically(folder / name, "".join(f"{line}\n" for line in content).encode())
 
 
-def read_classes(path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Sorted wnids, and their readable names in the same order.
+def read_classes(path: Path) -> Classes:
+    """Read a list of classes: the sorted wnids, and their readable names in the same order.
 
     A line is a wnid, alone or followed by a blank or tab and its name (LOC_synset_mapping.txt,
     words.txt); a wnid alone is its own name. Raises UserError for other or double lines.
     """
     names: dict[str, str] = {}
-    for number, line in read_lines(path):
-        wnid, *rest = line.split(maxsplit=1)
+    for number, wnid, name in class_lines(read_text(path)):
         if not WNID.fullmatch(wnid):
             raise UserError(
-                f"{at(path, number)} is {line[:SHOWN]!r}; expected a wnid such as n01440764, with "
-                "or without its name after it, as in LOC_synset_mapping.txt."
+                f"{path} line {number} begins with {wnid[:SHOWN]!r}; expected a wnid such as "
+                "n01440764, with or without its name after it, as in LOC_synset_mapping.txt."
             )
         if wnid in names:
-            raise UserError(f"{at(path, number)} names {wnid} a second time; keep one line of it.")
-        names[wnid] = rest[0] if rest else wnid
+            raise UserError(
+                f"{path} line {number} names {wnid} a second time; keep one line of it."
+            )
+        names[wnid] = name or wnid
+    if not names:
+        raise UserError(f"{path} is empty; it was cut off or never filled. Make it again.")
     wnids = tuple(sorted(names))
     return wnids, tuple(names[wnid] for wnid in wnids)
 
 
 def _metadata_file(folder: Path, name: str) -> Path | None:
-    found = (path for path in (folder / name, folder / f"{name}.gz") if path.is_file())
-    return next(found, None)
+    candidates = (folder / name, folder / f"{name}.gz")
+    return next((path for path in candidates if path.is_file()), None)
 
 
-def _read_rows(path: Path, form: str) -> tuple[list[int], list[str], np.ndarray]:
-    """Line numbers, ids and numbers int64 [K, ...] of a metadata file; form: its kind's name."""
-    pattern, words = METADATA_FORMS[form]
-    numbers, ids, values = [], [], []
-    for number, line in read_lines(path):
-        match = pattern.fullmatch(line)
-        if match is None:
-            raise UserError(
-                f"{at(path, number)} is {line[:SHOWN]!r}; expected `{words}`, whole numbers "
-                "without blanks. Mend the line."
-            )
-        numbers.append(number)
-        ids.append(match[1])
-        values.append(match.groups()[1:])
-    return numbers, ids, np.array(values, np.int64)
+def _read_table(path: Path, name: str) -> tuple[Lines, pa.Array, np.ndarray]:
+    """Read a file of METADATA: its lines, ids [K], and numbers int64 [K, ...]."""
+    pattern, words = METADATA[name]
+    lines, content = read_lines(path)
+    fits = np.asarray(pc.match_substring_regex(content, f"^{pattern}$"))
+    if not fits.all():
+        first = int(np.argmin(fits))
+        raise UserError(
+            f"{lines.at(first)} is {content[first].as_py()[:SHOWN]!r}; expected `{words}`, whole "
+            "numbers without blanks. Repair the line."
+        )
+    fields = pc.split_pattern(content, ",")
+    columns = [pc.list_element(fields, i) for i in range(1 + words.count(","))]
+    numbers = [column.cast(pa.int64()).to_numpy() for column in columns[1:]]
+    return lines, columns[0], np.array(numbers, np.int64).T
 
 
-def _read_metadata(folder: Path, image_sizes: Path | None, known: Known) -> GroundTruth:
+def _read_metadata(folder: Path, image_sizes: Path | None, known: Classes | None) -> GroundTruth:
     labels_path = _metadata_file(folder, "class_labels.txt")
     boxes_path = _metadata_file(folder, "localization.txt")
     ids_path = _metadata_file(folder, "image_ids.txt")
@@ -208,159 +210,153 @@ def _read_metadata(folder: Path, image_sizes: Path | None, known: Known) -> Grou
             f"{folder} has class_labels.txt and no localization.txt, so no boxes to score with; "
             "add the file, or name the folder of a split that has it."
         )
-    label_lines, labelled, labels = _read_rows(labels_path, "class_labels.txt")
-    ids = tuple(labelled)
+    lines, labelled, labels = _read_table(labels_path, "class_labels.txt")
+    ids = labelled
     if ids_path is not None:
-        id_lines, listed, _ = _read_rows(ids_path, "image_ids.txt")
-        ids = tuple(listed)
-        check_once(ids_path, id_lines, find_rows(ids_path, id_lines, ids, ids), ids)
-    rows = find_rows(labels_path, label_lines, labelled, ids)
-    check_once(labels_path, label_lines, rows, ids)
+        id_lines, ids, _ = _read_table(ids_path, "image_ids.txt")
+        check_once(id_lines, find_images(id_lines.at, ids, ids), ids)
+    images = find_images(lines.at, labelled, ids)
+    check_once(lines, images, ids)
     if known is not None and labels.max() >= len(known[0]):
         first = int(np.argmax(labels >= len(known[0])))
         raise UserError(
-            f"{at(labels_path, label_lines[first])} has label {labels[first, 0]}, and there are "
-            f"{len(known[0])} classes; give --classes FILE with all of them."
+            f"{lines.at(first)} has label {labels[first, 0]}, and there are {len(known[0])} "
+            "classes; list all of them."
         )
     sizes_path = image_sizes or _metadata_file(folder, "image_sizes.txt")
     sizes = _read_sizes(sizes_path, ids) if sizes_path else None
-    box_lines, owners, boxes = _read_rows(boxes_path, "localization.txt")
-    box_rows = find_rows(boxes_path, box_lines, owners, ids)
-    check_boxes(boxes_path, box_lines, boxes, None if sizes is None else sizes[box_rows])
-    return _ground_truth(ids, labels[np.argsort(rows), 0], sizes, box_rows, boxes, known)
-
-
-def _read_sizes(path: Path, ids: Sequence[str]) -> np.ndarray:
-    """(height, width) of each image by a file that may tell of more: int64 [N, 2]."""
-    numbers, listed, sizes = _read_rows(path, "image_sizes.txt")
-    if not sizes.all():
-        first = int(np.argmin(sizes.all(axis=1)))
-        raise UserError(
-            f"{at(path, numbers[first])} tells a width or height of 0; expected at least 1. "
-            "Mend the line."
-        )
-    check_once(path, numbers, find_rows(path, numbers, listed, listed), listed)
-    rows = match_ids(ids, listed)
-    if (rows < 0).any():
-        raise UserError(
-            f"{path} lacks the size of {ids[int(np.argmax(rows < 0))]!r}, or has several by file "
-            "name; expected a line `id,width,height` for every image. Add it."
-        )
-    return sizes[rows, ::-1]
-
-
-def _ground_truth(
-    ids: Sequence[str],
-    labels: np.ndarray,
-    sizes: np.ndarray | None,
-    box_rows: np.ndarray,
-    boxes: np.ndarray,
-    known: Known,
-) -> GroundTruth:
-    """From boxes in any order; box_rows: int64 [M], the image of each."""
-    counts = np.bincount(box_rows, minlength=len(ids))
+    box_lines, owner_ids, boxes = _read_table(boxes_path, "localization.txt")
+    owners = find_images(box_lines.at, owner_ids, ids)
+    check_boxes(box_lines.at, boxes, None if sizes is None else sizes[owners])
     return GroundTruth(
-        ids=tuple(ids),
-        labels=labels,
+        ids=tuple(ids.to_pylist()),
+        labels=labels[np.argsort(images), 0],
         sizes=sizes,
-        boxes=boxes.reshape(-1, 4)[np.argsort(box_rows, kind="stable")],
-        starts=np.concatenate([[0], np.cumsum(counts)]),
+        boxes=boxes[np.argsort(owners, kind="stable")],
+        starts=np.cumsum([0, *np.bincount(owners, minlength=len(ids))]),
         classes=known[0] if known else None,
         class_names=known[1] if known else None,
     )
 
 
-def _read_solution(path: Path, image_sizes: Path | None, known: Known) -> GroundTruth:
-    numbers, listed, words = read_prediction_strings(path)
-    wnids: list[str] = []
-    lines: list[int] = []
-    corners: list[str] = []
-    for number, quintuples in zip(numbers, words, strict=True):
-        if len({*quintuples[::5]}) != 1:
+def _read_sizes(path: Path, ids: pa.Array) -> np.ndarray:
+    """Read (height, width) of each image from a file that may tell of more: int64 [N, 2]."""
+    lines, sized, sizes = _read_table(path, "image_sizes.txt")
+    if not sizes.all():
+        first = int(np.argmin(sizes.all(axis=1)))
+        raise UserError(
+            f"{lines.at(first)} tells a width or height of 0; expected at least 1. Repair the line."
+        )
+    check_once(lines, find_images(lines.at, sized, sized), sized)
+    rows = match_ids(ids, sized)
+    if (rows < 0).any():
+        raise UserError(
+            f"{path} lacks the size of {ids[int(np.argmin(rows))].as_py()!r}, or has several by "
+            "file name; expected a line `id,width,height` for every image. Add it."
+        )
+    return sizes[rows, ::-1]
+
+
+class _Entry(NamedTuple):
+    """What a file says of one image; line: where in a CSV file, else None."""
+
+    id: str
+    annotation: Annotation
+    file: Path
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}" if self.line is None else f"{self.file} line {self.line}"
+
+
+def _read_solution(path: Path) -> list[_Entry]:
+    lines, rows = read_csv(path)
+    for i, row in enumerate(rows):
+        if len(row) != 2:
             raise UserError(
-                f"{at(path, number)} names {len({*quintuples[::5]})} classes; an image of the "
-                "ground truth has one. Mend the line, or leave the image out."
+                f"{lines.at(i)} is {','.join(row)[:SHOWN]!r}; expected an id, a comma and groups "
+                "of five words, `wnid x0 y0 x1 y1`."
             )
-        wnids.append(quintuples[0])
-        lines += [number] * (len(quintuples) // 5)
-        corners += [word for i, word in enumerate(quintuples) if i % 5]
-    for i, word in enumerate(corners):
-        if not WHOLE_NUMBER.fullmatch(word):
-            raise UserError(
-                f"{at(path, lines[i // 4])} has {word[:SHOWN]!r} for a corner; expected whole "
-                "numbers, `wnid x0 y0 x1 y1`. Mend the line."
-            )
-    order = file_name_order(listed)
-    ids = [listed[row] for row in order]
-    rows = find_rows(path, numbers, listed, ids)
-    check_once(path, numbers, rows, ids)
-    known = known or _occurring(wnids)
-    labels = class_indices(path, numbers, wnids, known[0])
-    sizes = _read_sizes(image_sizes, ids) if image_sizes else None
-    boxes = np.array(corners, np.int64).reshape(-1, 4)
-    box_rows = np.repeat(rows, [len(quintuples) // 5 for quintuples in words])
-    check_boxes(path, lines, boxes, None if sizes is None else sizes[box_rows])
-    return _ground_truth(ids, labels[order], sizes, box_rows, boxes, known)
+    ids = pa.array([row[0] for row in rows], pa.string())
+    check_once(lines, find_images(lines.at, ids, ids), ids)
+    numbers = lines.numbers.tolist()
+    return [
+        _Entry(id, parse_prediction(text), path, number)
+        for number, (id, text) in zip(numbers, rows, strict=True)
+    ]
 
 
-def _occurring(wnids: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    classes = tuple(sorted(set(wnids)))
-    return classes, classes
-
-
-def _read_annotations(paths: Sequence[Path], image_sizes: Path | None, known: Known) -> GroundTruth:
+def _read_xml_files(folder: Path, names: Sequence[str]) -> list[_Entry]:
     by_id: dict[str, Path] = {}
-    for path in paths:
+    for path in (folder / name for name in names):
         other = by_id.setdefault(path.stem, path)
         if other != path and other.resolve() != path.resolve():
             raise UserError(f"{other} and {path} are of one image by name; keep one of them.")
-    ids = sorted(by_id)
-    given = _read_sizes(image_sizes, ids).tolist() if image_sizes else [None] * len(ids)
-    wnids, sizes, listed = [], [], []
-    for name, size in zip(ids, given, strict=True):
-        wnid, size, boxes = _read_annotation(by_id[name], size)
-        wnids.append(wnid)
-        sizes.append(size)
-        listed.append(boxes)
-    known = known or _occurring(wnids)
-    index = {wnid: i for i, wnid in enumerate(known[0])}
-    for name, wnid in zip(ids, wnids, strict=True):
-        if wnid not in index:
-            raise UserError(
-                f"{by_id[name]} names class {wnid!r}, which is none of the {len(index)} known; "
-                "give --classes FILE with all of them."
-            )
-    return _ground_truth(
-        ids,
-        np.array([index[wnid] for wnid in wnids], np.int64),
-        np.array(sizes, np.int64),
-        np.repeat(np.arange(len(ids)), [len(boxes) for boxes in listed]),
-        np.array([box for boxes in listed for box in boxes], np.int64),
-        known,
+    return [_Entry(id, read_annotation(path.read_bytes()), path) for id, path in by_id.items()]
+
+
+def _from_annotations(
+    entries: list[_Entry], image_sizes: Path | None, known: Classes | None
+) -> GroundTruth:
+    """Check the annotations of unique images, and put them in file-name order."""
+    entries = sorted(entries, key=lambda entry: (entry.id.rpartition("/")[2], entry.id))
+    for entry in entries:
+        fault = entry.annotation.note
+        if fault is None and not entry.annotation.wnid:
+            fault = "it names no class, or several; expected objects of one wnid"
+        elif (
+            fault is None and entry.line is None and not (entry.annotation.box_size or image_sizes)
+        ):
+            fault = "it tells no size, and there is no file of image sizes"
+        if fault is not None:
+            raise UserError(f"{entry.place}: {fault}; repair it, or remove it with its image.")
+    wnids = pa.array([entry.annotation.wnid for entry in entries], pa.string())
+    if known is None:
+        occurring = tuple(sorted(pc.unique(wnids).to_pylist()))
+        known = occurring, occurring
+    labels = find_classes(lambda i: entries[i].place, wnids, known[0])
+    ids = [entry.id for entry in entries]
+    given = _read_sizes(image_sizes, pa.array(ids, pa.string())) if image_sizes else None
+    sizes, boxes = _sizes_and_boxes(entries, given)
+    return GroundTruth(
+        ids=tuple(ids),
+        labels=labels,
+        sizes=sizes,
+        boxes=_flat(boxes),
+        starts=np.cumsum([0, *map(len, boxes)]),
+        classes=known[0],
+        class_names=known[1],
     )
 
 
-def _read_annotation(path: Path, size: list[int] | None) -> tuple[str, list[int], list[list[int]]]:
-    """Wnid, (height, width) and boxes of one XML file; size: by another file, (height, width)."""
-    annotation = read_annotation(path.read_bytes())
-    if annotation.note is not None:
-        raise UserError(
-            f"{path}: {annotation.note}; mend the file, or remove it to leave the image out."
-        )
-    if not annotation.wnid:
-        raise UserError(
-            f"{path} names no class, or several; expected objects of one wnid. Mend the file, or "
-            "remove it to leave the image out."
-        )
-    scale = annotation.box_size
-    if scale is None and size is None:
-        raise UserError(f"{path} tells no size; mend it, or give --image-sizes FILE.")
-    if scale is None:
-        assert size is not None
-        scale = (size[1], size[0])
-    boxes = np.array(annotation.boxes, np.int64).reshape(-1, 4)
-    check_boxes(path, range(1, len(boxes) + 1), boxes, np.full((len(boxes), 2), scale[::-1]))
-    if size is None or scale == (size[1], size[0]):
-        return annotation.wnid, [scale[1], scale[0]], boxes.tolist()
-    fitted, _ = fit_boxes(annotation.boxes, annotation.box_size, size[1], size[0])
-    return annotation.wnid, size, fitted
+def _sizes_and_boxes(
+    entries: list[_Entry], given: np.ndarray | None
+) -> tuple[np.ndarray | None, list[Sequence[Sequence[int]]]]:
+    """Return (height, width) int64 [N, 2], None where unknown, and the boxes in these pixels.
+
+    given: int64 [N, 2], sizes from elsewhere. Boxes that were annotated at another size are
+    checked within that, and scaled.
+    """
+    annotated = np.zeros((len(entries), 2), np.int64) if given is None else given.copy()
+    for i, entry in enumerate(entries):
+        if entry.annotation.box_size is not None:
+            annotated[i] = entry.annotation.box_size[::-1]
+    sizes = annotated if given is None else given
+    boxes: list[Sequence[Sequence[int]]] = [entry.annotation.boxes for entry in entries]
+    counts = np.array([len(x) for x in boxes])
+    owners = np.repeat(np.arange(len(entries)), counts)
+    numbers = slots(counts) + 1
+
+    def at(i: int) -> str:
+        return f"{entries[owners[i]].place} box {numbers[i]}"
+
+    check_boxes(at, _flat(boxes), annotated[owners] if sizes.all() else None)
+    for i in np.flatnonzero((annotated != sizes).any(axis=1)).tolist():
+        height, width = sizes[i].tolist()
+        boxes[i], _ = fit_boxes(boxes[i], entries[i].annotation.box_size, width, height)
+    return (sizes if sizes.all() else None), boxes
+
+
+def _flat(boxes: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
+    return np.array([box for own in boxes for box in own], np.int64).reshape(-1, 4)

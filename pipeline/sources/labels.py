@@ -11,8 +11,8 @@ from pipeline.sources.annotations import Annotation, parse_box
 WNID = re.compile(r"n\d{8}")
 VAL_ID = "ILSVRC2012_val_{:08d}"
 CAFFE_LINE = re.compile(r"(?:.*/)?(ILSVRC2012_val_\d{8})\.JPEG\s+(\d{1,4})")
-# The one image that tells the orders of the classes apart: 490 among the devkit's numbers, 65 in
-# the sorted wnids.
+# The one image that tells the orders of the classes apart: its class is number 490 of the devkit,
+# and 65 of the sorted wnids.
 PROBE_ID, PROBE_WNID = VAL_ID.format(1), "n01751748"
 VAL_IMAGES, CLASSES = 50_000, 1000
 SHOWN = 60  # characters of a faulty line that a message shows
@@ -91,34 +91,52 @@ def read_caffe_labels(data: bytes, place: str, wnids: Sequence[str]) -> Labels:
 
 
 def read_solution(data: bytes) -> Iterator[tuple[str, Annotation]]:
-    """The rows of a Kaggle `LOC_*_solution.csv`, as image id and what it says of the image.
+    """Yield image id and annotation of each row of a Kaggle `LOC_*_solution.csv`.
 
-    `ImageId,PredictionString`, the second of `wnid x0 y0 x1 y1` once per object. What a row says
-    wrongly is told in its note. Never raises.
+    A row is `ImageId,PredictionString`. What is wrong with it stands in its note. Never raises.
     """
     for line in _lines(data):
-        id, _, text = (part.strip(' \t"') for part in line.partition(","))
+        id, _, words = (part.strip(' \t"') for part in line.partition(","))
         if not id or id == "ImageId":
             continue
-        words = text.split()
-        wnids, boxes, notes = {*words[::5]}, [], []
-        if not words or len(words) % 5 or len(wnids) > 1 or not WNID.fullmatch(words[0]):
-            yield id, Annotation(note=f"solution is no row of one wnid's boxes: {text[:SHOWN]!r}")
-            continue
-        for number in range(0, len(words), 5):
-            box, note = parse_box(words[number + 1 : number + 5])
-            if box is not None:
-                boxes.append(box)
-            else:
-                notes.append(f"box {number // 5} dropped: {note}")
-        yield id, Annotation(wnid=words[0], boxes=tuple(boxes), note="; ".join(notes) or None)
+        annotation = parse_prediction(words)
+        if annotation.wnid and not WNID.fullmatch(annotation.wnid):
+            annotation = Annotation(note=f"not a row of one wnid's boxes: {words[:SHOWN]!r}")
+        yield id, annotation
+
+
+def parse_prediction(words: str) -> Annotation:
+    """Parse a PredictionString of ground truth: `wnid x0 y0 x1 y1`, once per object of one class.
+
+    The note says what is wrong; never raises.
+    """
+    fields = words.split()
+    if not fields or len(fields) % 5 or len({*fields[::5]}) > 1:
+        return Annotation(note=f"not a row of one wnid's boxes: {words[:SHOWN]!r}")
+    boxes, notes = [], []
+    for number, start in enumerate(range(1, len(fields), 5)):
+        box, note = parse_box(fields[start : start + 4])
+        if box is not None:
+            boxes.append(box)
+        else:
+            notes.append(f"box {number} dropped: {note}")
+    return Annotation(wnid=fields[0], boxes=tuple(boxes), note="; ".join(notes) or None)
+
+
+def class_lines(text: str, separator: str | None = None) -> Iterator[tuple[int, str, str | None]]:
+    """Yield of each line that is not blank its number, from 1, its class, and the class's readable
+    name: what follows the separator (None: the first blanks), None where nothing does."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if stripped := line.strip():
+            wnid, *rest = stripped.split(separator, 1)
+            yield number, wnid, rest[0].strip() if rest else None
 
 
 def read_names(data: bytes, separator: str) -> dict[str, str]:
-    """Readable names by wnid: `wnid<separator>name` per line, as in Tiny ImageNet's `words.txt`
-    (tab) and `LOC_synset_mapping.txt` (blank)."""
-    pairs = (line.split(separator, 1) for line in _lines(data) if separator in line)
-    return {wnid: name.strip() for wnid, name in pairs}
+    """Read readable names by wnid: `wnid<separator>name` per line, as in Tiny ImageNet's
+    `words.txt` (tab) and `LOC_synset_mapping.txt` (blank)."""
+    lines = class_lines(text(data), separator)
+    return {wnid: name for _, wnid, name in lines if name is not None}
 
 
 def agreed(ids: Sequence[str], told: Mapping[str, Labels]) -> list[str | None]:

@@ -180,7 +180,7 @@ def test_ids_with_commas_quotes_and_line_breaks_survive_csv(tmp_path: Path) -> N
         ("a,n00000001 1 2 50.5 4", ["line 3", "1 2 50.5 4", "50 x 40 pixels"]),
         ("a,n00000001 -1 2 5 4", ["line 3", "outside its image"]),
         ("a,n00000001 3 2 1 4", ["line 3", "minimum is above its maximum"]),
-        ("a,n09999999 1 2 3 4", ["line 3", "n09999999", "--classes"]),
+        ("a,n09999999 1 2 3 4", ["line 3", "n09999999", "none of the 3"]),
         ("a,1 1 2 3 4", ["line 3", "class '1'"]),
         ("a," + "n00000001 1 2 3 4 " * 6, ["line 3", "6 guesses"]),
         ("d,n00000001 1 2 3 4", ["line 3", "'d'", "val/b.JPEG"]),
@@ -312,7 +312,7 @@ def test_top_classes_come_from_parquet_alike(tmp_path: Path, classes: list[list[
         ("a,-1", ["line 2", "'-1'"]),
         ("a,0,,1", ["line 2", "''"]),
         ("a,0.0", ["line 2", "'0.0'"]),
-        ("a,n09999999", ["line 2", "n09999999", "--classes"]),
+        ("a,n09999999", ["line 2", "n09999999", "none of the 3"]),
         ("x,1", ["line 2", "'x'"]),
         ("b,1", ["line 2", "again"]),
         ("", ["lacks 1 of 3 images: val/a.JPEG"]),
@@ -325,10 +325,10 @@ def test_faulty_top_classes_are_refused_by_line(tmp_path: Path, row: str, parts:
     assert all(part in message for part in [str(path), *parts]), message
 
 
-def test_top_classes_by_wnid_without_known_classes_name_the_remedy(tmp_path: Path) -> None:
+def test_top_classes_by_wnid_without_known_classes_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "classes.csv"
     path.write_text("b,n00000001\na,1\nc,1\n")
-    assert "--classes FILE" in refusal(lambda: read_top_classes(path, NUMBERS_ONLY))
+    assert "only their numbers" in refusal(lambda: read_top_classes(path, NUMBERS_ONLY))
     path.write_text("b,999\na,1\nc,1\n")
     assert read_top_classes(path, NUMBERS_ONLY)[:, 0].tolist() == [999, 1, 1]
     parquet = write_parquet(
