@@ -76,9 +76,8 @@ def packed_files(files: SourceFiles, path: str) -> Iterator[tuple[str, bytes]]:
 
     Raises UserError for one that is damaged or cut off.
     """
-    location = files.location(path)
-    raw = io.BufferedReader(_RawFile(files, path, files.size(path)), 1 << 20)
-    with gzip.GzipFile(fileobj=raw) if is_packed(path) else raw as stream:
+    location, packed = files.location(path), io.BytesIO(files.read(path))
+    with gzip.GzipFile(fileobj=packed) if is_packed(path) else packed as stream:
 
         def read(offset: int, count: int) -> bytes:
             stream.seek(offset)
@@ -97,31 +96,6 @@ def packed_files(files: SourceFiles, path: str) -> Iterator[tuple[str, bytes]]:
                     yield member.name, content
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{location} cannot be unpacked ({error}); {AGAIN}") from error
-
-
-class _RawFile(io.RawIOBase):
-    """A source's file as Python's own readers need it."""
-
-    def __init__(self, files: SourceFiles, path: str, size: int) -> None:
-        self._files, self._path, self._size, self._position = files, path, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        wanted = min(len(buffer), max(0, self._size - self._position))
-        data = self._files.read(self._path, self._position, wanted)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
 
 
 def _members(read: Read, location: str, start: int, end: int | None) -> Iterator[Member]:

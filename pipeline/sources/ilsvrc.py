@@ -138,8 +138,8 @@ def _is_hidden(path: str) -> bool:
 
 
 def _add_images(builder: ListingBuilder, folder: str, names: list[str], wnid: str | None) -> None:
-    images = [name for name in names if is_image(name)]
-    builder.add_many([stem(x) for x in images], [path_in(folder, x) for x in images], wnid)
+    for name in filter(is_image, names):
+        builder.add(id=stem(name), path=path_in(folder, name), wnid=wnid)
 
 
 def _add_archive(builder: ListingBuilder, files: SourceFiles, path: str) -> None:
@@ -156,17 +156,12 @@ def _add_archive(builder: ListingBuilder, files: SourceFiles, path: str) -> None
         names, spans = [stem(path)], [(0, None)]
     for name, found in zip(names, files.ahead(images, spans), strict=True):
         wnid = name if WNID.fullmatch(name) else None
-        regular = [x for x in found if x.link is None]
-        builder.add_many(
-            [stem(x.name) for x in regular],
-            [path] * len(regular),
-            wnid,
-            [x.offset for x in regular],
-            [x.size for x in regular],
-        )
-        for link in (x for x in found if x.link is not None):
-            problem = f"archive link: it has no content and points to {link.link}"
-            builder.add(id=stem(link.name), path=path, wnid=wnid, problem=problem)
+        for x in found:
+            if x.link is None:
+                builder.add(id=stem(x.name), path=path, wnid=wnid, offset=x.offset, size=x.size)
+            else:
+                problem = f"archive link: it has no content and points to {x.link}"
+                builder.add(id=stem(x.name), path=path, wnid=wnid, problem=problem)
 
 
 def _add_annotation(builder: ListingBuilder, id: str, path: str, annotation: Annotation) -> None:

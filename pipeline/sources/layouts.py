@@ -133,8 +133,8 @@ def list_folders(files: SourceFiles) -> Listing:
     for split, root in splits.items():
         builder = ListingBuilder()
         for wnid, names in class_folders(files, root):
-            ids = [f"{wnid}/{name}" for name in names]
-            builder.add_many(ids, [path_in(root, id) for id in ids], wnid)
+            for id in (f"{wnid}/{name}" for name in names):
+                builder.add(id=id, path=path_in(root, id), wnid=wnid)
         images[split] = builder.table()
     readable = labels.read_names(_read(files, "words.txt"), "\t")
     mapping = labels.read_names(_read(files, "LOC_synset_mapping.txt"), " ")

@@ -54,7 +54,7 @@ class ListingBuilder:
 
     def __init__(self) -> None:
         self._batches: list[pa.RecordBatch] = []
-        self._waiting: list[dict[str, Any]] = []
+        self._rows: list[tuple[Any, ...]] = []
 
     def add(
         self,
@@ -70,55 +70,16 @@ class ListingBuilder:
         problem: str | None = None,
     ) -> None:
         """Add one image, see SCHEMA. A name that is not UTF-8 is escaped and is its problem."""
-        if not all(map(_is_utf8, (id, path, wnid or ""))):
+        if not (_is_utf8(id) and _is_utf8(path) and _is_utf8(wnid or "")):
             id, path = _escaped(id), _escaped(path)
             wnid = wnid if wnid and _is_utf8(wnid) else None
             problem = "file name is not UTF-8: rename it"
-        width, height = box_size or (None, None)
-        self._waiting.append(
-            {
-                "id": id,
-                "path": path,
-                "offset": offset,
-                "size": size,
-                "wnid": wnid,
-                "boxes": boxes,
-                "box_width": width,
-                "box_height": height,
-                "note": note and _escaped(note),
-                "problem": problem,
-            }
+        note, label = note and _escaped(note), None
+        self._rows.append(
+            (id, path, offset, size, wnid, label, boxes, *(box_size or (None, None)), note, problem)
         )
-        if len(self._waiting) == BATCH:
+        if len(self._rows) == BATCH:
             self._flush()
-
-    def add_many(
-        self,
-        ids: Sequence[str],
-        paths: Sequence[str],
-        wnid: str | None,
-        offsets: Sequence[int] | None = None,
-        sizes: Sequence[int] | None = None,
-    ) -> None:
-        """Add images of one class, as `add` does but in a tenth of the time."""
-        nulls = [None] * len(ids)
-        try:
-            columns = {
-                "id": pa.array(ids, pa.string()),
-                "path": pa.array(paths, pa.string()),
-                "wnid": pa.array([wnid] * len(ids), pa.string()),
-                "offset": pa.array(offsets or nulls, pa.int64()),
-                "size": pa.array(sizes or nulls, pa.int64()),
-                "boxes": pa.array([[]] * len(ids), SCHEMA.field("boxes").type),
-            }
-        except UnicodeEncodeError:
-            rows = zip(ids, paths, offsets or nulls, sizes or nulls, strict=True)
-            for id, path, offset, size in rows:
-                self.add(id=id, path=path, wnid=wnid, offset=offset, size=size)
-            return
-        self._flush()
-        empty = {field.name: pa.nulls(len(ids), field.type) for field in SCHEMA}
-        self._batches.append(pa.RecordBatch.from_pydict(empty | columns, SCHEMA))
 
     def table(self, *order: str) -> pa.Table:
         """Return all rows, sorted by the columns `order`; equal ones keep their order."""
@@ -129,9 +90,11 @@ class ListingBuilder:
         return table.take(pc.sort_indices(table, keys)).combine_chunks() if keys else table
 
     def _flush(self) -> None:
-        if self._waiting:
-            self._batches.append(pa.RecordBatch.from_pylist(self._waiting, SCHEMA))
-            self._waiting = []
+        if self._rows:
+            columns = zip(SCHEMA, zip(*self._rows, strict=True), strict=True)
+            arrays = [pa.array(values, field.type) for field, values in columns]
+            self._batches.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
+            self._rows = []
 
 
 def is_image(name: str) -> bool:
