@@ -1,8 +1,8 @@
 """A generated data set with known boxes, in ILSVRC's own folder layout.
 
-Each class is a texture; its shape and hue only hint at it. Backgrounds and distractors are
-drawn from one distribution for all classes, so nothing but the objects tells the class, and
-place, size, aspect and rotation vary so much that no constant box scores
+Each class is a texture; shape and hue of an object depend on the class only in part. Backgrounds
+and distractors have one distribution for all classes, so only the objects show the class. Position,
+size, aspect and rotation vary so much that no constant box scores well
 (`benchmarks/synthetic_controls.py` measures both).
 """
 
@@ -27,8 +27,11 @@ GAP = 4  # pixels between the boxes of two objects
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    """What to generate. Sides are drawn uniformly from `min_side` to `max_side` pixels; an
-    object's box covers `min_area` to `max_area` of the image."""
+    """Size and seed of the set.
+
+    Sides of images are drawn uniformly from `min_side` to `max_side` pixels. The box of an object
+    covers a share of `min_area` to `max_area` of the image.
+    """
 
     train_images: int = 5000
     val_images: int = 1000
@@ -44,8 +47,10 @@ WNIDS = tuple(f"n{i + 1:08d}" for i in range(len(CLASS_NAMES)))
 
 
 def _texture(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Height of a class's texture, about -1 (dark) to 1 (light), at object coordinates u, v in
-    periods from the object's centre."""
+    """Return a class's texture, about -1 (dark) to 1 (light), at the coordinates u, v.
+
+    u, v: float arrays of one shape, in periods of the texture from the object's centre.
+    """
     match name:
         case "stripes":
             return np.sin(2 * np.pi * u)
@@ -69,7 +74,7 @@ def _texture(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _polygon(corners: int, inner: float = 1.0) -> np.ndarray:
-    """Corner points [n, 2] within the unit circle; `inner` < 1 makes it a star."""
+    """Return corner points [n, 2] on the unit circle; `inner` < 1 makes a star."""
     angles = np.arange(2 * corners) * np.pi / corners
     radii = np.where(np.arange(2 * corners) % 2 == 0, 1.0, inner)
     if inner == 1.0:
@@ -77,7 +82,7 @@ def _polygon(corners: int, inner: float = 1.0) -> np.ndarray:
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
-_QUARTERS = [(1, 0), (0, 1), (-1, 0), (0, -1)]  # cosine and sine of the turns
+_QUARTERS = [(1, 0), (0, 1), (-1, 0), (0, -1)]  # cosine and sine of the angles
 _ARM = [(1, -0.4), (1, 0.4), (0.4, 0.4)]
 _CROSS = np.array([(x * c - y * s, x * s + y * c) for c, s in _QUARTERS for x, y in _ARM])
 SHAPES = (
@@ -98,13 +103,13 @@ def _colour(hue: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
-    """Float32 noise [height, width, 3] of unit variance at its `cells` x `cells` grid points."""
+    """Return float32 noise [height, width, 3], of unit variance at `cells` x `cells` points."""
     coarse = rng.normal(size=(cells, cells, 3)).astype(np.float32)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Blotches and grain of several scales around a random colour, then plain distractors."""
+    """Return blotches and grain of several scales with distractors on them: float32 [H, W, 3]."""
     base = rng.uniform(60, 190, 3).astype(np.float32)
     canvas = base + 28 * _smooth_noise(rng, height, width, int(rng.integers(2, 5)))
     canvas += rng.uniform(4, 16) * _smooth_noise(rng, height, width, int(rng.integers(8, 24)))
@@ -119,7 +124,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _rotated(corners: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The shape with a random aspect, exp(+-.3), and a random rotation."""
+    """Return the shape with a random aspect, up to exp(0.3), and a random rotation."""
     stretch = np.exp(rng.uniform(-0.15, 0.15))
     angle = rng.uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -127,7 +132,10 @@ def _rotated(corners: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _fill(corners: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Coverage in 0..1, float32 [height, width], of the polygon (pixel coordinates, x first)."""
+    """Return the share, float32 [height, width] in 0..1, of each pixel that the polygon covers.
+
+    corners: [n, 2] in pixels, x first.
+    """
     mask = np.zeros((height, width), np.uint8)
     fixed = np.round((corners - 0.5) * 16).astype(np.int32)
     cv2.fillPoly(mask, [fixed], 255, lineType=cv2.LINE_AA, shift=4)
@@ -137,7 +145,10 @@ def _fill(corners: np.ndarray, height: int, width: int) -> np.ndarray:
 def _draw_object(
     canvas: np.ndarray, label: int, area: float, taken: list[list[int]], rng: np.random.Generator
 ) -> list[int] | None:
-    """Draw one object of class `label` in place; its box, or None where it found no room."""
+    """Draw an object of class `label` into `canvas` and return its box, None without room for it.
+
+    area: of the box, as a share of the image. taken: boxes to stay away from.
+    """
     height, width = canvas.shape[:2]
     own_shape = rng.uniform() < CLASS_SHAPE_SHARE
     shape = SHAPES[label if own_shape else rng.integers(len(SHAPES))]
@@ -187,7 +198,7 @@ def _near(box: list[int], other: list[int]) -> bool:
 def draw_image(
     config: SyntheticConfig, split: str, index: int
 ) -> tuple[np.ndarray, np.ndarray, int, list[list[int]]]:
-    """Image `index` of a split: (image, the same without its objects, label, boxes).
+    """Draw image `index` of a split: (image, the same without its objects, label, boxes).
 
     Images are uint8 RGB [H, W, 3]; boxes are [x0, y0, x1, y1] in inclusive pixels. A pure
     function of its arguments.
@@ -258,7 +269,10 @@ def _write_range(config: SyntheticConfig, output: Path, split: str, indices: ran
 
 def write_synthetic(output: Path, config: SyntheticConfig) -> None:
     """Write the set: `train/<wnid>/*.JPEG`, `val/*.JPEG`, `boxes/` with the XML of both, and
-    `LOC_synset_mapping.txt`. Same configuration, same bytes, on any number of cores."""
+    `LOC_synset_mapping.txt`.
+
+    The same configuration gives the same bytes, on any number of cores.
+    """
     for folder in ["val", *(f"train/{wnid}" for wnid in WNIDS)]:
         (output / folder).mkdir(parents=True, exist_ok=True)
         (output / "boxes" / folder).mkdir(parents=True, exist_ok=True)

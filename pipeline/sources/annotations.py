@@ -4,16 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-SHOWN = 60  # characters of others' text that a note shows
-MAX_WNID = 100  # characters; what is longer is no class
+SHOWN = 60  # characters of a faulty text that a note or message shows
+MAX_WNID = 100  # characters
 
 Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Annotation:
-    """What one XML file says: the image's wnid (None where its objects disagree or there are
-    none), boxes, the (width, height) they refer to, and what could not be read."""
+    """The content of one XML file.
+
+    wnid: of the image; None where it has no objects or they differ. box_size: (width, height) of
+    the image that the boxes refer to; None where unknown. note: the parts that could not be read.
+    """
 
     wnid: str | None = None
     boxes: tuple[Box, ...] = ()
@@ -22,7 +25,7 @@ class Annotation:
 
 
 def read_annotation(data: bytes) -> Annotation:
-    """The content of one PASCAL-style XML file. Never raises: `note` says what was wrong.
+    """Read one PASCAL-style XML file. Never raises: the note describes faults.
 
     A document type declaration is refused, so no entity, external or nested, is ever expanded.
     """
@@ -50,7 +53,7 @@ def read_annotation(data: bytes) -> Annotation:
 
 
 def parse_box(texts: Sequence[str]) -> tuple[Box | None, str | None]:
-    """Four numbers as whole pixels, or why they are none."""
+    """Return four numbers as whole pixels, or the reason why they are none."""
     numbers = [_integer(text) for text in texts]
     if len(numbers) != 4 or None in numbers:
         return None, f"not four whole numbers ({' '.join(texts)[:SHOWN]})"
@@ -61,11 +64,11 @@ def parse_box(texts: Sequence[str]) -> tuple[Box | None, str | None]:
 def fit_boxes(
     boxes: Sequence[Sequence[int]], box_size: tuple[int, int] | None, width: int, height: int
 ) -> tuple[list[list[int]], str | None]:
-    """Boxes as inclusive pixels of a file of `width` x `height`, and a note.
+    """Return boxes as inclusive pixels of a file of `width` x `height`, and a note.
 
     boxes: [x0, y0, x1, y1] of an image of `box_size` (width, height), of the file where it is
-    None. Boxes annotated at another size are scaled; what reaches over the edge is clipped; a box
-    with its minimum above its maximum, or wholly outside, is dropped. The note tells of each.
+    None. Boxes annotated at another size are scaled, and clipped to the image; a box with its
+    minimum above its maximum, or wholly outside, is dropped. The note lists these changes.
     """
     fitted, notes = [], []
     scale_x, scale_y = 1.0, 1.0
@@ -101,7 +104,7 @@ def fit_boxes(
 
 class _PlainTreeBuilder(ElementTree.TreeBuilder):
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:  # noqa: ARG002
-        raise ValueError("it declares a document type, which annotations have no use for")
+        raise ValueError("it declares a document type, which no annotation needs")
 
 
 def _integer(text: str) -> int | None:

@@ -74,7 +74,7 @@ def members(
 def packed_files(files: SourceFiles, path: str) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each file in a small tar, compressed or not, in one pass.
 
-    Raises UserError for one that is damaged or cut off.
+    Raises UserError for a tar that is damaged or cut off.
     """
     location, packed = files.location(path), io.BytesIO(files.read(path))
     with gzip.GzipFile(fileobj=packed) if is_packed(path) else packed as stream:

@@ -11,7 +11,7 @@ from pipeline.sources import labels
 from pipeline.sources.annotations import Annotation, read_annotation
 from pipeline.sources.archives import Member, is_archive, is_packed, members, packed_files
 from pipeline.sources.files import SourceFiles, path_in
-from pipeline.sources.labels import WNID, Labels, Synset, agreed
+from pipeline.sources.labels import WNID, Labels, Synset, merge_labels
 from pipeline.sources.listing import Listing, ListingBuilder, is_image, stem, with_columns
 
 SPLIT_FOLDER = re.compile(r"(?:(?:ILSVRC/)?Data/CLS-LOC/)?(train|val)(?:/([^/]+))?")
@@ -64,7 +64,7 @@ def list_ilsvrc(files: SourceFiles) -> Listing:
     boxes = _without_repetitions(contents.annotations.table("id", "path"), "XML files")
     solutions = _without_repetitions(contents.solutions.table("id", "path"), "solutions")
     labels_by_source = _labels_by_source(val, boxes, contents, _all_wnids(train, contents))
-    val = with_columns(val, wnid=agreed(val["id"].to_pylist(), labels_by_source))
+    val = with_columns(val, wnid=merge_labels(val["id"].to_pylist(), labels_by_source))
     images = {"train": train, "val": val}
     annotated = {split: _annotated(x, boxes, solutions) for split, x in images.items()}
     return Listing(annotated, _class_names(contents))
@@ -146,17 +146,17 @@ def _add_archive(builder: ListingBuilder, files: SourceFiles, path: str) -> None
     """Add the images in a tar, or in the tars within it, whose names are their classes."""
 
     def images(span: tuple[int, int | None]) -> list[Member]:
-        listed = members(files, path, *span)
-        return [x for x in listed if is_image(x.name) and not _is_hidden(x.name)]
+        inside = members(files, path, *span)
+        return [x for x in inside if is_image(x.name) and not _is_hidden(x.name)]
 
     inner = [x for x in members(files, path) if is_archive(x.name) and not _is_hidden(x.name)]
     names = [stem(x.name) for x in inner]
     spans: list[tuple[int, int | None]] = [(x.offset, x.offset + x.size) for x in inner]
     if not inner:
         names, spans = [stem(path)], [(0, None)]
-    for name, found in zip(names, files.ahead(images, spans), strict=True):
+    for name, listed in zip(names, files.ahead(images, spans), strict=True):
         wnid = name if WNID.fullmatch(name) else None
-        for x in found:
+        for x in listed:
             if x.link is None:
                 builder.add(id=stem(x.name), path=path, wnid=wnid, offset=x.offset, size=x.size)
             else:

@@ -193,9 +193,7 @@ def test_val_image_1_tells_the_order_of_the_labels() -> None:
     assert told[labels.PROBE_ID] == labels.PROBE_WNID
     assert len(told) == labels.VAL_IMAGES
     for numbers, wnids in ((b"65\n", thousand(490)), (b"490\n", thousand(66))):
-        with pytest.raises(
-            UserError, match=r"of val image 1, which is n01751748 .490 in the devkit"
-        ):
+        with pytest.raises(UserError, match=r"val image 1 .* n01751748 .490 in the devkit"):
             labels.read_devkit_labels(numbers + b"1\n" * 49_999, "truth.txt", wnids)
     caffe = b"".join(b"ILSVRC2012_val_%08d.JPEG 65\n" % i for i in range(1, 50_001))
     assert labels.read_caffe_labels(caffe, "val.txt", thousand(66))[labels.PROBE_ID] == (
@@ -204,7 +202,7 @@ def test_val_image_1_tells_the_order_of_the_labels() -> None:
     with pytest.raises(UserError, match="numbers 1000 classes, and 100 are known"):
         labels.read_caffe_labels(caffe, "val.txt", thousand(66)[:100])
     synsets = b"n02000000\n" * 50_000
-    with pytest.raises(UserError, match="says n02000000 of val image 1"):
+    with pytest.raises(UserError, match="val image 1 the class n02000000"):
         labels.read_synset_labels(synsets, "synsets.txt")
 
 
