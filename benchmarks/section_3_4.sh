@@ -10,4 +10,4 @@ run="$demo/frozen-0" evaluation="$demo/evaluation-frozen-0"
   --warmup-from "$demo/run-0" --epochs 10 --no-train-classifier
 .venv/bin/python -m jobs.evaluate --data "$demo/shards" --run "$run" --output "$evaluation"
 .venv/bin/python -m jobs.report "$demo/evaluation-0" "$evaluation" \
-  --output "$demo/section_3_4.html"
+  --titles co-trained frozen --output "$demo/section_3_4.html"

@@ -38,4 +38,5 @@ for seed in 0 1 2; do
   evaluate "paper-loss-$seed" shards-196
 done
 .venv/bin/python -m jobs.report "$output"/evaluation-{imitation,soft,sampled,paper-loss}-{0,1,2} \
-  --output "$output/report.html"
+  --titles imitation imitation imitation soft soft soft sampled sampled sampled \
+  paper-loss paper-loss paper-loss --output "$output/report.html"
