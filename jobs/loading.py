@@ -4,7 +4,10 @@ and the augmentation."""
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from jobs.cli import option
+from pipeline.errors import UserError
 from pipeline.loading.augmentation import Augmentation
 from pipeline.loading.cache import DEFAULT_LIMIT, GIB, CacheConfig, cached_bytes
 from pipeline.loading.order import shuffle_window
@@ -60,3 +63,13 @@ class LoadingConfig:
             return None
         sizes = [cached_bytes(shard) for shard in split_of(manifest, "train").shards]
         return shuffle_window(sizes, self.cache_config().limit_bytes)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device named `cpu`, `cuda` or `auto`, which is cuda where there is one.
+
+    Raises UserError for cuda where there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu or auto.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

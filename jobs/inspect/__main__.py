@@ -1,4 +1,4 @@
-"""`python -m jobs.inspect`: batches of a set as training gets them, to look at, and their rate."""
+"""`python -m jobs.inspect`: pictures of batches as training gets them, and the loader's rate."""
 
 import json
 import time
@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from jobs import cli
 from jobs.cli import option
-from jobs.loading import LoadingConfig
+from jobs.loading import LoadingConfig, choose_device
 from jobs.pictures import Cell, draw_grid, encode_png
 from pipeline.errors import UserError
 from pipeline.loading.order import Order, Position, steps_per_epoch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.loading.loader import Batch
 
 INSPECTION_NAME = "inspection.json"
-SHOWN = 32  # images of a batch in its picture
+MOST_DRAWN = 32  # images of a batch in its picture
 WARMUP_BATCHES = 5  # before the rate is measured
 CLASS_ROWS = 20  # of the printed class mix
 
@@ -35,64 +35,46 @@ class InspectConfig(LoadingConfig):
 
     output: Path = option(help=f"folder for a picture per batch and {INSPECTION_NAME}")
     split: str = option("train", help="train: augmented and shuffled; others as they are, in order")
-    batches: int = option(2, help="batches to draw")
-    batch_size: int = option(32, help="images in a batch, of which up to 32 are drawn")
-    seed: int = option(0, help="of order and augmentation")
-    epoch: int = option(0, help="whose first batches are taken")
-    device: str = option("auto", help="cpu, cuda, or auto: cuda where there is one")
-    seconds: float = option(5.0, help="how long to measure the rate")
+    batches: int = option(2, low=1, help="batches to draw")
+    batch_size: int = option(32, low=1, help="images in a batch, of which up to 32 are drawn")
+    seed: int = option(0, low=0, help="of order and augmentation")
+    epoch: int = option(0, low=0, help="whose first batches are taken")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="auto: cuda where there is one")
+    seconds: float = option(5.0, low=0, help="how long to measure the rate")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        lowest = {"batches": 1, "batch_size": 1, "seed": 0, "epoch": 0, "seconds": 0}
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} {getattr(self, name)} must be at least {low}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"--device {self.device} must be auto, cpu or cuda")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What is kept of a batch: class indices [B], and distinct superpixels per image [B]."""
-
-    labels: np.ndarray
-    superpixels: np.ndarray
+        cli.check_bounds(self)
 
 
 def load(config: InspectConfig, manifest: Manifest) -> "Iterator[Batch]":
-    """The split's batches: endless from the train split, one pass over another one."""
+    """Yield the split's batches: endless ones of the train split, one pass over another split."""
     from pipeline.loading.loader import Loader
 
-    gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if gpu else "cpu")
-    split = split_of(manifest, config.split)
-    steps = steps_per_epoch(split.images, config.batch_size, ranks=1)
+    device = choose_device(config.device)
     loader = Loader(config.data, manifest, device, config.cache_config())
     if config.split != "train":
-        return loader.evaluation(config.split, config.batch_size, 0, steps)
+        return loader.evaluation(config.split, config.batch_size)
     order = Order(batch_size=config.batch_size, seed=config.seed, window=config.window(manifest))
     return loader.train(order, config.augmentation(), start=Position(epoch=config.epoch))
 
 
-def see(batch: "Batch") -> Seen:
-    """What is kept of a batch."""
-    flat = batch.segments.flatten(1).sort(dim=1).values
-    distinct = 1 + (flat.diff(dim=1) != 0).sum(dim=1)
-    return Seen(labels=batch.labels.cpu().numpy(), superpixels=distinct.cpu().numpy())
+def count_superpixels(segments: Tensor) -> np.ndarray:
+    """Count the distinct superpixels of each image: labels [B, H, W] -> int64 [B]."""
+    labels = segments.flatten(1).sort(dim=1).values
+    return (1 + (labels.diff(dim=1) != 0).sum(dim=1)).cpu().numpy()
 
 
-def picture(batch: "Batch", manifest: Manifest, title: str) -> np.ndarray:
-    """The batch's grid, RGB uint8 [H, W, 3]: each image beside itself with superpixel borders."""
-    superpixels = see(batch).superpixels
-    images = batch.images[:SHOWN].permute(0, 2, 3, 1).cpu().numpy()
-    segments = batch.segments[:SHOWN].cpu().numpy()
+def draw_batch(batch: "Batch", manifest: Manifest, title: str) -> np.ndarray:
+    """Draw the batch's first images, each beside itself with superpixel borders."""
+    superpixels = count_superpixels(batch.segments)
+    images = batch.images[:MOST_DRAWN].permute(0, 2, 3, 1).cpu().numpy()
+    segments = batch.segments[:MOST_DRAWN].cpu().numpy()
     cells = [
         Cell(
             image=images[n],
             segments=segments[n],
-            name=manifest.class_names[int(batch.labels[n])].split(",")[0],
+            name=_short(manifest.class_names[int(batch.labels[n])]),
             note=f"row {int(batch.rows[n])}, {superpixels[n]} superpixels",
         )
         for n in range(len(images))
@@ -100,47 +82,46 @@ def picture(batch: "Batch", manifest: Manifest, title: str) -> np.ndarray:
     return draw_grid(cells, title)
 
 
-def measure(config: InspectConfig, manifest: Manifest) -> tuple[dict[str, Any], list[Seen]]:
-    """Images per second into the device's memory, after a warm-up, over --seconds of batches or
-    to the end of the split; what was in them is looked at afterwards."""
+def _short(class_name: str) -> str:
+    return class_name.split(",")[0]
+
+
+def measure(config: InspectConfig, manifest: Manifest) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Measure images per second into the device's memory, after a warm-up, over --seconds of
+    batches or to the end of the split. Return the rate, and the class indices of each batch."""
     stream = load(config, manifest)
     steps = steps_per_epoch(split_of(manifest, config.split).images, config.batch_size, ranks=1)
     for _ in islice(stream, min(WARMUP_BATCHES, steps // 2)):
         pass
-    labels, images, batches, last = [], 0, 0, None
+    labels, seconds = [], 0.0
     started = time.perf_counter()
     for batch in stream:
         labels.append(batch.labels)
-        images, batches, last = images + len(batch.labels), batches + 1, batch
-        if time.perf_counter() - started >= config.seconds:
+        seconds = time.perf_counter() - started
+        if seconds >= config.seconds:
             break
-    seconds = time.perf_counter() - started
-    assert last is not None
+    images = sum(map(len, labels))
     rate = {
         "images_per_second": round(images / seconds, 1),
         "seconds": round(seconds, 3),
         "images": images,
-        "batches": batches,
-        "device": str(last.images.device),
+        "batches": len(labels),
+        "device": str(labels[0].device),
     }
-    none = np.zeros(0, np.int64)
-    return rate, [Seen(labels=part.cpu().numpy(), superpixels=none) for part in labels]
+    return rate, [part.cpu().numpy() for part in labels]
 
 
-def distinct_classes(seen: Sequence[Seen], class_counts: np.ndarray) -> tuple[float, float]:
-    """Distinct classes in a batch on average, and what a random draw from the split would give.
-
-    class_counts: int64 [classes], images of each class in the split.
-    """
-    found = np.mean([len(np.unique(part.labels)) for part in seen])
+def class_mix(labels: Sequence[np.ndarray], class_counts: np.ndarray) -> tuple[float, float]:
+    """Return the mean number of distinct classes in a batch, and that of a random draw from the
+    split. labels: each batch's class indices; class_counts: int64 [classes], of the split."""
+    distinct = np.mean([len(np.unique(batch)) for batch in labels])
     shares = class_counts / class_counts.sum()
-    expected = np.mean([(1 - (1 - shares) ** len(part.labels)).sum() for part in seen])
-    return float(found), float(expected)
+    expected = np.mean([(1 - (1 - shares) ** len(batch)).sum() for batch in labels])
+    return float(distinct), float(expected)
 
 
 def _tensors(batch: "Batch") -> dict[str, dict[str, Any]]:
-    names = ("images", "segments", "labels", "rows")
-    tensors = {name: getattr(batch, name) for name in names}
+    tensors = {name: getattr(batch, name) for name in ("images", "segments", "labels", "rows")}
     return {
         name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
         for name, tensor in tensors.items()
@@ -150,7 +131,8 @@ def _tensors(batch: "Batch") -> dict[str, dict[str, Any]]:
 def inspect(config: InspectConfig) -> dict[str, Any]:
     """Draw the first batches into the output folder, measure the rate, and write both down.
 
-    Returns the content of inspection.json. Raises UserError or UserError.
+    Returns the content of inspection.json. Raises UserError for a set or output that cannot be
+    used.
     """
     manifest = read_manifest(config.data)
     split = split_of(manifest, config.split)
@@ -158,34 +140,22 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         raise UserError(f"--output {config.output} is a file; give a folder")
     if not split.images:
         raise UserError(f"split {config.split!r} of {config.data} has no images to look at")
-    steps = steps_per_epoch(split.images, config.batch_size, ranks=1)
-    shown = list(islice(load(config, manifest), config.batches))
-    how = "augmented" if config.split == "train" else "as stored"
     config.output.mkdir(parents=True, exist_ok=True)
-    names = []
-    for number, batch in enumerate(shown):
-        images = len(batch.labels)
-        part = f"{SHOWN} of its {images}" if images > SHOWN else f"its {images}"
-        title = (
-            f"{config.split}, batch {number} of {steps} in epoch {config.epoch}: "
-            f"{part} images, {how}"
-        )
-        names.append(f"{config.split}-batch-{number}.png")
-        write_atomically(config.output / names[-1], encode_png(picture(batch, manifest, title)))
+    batches = list(islice(load(config, manifest), config.batches))
+    names = _write_pictures(config, manifest, batches)
     rate, measured = measure(config, manifest)
-    seen = [see(batch) for batch in shown]
-    superpixels = np.concatenate([part.superpixels for part in seen])
-    class_counts = np.array(split.class_counts)
-    distinct, expected = distinct_classes([*seen, *measured], class_counts)
-    labels = np.concatenate([part.labels for part in (*seen, *measured)])
+    labels = [*(batch.labels.cpu().numpy() for batch in batches), *measured]
+    superpixels = np.concatenate([count_superpixels(batch.segments) for batch in batches])
+    distinct, expected = class_mix(labels, np.array(split.class_counts))
+    label_counts = np.bincount(np.concatenate(labels), minlength=len(manifest.classes)).tolist()
     content = {
         "format": 1,
         "split": config.split,
         "images": split.images,
         "shards": len(split.shards),
-        "steps_per_epoch": steps,
+        "steps_per_epoch": steps_per_epoch(split.images, config.batch_size, ranks=1),
         "rate": rate,
-        "batch": _tensors(shown[0]),
+        "batch": _tensors(batches[0]),
         "superpixels": {
             "min": int(superpixels.min()),
             "mean": round(float(superpixels.mean()), 2),
@@ -193,13 +163,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             "stored_max": manifest.max_superpixels,
         },
         "classes_per_batch": {"mean": round(distinct, 2), "random_draw": round(expected, 2)},
-        "label_counts": dict(
-            zip(
-                manifest.classes,
-                np.bincount(labels, minlength=len(manifest.classes)).tolist(),
-                strict=True,
-            )
-        ),
+        "label_counts": dict(zip(manifest.classes, label_counts, strict=True)),
         "pictures": names,
         **cli.record(config),
     }
@@ -208,28 +172,43 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     return content
 
 
+def _write_pictures(
+    config: InspectConfig, manifest: Manifest, batches: "Sequence[Batch]"
+) -> list[str]:
+    steps = steps_per_epoch(split_of(manifest, config.split).images, config.batch_size, ranks=1)
+    how = "augmented" if config.split == "train" else "as stored"
+    names = []
+    for number, batch in enumerate(batches):
+        images = len(batch.labels)
+        part = f"{MOST_DRAWN} of its {images}" if images > MOST_DRAWN else f"its {images}"
+        title = (
+            f"{config.split}, batch {number} of {steps} in epoch {config.epoch}: "
+            f"{part} images, {how}"
+        )
+        names.append(f"{config.split}-batch-{number}.png")
+        write_atomically(config.output / names[-1], encode_png(draw_batch(batch, manifest, title)))
+    return names
+
+
 def summary(content: dict[str, Any], manifest: Manifest) -> str:
-    """The figures as plain text."""
+    """Return the figures of inspection.json as plain text."""
     rate, superpixels, mix = (
         content[name] for name in ("rate", "superpixels", "classes_per_batch")
     )
-    rows = [
+    tensors = [
         [name, " x ".join(map(str, tensor["shape"])), tensor["dtype"]]
         for name, tensor in content["batch"].items()
     ]
-    counts, total = content["label_counts"], sum(content["label_counts"].values())
-    split_counts = dict(
-        zip(manifest.classes, manifest.splits[content["split"]].class_counts, strict=True)
-    )
-    largest = sorted(counts, key=lambda wnid: (-counts[wnid], wnid))[:CLASS_ROWS]
+    counts = np.array([*content["label_counts"].values()])
+    split_counts = manifest.splits[content["split"]].class_counts
     classes = [
         [
-            manifest.class_names[manifest.classes.index(wnid)].split(",")[0],
-            wnid,
-            f"{counts[wnid] / total:.1%}",
-            f"{split_counts[wnid] / content['images']:.1%}",
+            _short(manifest.class_names[index]),
+            manifest.classes[index],
+            f"{counts[index] / counts.sum():.1%}",
+            f"{split_counts[index] / content['images']:.1%}",
         ]
-        for wnid in largest
+        for index in np.argsort(-counts, kind="stable")[:CLASS_ROWS]
     ]
     more = len(counts) - len(classes)
     lines = [
@@ -241,16 +220,18 @@ def summary(content: dict[str, Any], manifest: Manifest) -> str:
         f"{superpixels['mean']:.1f} (stored: up to {superpixels['stored_max']})",
         f"classes in a batch: {mix['mean']:.1f}, a random draw has {mix['random_draw']:.1f}",
         "",
-        cli.table(["batch", "shape", "dtype"], rows),
+        cli.table(["batch", "shape", "dtype"], tensors),
         "",
-        cli.table([f"class mix of {total} images", "wnid", "seen", "in the split"], classes),
+        cli.table(
+            [f"class mix of {counts.sum()} images", "wnid", "loaded", "in the split"], classes
+        ),
         *([f"and {more} more classes, see {INSPECTION_NAME}"] if more else []),
     ]
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the job with command-line flags (`--help` lists them)."""
+    """Run the command with its flags (`--help` lists them)."""
     config = cli.parse(InspectConfig, argv, __doc__ or "")
     content = inspect(config)
     print(summary(content, read_manifest(config.data)))
