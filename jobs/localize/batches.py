@@ -1,17 +1,17 @@
-"""Locating objects in image files: batches of them through the nets, pictures of what was found."""
+"""Locate objects in image files: batches of them through the nets, pictures of the results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from jobs.cli import option
+from jobs.cli import check_bounds, option
 from jobs.pictures import draw_overlay, encode_png, mask_picture
 from jobs.runs import ModelConfig, Nets, colour_statistics
-from model.localization import RULES, localize
+from model.localization import localize
 from model.masking import mask_map, normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import scale_boxes
@@ -21,7 +21,7 @@ from pipeline.storage import write_atomically
 
 MASKS_NAME = "masks"
 TOP = 5  # classes given per image
-MOST_THREADS = 8  # by default: a thread may hold 0.7 GB for an image of the largest size
+MOST_THREADS = 8  # by default: a thread may need 0.7 GB for an image of the largest size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,26 +41,21 @@ class LocalizeConfig:
         help="write masks/: a grey PNG per image, of its size, 255 times the probability of being "
         "masked (threshold at 128 for what is masked more often than not)",
     )
-    rule: str = option("paper", help=f"how a box follows from a map: {', '.join(RULES)}")
+    rule: Literal["paper", "mean", "quantile"] = option(
+        "paper", help="how a box follows from a map"
+    )
     batch_size: int = option(
-        32, help="images the nets see at once; a result may depend on it in its last digit"
+        32, low=1, help="images the nets see at once; a result may depend on it in its last digit"
     )
     threads: int | None = option(
-        None, help=f"batches at work at once (default: one per CPU core, at most {MOST_THREADS})"
+        None,
+        low=1,
+        help=f"batches at work at once (default: one per CPU core, at most {MOST_THREADS})",
     )
-    device: str = option("auto", help="cpu, cuda, or auto: cuda where there is a GPU")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="auto: cuda where there is one")
 
     def __post_init__(self) -> None:
-        checks = {
-            "rule": (self.rule in RULES, f"one of {', '.join(RULES)}"),
-            "batch_size": (self.batch_size >= 1, "from 1"),
-            "threads": (self.threads is None or self.threads >= 1, "from 1"),
-            "device": (self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda"),
-        }
-        for name, (good, allowed) in checks.items():
-            if not good:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} {getattr(self, name)} is out of range: {allowed}")
+        check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +80,10 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """What was found in one image. map: float32 [h, w] at the nets' size, in [0, 1]. box:
-    [x0, y0, x1, y1] in inclusive pixels of the file, not rotated by EXIF. found: False where the
-    map was flat and the box therefore is the whole image. top5: (wnid, name, probability) of up to
-    five classes on the unmasked image, by the classifier trained on clean images, best first."""
+    """One image's result. map: float32 [h, w] at the nets' size, in [0, 1]. box: [x0, y0, x1, y1]
+    in inclusive pixels of the file, not rotated by EXIF. found: False where the map was flat and
+    the box therefore is the whole image. top5: (wnid, name, probability) of up to five classes on
+    the unmasked image, by the classifier trained on clean images, best first."""
 
     map: np.ndarray
     box: list[int]
@@ -97,7 +92,7 @@ class Located:
 
 
 def prepare(config: ModelConfig, data: bytes) -> Prepared:
-    """An image file's bytes at the nets' size, cut into superpixels. Raises ImageError."""
+    """Decode an image file's bytes to the nets' size and cut superpixels. Raises ImageError."""
     image = read_image(data, config.height, config.width)
     return Prepared(
         pixels=image.pixels,
@@ -110,7 +105,7 @@ def prepare(config: ModelConfig, data: bytes) -> Prepared:
 def locate(
     nets: Nets, prepared: Sequence[Prepared], *, batch_size: int, rule: str = "paper"
 ) -> list[Located]:
-    """The boxes and classes of up to `batch_size` images, on the device where the nets are.
+    """Return boxes and classes of up to `batch_size` images, on the device where the nets are.
 
     The nets always see `batch_size` images, the last ones blank where there are fewer: kernels
     are chosen, and sums rounded, by a batch's size, so that an image's result depends on that
@@ -120,8 +115,8 @@ def locate(
     device = next(nets.corruption.parameters()).device
     pixels = np.zeros((batch_size, config.height, config.width, 3), np.uint8)
     labels = np.zeros((batch_size, config.height, config.width), np.int64)
-    for i, one in enumerate(prepared):
-        pixels[i], labels[i] = one.pixels, one.segments
+    for i, image in enumerate(prepared):
+        pixels[i], labels[i] = image.pixels, image.segments
     images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous()
     segments = torch.from_numpy(labels).to(device)
     x = normalize(images, *colour_statistics(config, device))
@@ -130,12 +125,11 @@ def locate(
         logits = nets.clean_classifier(x)
         scores, order = torch.softmax(logits, dim=1).sort(dim=1, descending=True, stable=True)
     values = maps[:count].cpu().numpy()
-    top = zip(order[:count, :TOP].tolist(), scores[:count, :TOP].tolist(), strict=True)
     try:
         boxes, found = localize(values, rule)
     except ValueError as error:  # of the nets, not of an image: every other one would fail too
         raise UserError(str(error)) from None
-    sizes = np.array([(one.height, one.width) for one in prepared])
+    sizes = np.array([(image.height, image.width) for image in prepared])
     boxes = scale_boxes(boxes, np.array((config.height, config.width)), sizes)
     return [
         Located(
@@ -144,15 +138,15 @@ def locate(
             found=bool(found[i]),
             top5=[
                 (config.classes[c], config.class_names[c], score)
-                for c, score in zip(classes, probabilities, strict=True)
+                for c, score in zip(order[i, :TOP].tolist(), scores[i, :TOP].tolist(), strict=True)
             ],
         )
-        for i, (classes, probabilities) in enumerate(top)
+        for i in range(count)
     ]
 
 
 def file_state(path: Path) -> dict[str, int]:
-    """What tells a file from a changed one: its bytes, and its time of change in ns."""
+    """Return what tells a file from a changed one: its bytes, and its time of change in ns."""
     state = path.stat()
     return {"bytes": state.st_size, "modified_ns": state.st_mtime_ns}
 
@@ -165,30 +159,30 @@ def process_batch(nets: Nets, config: LocalizeConfig, jobs: Sequence[Job]) -> li
     finite maps, OSError where a picture cannot be written: both would fail every other image too.
     """
     entries: list[dict[str, Any]] = []
-    good: list[tuple[int, Prepared]] = []
+    prepared: dict[int, Prepared] = {}
     for i, job in enumerate(jobs):
-        entry: dict[str, Any] = {"image": str(job.path), "status": "ok"}
         try:
-            entry |= file_state(job.path)
-            good.append((i, prepare(nets.config, job.path.read_bytes())))
+            state = file_state(job.path)
+            prepared[i] = prepare(nets.config, job.path.read_bytes())
+            entries.append({"image": str(job.path), "status": "ok", **state})
         except (ImageError, OSError, MemoryError) as error:
-            entry = _failure(job, error)
-        entries.append(entry)
-    if not good:
+            entries.append(_failure(job, error))
+    if not prepared:
         return entries
-    located = locate(nets, [one for _, one in good], batch_size=config.batch_size, rule=config.rule)
-    for (i, one), found in zip(good, located, strict=True):
+    images = list(prepared.values())
+    results = locate(nets, images, batch_size=config.batch_size, rule=config.rule)
+    for i, result in zip(prepared, results, strict=True):
         try:
-            pictures = _pictures(config, jobs[i], one, found)
+            pictures = _pictures(config, jobs[i], prepared[i], result)
         except (ImageError, OSError, MemoryError) as error:
             entries[i] = _failure(jobs[i], error)
             continue
-        top = [{"class": wnid, "name": name, "score": score} for wnid, name, score in found.top5]
+        top = [{"class": wnid, "name": name, "score": score} for wnid, name, score in result.top5]
         entries[i] |= {
-            "width": one.width,
-            "height": one.height,
-            "box": found.box,
-            "found": found.found,
+            "width": prepared[i].width,
+            "height": prepared[i].height,
+            "box": result.box,
+            "found": result.found,
             **top[0],
             "top5": top,
         }
@@ -210,16 +204,16 @@ def _failure(job: Job, error: Exception) -> dict[str, Any]:
 
 
 def _pictures(
-    config: LocalizeConfig, job: Job, image: Prepared, found: Located
+    config: LocalizeConfig, job: Job, image: Prepared, result: Located
 ) -> dict[str, tuple[str, bytes]]:
-    """Name within the output folder and PNG of each picture asked for."""
+    """Return the name within the output folder and the PNG of each picture asked for."""
     pictures = {}
     if config.overlays:
         pixels = read_image(job.path.read_bytes(), image.height, image.width).pixels
-        _, name, score = found.top5[0]
-        overlay = draw_overlay(pixels, found.map, found.box, f"{name} {score:.0%}")
+        _, name, score = result.top5[0]
+        overlay = draw_overlay(pixels, result.map, result.box, f"{name} {score:.0%}")
         pictures["overlay"] = (job.overlay, encode_png(overlay))
     if config.masks:
-        mask = mask_picture(found.map, image.height, image.width)
+        mask = mask_picture(result.map, image.height, image.width)
         pictures["mask"] = (job.mask, encode_png(mask))
     return pictures

@@ -250,7 +250,7 @@ def test_a_damaged_progress_file_is_named(pictures: Path, random_run: Path, tmp_
     run(random_run, tmp_path / "out", pictures / "a.jpg")
     with (tmp_path / "out" / "progress.jsonl").open("ab") as file:
         file.write(b"no entry\n")
-    with pytest.raises(UserError, match=r"progress.jsonl is damaged: b'no entry.n' is no entry"):
+    with pytest.raises(UserError, match=r"progress\.jsonl is damaged"):
         run(random_run, tmp_path / "out", pictures / "a.jpg")
 
 
