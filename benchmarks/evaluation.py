@@ -22,9 +22,10 @@ from benchmarks.machine import hardware, quiet
 from jobs import cli
 from jobs.evaluate.config import EvaluateConfig, evaluate
 from jobs.evaluate.maps import Scored, map_truth, score_maps
+from jobs.loading import LoadingConfig
 from jobs.runs import Nets, colour_statistics, load_nets, new_classifier, new_corruption, save_nets
 from jobs.train.config import TrainConfig
-from jobs.train.trainer import model_config
+from jobs.train.worker import model_config
 from model.evidence import evidence
 from model.localization import RULES
 from model.masking import mask_map, normalize
@@ -53,7 +54,9 @@ class BenchConfig:
 
 def made_run(folder: Path, manifest: Manifest) -> Path:
     """A run folder with the default nets, untrained."""
-    config = model_config(TrainConfig(data="unused", output=folder), manifest)
+    config = model_config(
+        TrainConfig(loading=LoadingConfig(data="unused"), output=folder), manifest
+    )
     torch.manual_seed(0)
     nets = Nets(
         config=config,

@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from itertools import repeat
@@ -50,11 +49,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import hardware, quiet
 from jobs import cli
-from jobs.train.config import TrainConfig
-from jobs.train.graphs import Recordings
-from jobs.train.trainer import Trainer, model_config
+from jobs.train.config import NetsConfig, TrainConfig
+from jobs.train.graphs import Recordings, autocast
+from jobs.train.trainer import Trainer
+from jobs.train.worker import model_config
 from model.controller import ControllerState
-from model.losses import area_penalty, classification_loss, correct, corruption_loss
+from model.losses import (
+    Objective,
+    area_penalty,
+    classification_loss,
+    correct,
+    corruption_loss,
+)
 from model.masking import (
     apply_mask,
     bernoulli_straight_through,
@@ -63,7 +69,7 @@ from model.masking import (
     normalize,
     paint,
 )
-from model.step import Step, adversarial_step, clean_step
+from model.step import Inputs, Step, adversarial_step, clean_step
 from pipeline.loading.loader import Batch, Loader
 from pipeline.loading.order import Order
 from pipeline.shards.format import read_manifest
@@ -76,10 +82,6 @@ SUPERPIXELS = 196
 ROUNDS = 5  # turns that each of the compared takes
 CPU_TIME = ", by CPU time"
 PHASES = ("warm-up", "corruption only", "joint")
-NETS = {  # as jobs.train makes them by default
-    "net_width": TrainConfig.net_width,
-    "residual_blocks": TrainConfig.residual_blocks,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +92,51 @@ class BenchConfig:
     steps: int = cli.option(4, help="steps in a turn")
     batch_size: int = cli.option(64, help="images per step over all workers")
     device: str = cli.option("cpu", help="cpu or cuda")
-    net_width: int = cli.option(TrainConfig.net_width, help="channels of the nets' first layers")
+    net_width: int = cli.option(NetsConfig.net_width, help="channels of the nets' first layers")
     residual_blocks: int = cli.option(
-        TrainConfig.residual_blocks, help="of the classifier, as in jobs.train"
+        NetsConfig.residual_blocks, help="of the classifier, as in jobs.train"
     )
-    compiled: bool = cli.option(True, help="off: leave out compiled nets, which take a minute")
     output: Path = cli.option(Path("benchmarks/results"), help="folder for the dated JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all measurements share."""
+
+    config: BenchConfig
+    folder: Path  # of the generated images and their shards
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.config.device)
+
+    def trainer(self, *flags: str, ranks: int = 1) -> Trainer:
+        """Return a trainer that stays in either phase for ever. flags: of jobs.train."""
+        fixed = {
+            "data": self.folder / "shards",
+            "output": self.folder / "no-run",
+            "batch_size": self.config.batch_size,
+            "net_width": self.config.net_width,
+            "residual_blocks": self.config.residual_blocks,
+            "warmup_epochs": 10_000,
+            "epochs": 10_000,
+            "log_interval": 10**6,
+            "target": 1 - 1e-9,
+        }
+        given = [text for name, value in fixed.items() for text in (cli.flag(name), str(value))]
+        config = cli.parse(TrainConfig, [*given, *flags], "")
+        manifest = read_manifest(config.loading.data)
+        return Trainer(config, model_config(config, manifest), manifest, self.device, ranks)
+
+    def batches(self, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+        """Return the loader's batches."""
+        trainer = self.trainer(ranks=ranks)
+        loading = trainer.config.loading
+        loader = Loader(loading.data, read_manifest(loading.data), self.device)
+        order = Order(batch_size=self.config.batch_size)
+        return loader.train(
+            order, loading.augmentation(), start=trainer.position, rank=rank, ranks=ranks
+        )
 
 
 def in_turns(works: dict[str, Callable[[], Any]], images: int) -> dict[str, float]:
@@ -117,36 +158,8 @@ def in_turns(works: dict[str, Callable[[], Any]], images: int) -> dict[str, floa
     return {name: images / statistics.median(values) for name, values in seconds.items()}
 
 
-def new_trainer(
-    data: Path, batch_size: int, device: torch.device, ranks: int, **flags: Any
-) -> Trainer:
-    """flags: of jobs.train."""
-    config = TrainConfig(
-        data=str(data),
-        output=data / "no-run",
-        batch_size=batch_size,
-        warmup_epochs=10_000,
-        epochs=10_000,
-        log_interval=10**6,
-        target=1 - 1e-9,
-        **flags,
-    )
-    manifest = read_manifest(config.data)
-    return Trainer(config, model_config(config, manifest), manifest, device, ranks)
-
-
-def loaded(
-    data: Path, batch_size: int, device: torch.device, rank: int, ranks: int
-) -> Iterator[Batch]:
-    config = TrainConfig(data=str(data), output=data)
-    loader = Loader(config.data, read_manifest(config.data), device)
-    start = new_trainer(data, batch_size, device, ranks).position
-    order = Order(batch_size=batch_size)
-    return loader.train(order, config.augmentation(), start=start, rank=rank, ranks=ranks)
-
-
 def make_steps(trainer: Trainer, phase: str, batches: Iterator[Batch], steps: int) -> None:
-    """Whole steps of a training, as `Trainer.train_step` makes them, in the given phase."""
+    """Make whole steps of a training, as `Trainer.train_step` does, in the given phase."""
     state = trainer.state
     for _ in range(steps):
         batch = next(batches)
@@ -180,19 +193,16 @@ def most_memory(device: torch.device) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
 
 
-def operations_per_image(
-    data: Path, batch_size: int, device: torch.device, nets: dict[str, int]
-) -> dict[str, float]:
-    """Floating-point operations of a step of each phase, of convolutions and matrix products.
-    nets: flags of jobs.train."""
-    trainer = new_trainer(data, batch_size, device, ranks=1, graphs=False, **nets)
-    batch = next(loaded(data, batch_size, device, 0, 1))
-    found = {}
+def operations_per_image(setting: Setting) -> dict[str, float]:
+    """Return the floating-point operations of a step of each phase, of convolutions and matrix
+    products."""
+    trainer, batch = setting.trainer("--no-graphs"), next(setting.batches())
+    operations = {}
     for phase in PHASES:
         with FlopCounterMode(display=False) as counter:
             make_steps(trainer, phase, repeat(batch), 1)
-        found[phase] = counter.get_total_flops() / batch_size
-    return found
+        operations[phase] = counter.get_total_flops() / setting.config.batch_size
+    return operations
 
 
 def peaks(device: torch.device) -> dict[str, float]:
@@ -237,148 +247,111 @@ def shares_of_peak(
     }
 
 
-def fed_and_unfed(
-    data: Path, batch_size: int, device: torch.device, steps: int, nets: dict[str, int]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Each phase with one batch that lies on the device, and with batches from the loader, which
-    shares the core: rates, and the most memory by phase. On a GPU also in bfloat16, and with
-    kernels launched one by one. nets: flags of jobs.train."""
-    batches = loaded(data, batch_size, device, 0, 1)
+def fed_and_unfed(setting: Setting) -> tuple[dict[str, float], dict[str, float]]:
+    """Measure each phase with one batch that lies on the device, and with batches from the loader,
+    which shares the core: rates, and the most memory by phase. On a GPU also in bfloat16, and with
+    kernels launched one by one."""
+    batches = setting.batches()
     same = repeat(next(batches))
-    kinds: dict[str, tuple[dict[str, Any], Iterator[Batch]]] = {
-        "unfed": ({}, same),
-        "fed": ({}, batches),
+    kinds: dict[str, tuple[tuple[str, ...], Iterator[Batch]]] = {
+        "unfed": ((), same),
+        "fed": ((), batches),
     }
-    if device.type == "cuda":
-        half = {"precision": "bfloat16"}
+    if setting.device.type == "cuda":
+        half = ("--precision", "bfloat16")
         kinds |= {
-            "unfed, one by one": ({"graphs": False}, same),
+            "unfed, one by one": (("--no-graphs",), same),
             "unfed, bfloat16": (half, same),
             "fed, bfloat16": (half, batches),
-            "unfed, bfloat16, one by one": (half | {"graphs": False}, same),
+            "unfed, bfloat16, one by one": ((*half, "--no-graphs"), same),
         }
     rates: dict[str, float] = {}
     memory: dict[str, float] = {}
 
     def work(phase: str, trainer: Trainer, source: Iterator[Batch]) -> Callable[[], Any]:
-        return lambda: make_steps(trainer, phase, source, steps)
+        return lambda: make_steps(trainer, phase, source, setting.config.steps)
 
     for phase in PHASES:
         works = {
-            f"{phase}, {name}": work(
-                phase, new_trainer(data, batch_size, device, ranks=1, **nets, **flags), source
-            )
+            f"{phase}, {name}": work(phase, setting.trainer(*flags), source)
             for name, (flags, source) in kinds.items()
         }
-        forget_memory(device)
-        rates |= in_turns(works, steps * batch_size)
-        memory[phase] = most_memory(device)
+        forget_memory(setting.device)
+        rates |= in_turns(works, setting.config.steps * setting.config.batch_size)
+        memory[phase] = most_memory(setting.device)
     return rates, memory
 
 
-def profile(
-    data: Path, batch_size: int, device: torch.device, steps: int, nets: dict[str, int]
-) -> dict[str, Any]:
-    """What the host asked of the GPU in joint steps, and for what share of them the GPU worked.
+def profile(setting: Setting) -> dict[str, Any]:
+    """Return what the host asked of the GPU in joint steps, and for what share of them it worked.
 
-    The batch lies on the device, so the loader's thread asks for nothing. nets: flags of
-    jobs.train.
+    The batch lies on the device, so the loader's thread asks for nothing.
     """
-    trainer = new_trainer(data, batch_size, device, ranks=1, **nets)
-    same = repeat(next(loaded(data, batch_size, device, 0, 1)))
+    trainer, same, steps = setting.trainer(), repeat(next(setting.batches())), setting.config.steps
     make_steps(trainer, "joint", same, 2)
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=activities) as recorded:
         make_steps(trainer, "joint", same, steps)
-    events = found.events() or []
+    events = recorded.events() or []
     calls = Counter(event.name for event in events if event.name.startswith("cuda"))
-    busy, kernels, end = 0.0, 0, 0.0
+    busy, end = 0.0, 0.0
     spans = [e.time_range for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
     for span in sorted(spans, key=lambda span: span.start):
         busy += max(0.0, span.end - max(span.start, end))
-        end, kernels = max(end, span.end), kernels + 1
+        end = max(end, span.end)
     first = min((span.start for span in spans), default=0.0)
     return {
         "steps": steps,
         "host_calls": dict(calls.most_common()),
-        "kernels_and_copies_per_step": kernels / steps,
+        "kernels_and_copies_per_step": len(spans) / steps,
         "gpu_busy_share": busy / (end - first) if spans else 0.0,
     }
 
 
-def variants(
-    data: Path,
-    batch_size: int,
-    device: torch.device,
-    steps: int,
-    nets: dict[str, int],
-    compiled: bool,
-) -> dict[str, float]:
-    """The gradients of a joint step and of a warm-up step, data at hand, in each layout and
-    precision, and where asked for compiled; replayed on a GPU. nets: flags of jobs.train."""
-    trainer = new_trainer(data, batch_size, device, ranks=1, **nets)
-    batch = next(loaded(data, batch_size, device, 0, 1))
+def variants(setting: Setting) -> dict[str, float]:
+    """Measure the gradients of a joint step and of a warm-up step, data at hand, in each layout and
+    precision; replayed on a GPU."""
+    trainer, batch = setting.trainer(), next(setting.batches())
     images = normalize(batch.images, *trainer.colours)
-    noise = gumbel_difference((batch_size, trainer.model.superpixels), trainer.noise)[: len(images)]
+    _, labels, segments, noise = trainer.adversarial_tensors(batch)
 
-    def gradients(
-        layout: torch.memory_format, precision: str, compiled: bool, joint: bool
-    ) -> Callable[[], Any]:
-        state = new_trainer(data, batch_size, device, ranks=1, **nets).state
-        x = images.contiguous(memory_format=layout)
-        for net in (state.corruption, state.classifier):
+    def gradients(layout: torch.memory_format, half: bool, joint: bool) -> Callable[[], Any]:
+        nets = setting.trainer().nets
+        for net in (nets.corruption, nets.classifier):
             net.to(memory_format=layout)  # type: ignore[call-overload]
-            if compiled:
-                net.compile()
-        half = precision == "bfloat16"
-        recordings = Recordings()
 
-        def step(x: Tensor, segments: Tensor, labels: Tensor, noise: Tensor) -> Step:
-            with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+        def step(half: bool, tensors: tuple[Tensor, ...]) -> Step:
+            x, segments, labels, noise, weight = tensors
+            with autocast(setting.device, half):
                 if not joint:
-                    return clean_step(state.classifier, x, labels, batch_size)
-                return adversarial_step(
-                    state.corruption,
-                    state.classifier,
-                    x,
-                    segments,
-                    labels,
-                    noise,
-                    total=batch_size,
-                    joint=True,
-                    area_weight=1.0,
-                    area_power=2,
-                    clean_weight=1.0,
+                    return clean_step(nets.classifier, x, labels, batch.total)
+                inputs = Inputs(
+                    images=x, segments=segments, labels=labels, noise=noise, total=batch.total
                 )
+                return adversarial_step(nets, inputs, Objective(), weight, joint=True)
 
-        inputs = (x, batch.segments, batch.labels, noise)
+        x, weight = images.contiguous(memory_format=layout), torch.ones((), device=setting.device)
+        compute = Recordings(step).compute if setting.device.type == "cuda" else step
 
         def work() -> None:
-            for _ in range(steps):
-                if device.type == "cuda":
-                    recordings.compute("step", step, inputs)
-                else:
-                    step(*inputs)
+            for _ in range(setting.config.steps):
+                compute(half, (x, segments, labels, noise, weight))
 
         return work
 
-    plain, last = torch.contiguous_format, torch.channels_last
     kinds = {
-        "contiguous, float32": (plain, "float32", False),
-        "channels last, float32": (last, "float32", False),
-        "contiguous, bfloat16": (plain, "bfloat16", False),
-        "channels last, bfloat16": (last, "bfloat16", False),
+        f"{words}, {'bfloat16' if half else 'float32'}": (layout, half)
+        for half in (False, True)
+        for words, layout in (
+            ("contiguous", torch.contiguous_format),
+            ("channels last", torch.channels_last),
+        )
     }
-    if compiled:
-        kinds |= {
-            "channels last, float32, compiled": (last, "float32", True),
-            "channels last, bfloat16, compiled": (last, "bfloat16", True),
-        }
     rates: dict[str, float] = {}
     for phase, joint in (("joint", True), ("warm-up", False)):
         works = {f"{phase}, {name}": gradients(*kind, joint) for name, kind in kinds.items()}
-        rates |= in_turns(works, steps * batch_size)
+        rates |= in_turns(works, setting.config.steps * setting.config.batch_size)
     return rates
 
 
@@ -418,10 +391,10 @@ class Peer:
     """Both nets in DDP wrappers with optimizers of their own."""
 
     def __init__(self, trainer: Trainer) -> None:
-        state = trainer.state
+        nets = trainer.nets
         self.colours, self.superpixels = trainer.colours, trainer.model.superpixels
-        self.corruption = DistributedDataParallel(state.corruption)
-        self.classifier = DistributedDataParallel(state.classifier)
+        self.corruption = DistributedDataParallel(nets.corruption)
+        self.classifier = DistributedDataParallel(nets.classifier)
         self.optimizers = [
             torch.optim.Adam(net.parameters(), 1e-3) for net in (self.corruption, self.classifier)
         ]
@@ -480,47 +453,34 @@ class Peer:
         return float(right)
 
 
-def _enter(
-    rank: int, ranks: int, folder: str, batch_size: int, steps: int, nets: dict[str, int]
-) -> None:
+def _enter(rank: int, ranks: int, setting: Setting) -> None:
     """One worker on one core: ours, DDP and plain in turns; rank 0 writes down the rates."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    folder, steps, batch_size = setting.folder, setting.config.steps, setting.config.batch_size
     meet = f"file://{folder}/meet-{ranks}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
-    data, device = Path(folder) / "shards", torch.device("cpu")
-    trainers = {
-        name: new_trainer(data, batch_size, device, ranks, **nets)
-        for name in ("ours", "ddp", "plain")
-    }
-    batches = loaded(data, batch_size, device, rank, ranks)
-    wrapped, plain = Peer(trainers["ddp"]), Peer(trainers["plain"])
-    photos = Photos(Path(folder) / "images" / "train")
+    ours = setting.trainer(ranks=ranks)
+    wrapped, plain = (Peer(setting.trainer(ranks=ranks)) for _ in range(2))
+    batches = setting.batches(rank, ranks)
+    photos = Photos(folder / "images" / "train")
     sampler: DistributedSampler[Any] = DistributedSampler(photos, ranks, rank)
-    loader = DataLoader(
-        photos,
-        batch_size // ranks,
-        sampler=sampler,
-        num_workers=1,
-        drop_last=True,
-        prefetch_factor=2,
+    stream = endless(
+        DataLoader(
+            photos,
+            batch_size // ranks,
+            sampler=sampler,
+            num_workers=1,
+            drop_last=True,
+            prefetch_factor=2,
+        )
     )
-    stream = endless(loader)
-
-    def ddp_steps() -> None:
-        for _ in range(steps):
-            wrapped.wrapped_step(next(batches))
-
-    def plain_steps() -> None:
-        for _ in range(steps):
-            plain.plain_step(*next(stream))
-
-    works: dict[str, Callable[[], Any]] = {
-        "ours, warm-up": lambda: make_steps(trainers["ours"], "warm-up", batches, steps),
-        "ours, joint": lambda: make_steps(trainers["ours"], "joint", batches, steps),
-        "DDP, joint": ddp_steps,
-        "plain, joint": plain_steps,
+    one_step: dict[str, Callable[[], Any]] = {
+        "ours, warm-up": lambda: make_steps(ours, "warm-up", batches, steps),
+        "ours, joint": lambda: make_steps(ours, "joint", batches, steps),
+        "DDP, joint": lambda: [wrapped.wrapped_step(next(batches)) for _ in range(steps)],
+        "plain, joint": lambda: [plain.plain_step(*next(stream)) for _ in range(steps)],
     }
 
     def together(work: Callable[[], Any]) -> Callable[[], Any]:
@@ -531,30 +491,27 @@ def _enter(
 
         return begin_and_end_together
 
-    rates = in_turns({name: together(work) for name, work in works.items()}, steps * batch_size)
+    works = {name: together(work) for name, work in one_step.items()}
+    rates = in_turns(works, steps * batch_size)
     if rank == 0:
-        (Path(folder) / f"rates-{ranks}.json").write_text(json.dumps(rates))
+        (folder / f"rates-{ranks}.json").write_text(json.dumps(rates))
     dist.destroy_process_group()
 
 
-def worker_rates(
-    folder: Path, batch_size: int, steps: int, nets: dict[str, int]
-) -> dict[str, float]:
-    """Ours, DDP and plain on one and two workers of one core each; the same global batch. nets:
-    flags of jobs.train."""
+def worker_rates(setting: Setting) -> dict[str, float]:
+    """Measure ours, DDP and plain on one and two workers of one core each, of one global batch."""
     rates: dict[str, float] = {}
     for ranks in (1, 2):
-        arguments = (ranks, str(folder), batch_size, steps, nets)
-        mp.start_processes(_enter, arguments, nprocs=ranks, start_method="spawn")
-        found = json.loads((folder / f"rates-{ranks}.json").read_text())
-        for name, rate in found.items():
+        mp.start_processes(_enter, (ranks, setting), nprocs=ranks, start_method="spawn")
+        measured = json.loads((setting.folder / f"rates-{ranks}.json").read_text())
+        for name, rate in measured.items():
             what, kind, _ = name.partition(CPU_TIME)
             rates[f"{what}, workers: {ranks}{kind}"] = rate
     return rates
 
 
-def make_data(folder: Path, images: int) -> Path:
-    """Generated images and their shards."""
+def make_data(folder: Path, images: int) -> None:
+    """Write generated images and their shards."""
     write_synthetic(folder / "images", SyntheticConfig(train_images=images, val_images=0))
     config = PreprocessConfig(
         source=str(folder / "images"), output=str(folder / "shards"), superpixels=SUPERPIXELS
@@ -562,7 +519,6 @@ def make_data(folder: Path, images: int) -> Path:
     ray.init(address="local", include_dashboard=False, logging_level="warning")
     preprocess(config, quiet, cli.connect_ray)
     ray.shutdown()
-    return folder / "shards"
 
 
 def ratios(rates: dict[str, float]) -> dict[str, float]:
@@ -600,31 +556,32 @@ def ratios(rates: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     config = cli.parse(BenchConfig, None, __doc__ or "")
-    device, size = torch.device(config.device), config.batch_size
     cores, load = os.sched_getaffinity(0), os.getloadavg()[0]  # others' work distorts
-    nets = {"net_width": config.net_width, "residual_blocks": config.residual_blocks}
+    gpu = config.device == "cuda"
     with tempfile.TemporaryDirectory() as name:
-        data = make_data(Path(name), config.images)
-        rates = worker_rates(Path(name), size, config.steps, nets) if device.type == "cpu" else {}
-        if device.type == "cpu":
+        setting = Setting(config=config, folder=Path(name))
+        make_data(setting.folder, config.images)
+        rates = {} if gpu else worker_rates(setting)
+        if not gpu:
             os.sched_setaffinity(0, {min(cores)})  # the loader's thread too
             torch.set_num_threads(1)
-        operations, peak = operations_per_image(data, size, device, nets), peaks(device)
-        alone, memory = fed_and_unfed(data, size, device, config.steps, nets)
-        seen = profile(data, size, device, config.steps, nets) if device.type == "cuda" else None
-        alone |= variants(data, size, device, config.steps, nets, config.compiled)
-        shares = shares_of_peak(alone, operations, peak)
-        rates = alone | rates
+        operations, peak = operations_per_image(setting), peaks(setting.device)
+        alone, memory = fed_and_unfed(setting)
+        profiled = profile(setting) if gpu else None
+        alone |= variants(setting)
+    shares = shares_of_peak(alone, operations, peak)
+    rates = alone | rates
     compared = ratios(rates)
     rows = [[k, f"{v:.0f}", f"{shares[k]:.3f}" if k in shares else "-"] for k, v in rates.items()]
     print(cli.table(["what", "images/s", "of peak"], rows))
     print(cli.table(["ratio", ""], [[k, f"{v:.3f}"] for k, v in compared.items()]))
     for phase in PHASES:
         print(f"{phase}: {operations[phase] / 1e6:.0f} MFLOP an image, {memory[phase]:.0f} MiB")
+    nets = {"net_width": config.net_width, "residual_blocks": config.residual_blocks}
     content = {
         "hardware": hardware(),
         "load_average_before": load,
-        "batch_size": size,
+        "batch_size": config.batch_size,
         "images_per_second": rates,
         "ratios": compared,
         "operations_per_image": operations,
@@ -632,14 +589,14 @@ def main() -> None:
         "shares_of_peak": shares,
         "memory_mib": memory,
         "nets": nets,
-        "profile_of_joint_steps": seen,
+        "profile_of_joint_steps": profiled,
     }
-    if seen is not None:
-        print(json.dumps(seen, indent=1))
+    if profiled is not None:
+        print(json.dumps(profiled, indent=1))
     config.output.mkdir(parents=True, exist_ok=True)
-    shape = f"-width-{config.net_width}-blocks-{config.residual_blocks}"
-    kind = f"{size}{shape if nets != NETS else ''}"
-    kind += "-gpu" if device.type == "cuda" else ""
+    default = all(value == getattr(NetsConfig, name) for name, value in nets.items())
+    shape = "" if default else f"-width-{config.net_width}-blocks-{config.residual_blocks}"
+    kind = f"{config.batch_size}{shape}{'-gpu' if gpu else ''}"
     path = config.output / f"{date.today().isoformat()}-training-{kind}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from jobs.cli import option
+from jobs.cli import check_bounds, option
 from pipeline.errors import UserError
 from pipeline.loading.augmentation import Augmentation
 from pipeline.loading.cache import DEFAULT_LIMIT, GIB, CacheConfig, cached_bytes
@@ -17,30 +17,39 @@ from pipeline.storage import is_remote
 
 @dataclass(frozen=True, kw_only=True)
 class LoadingConfig:
-    """What every job that loads batches asks for."""
+    """What every command that loads batches asks for."""
 
     data: str = option(help="shards that jobs.preprocess wrote: a folder, or a URI (s3://...)")
     cache: Path | None = option(
         None, help="folder for shards of a remote set (default: in the user's cache folder)"
     )
-    cache_limit: float = option(DEFAULT_LIMIT, help="GiB that the files in it may take together")
-    min_crop_area: float = option(0.7, help="smallest share of an image that a crop keeps")
-    max_crop_aspect: float = option(1.16, help="largest change of a crop's aspect, from 1")
+    cache_limit: float = option(
+        DEFAULT_LIMIT, above=0, help="GiB that the files in it may take together"
+    )
+    min_crop_area: float = option(
+        0.7, above=0, high=1, help="smallest share of an image that a crop keeps"
+    )
+    max_crop_aspect: float = option(1.16, low=1, help="largest change of a crop's aspect")
     flip: bool = option(True, help="mirror half of the images left to right")
     translation: float = option(
-        0.0, help="largest share of the side by which a crop reaches over the edge, below 1"
+        0.0,
+        low=0,
+        below=1,
+        help="largest share of the side by which a crop reaches over the edge",
     )
-    brightness: float = option(0.0, help="largest relative change of the brightness, below 1")
-    contrast: float = option(0.0, help="largest relative change of the contrast, below 1")
-    saturation: float = option(0.0, help="largest relative change of the saturation, below 1")
+    brightness: float = option(
+        0.0, low=0, below=1, help="largest relative change of the brightness"
+    )
+    contrast: float = option(0.0, low=0, below=1, help="largest relative change of the contrast")
+    saturation: float = option(
+        0.0, low=0, below=1, help="largest relative change of the saturation"
+    )
 
     def __post_init__(self) -> None:
-        if not 0 < self.cache_limit < float("inf"):
-            raise ValueError(f"--cache-limit {self.cache_limit} must be above 0 (GiB)")
-        self.augmentation()
+        check_bounds(self)
 
     def augmentation(self) -> Augmentation:
-        """Raises ValueError for values out of range."""
+        """Return how images are augmented."""
         return Augmentation(
             min_area=self.min_crop_area,
             max_aspect=self.max_crop_aspect,
@@ -58,7 +67,8 @@ class LoadingConfig:
     def window(self, manifest: Manifest) -> int | None:
         """Return how many shards of the train split are shuffled together (see `epoch_order`).
 
-        None, that is all, of a local set; of a remote one what the cache's limit allows."""
+        None, that is all, of a local set; of a remote one what the cache's limit allows.
+        """
         if not is_remote(self.data):
             return None
         sizes = [cached_bytes(shard) for shard in split_of(manifest, "train").shards]

@@ -1,4 +1,4 @@
-"""The 4-layer convolutional classifier (paper, section 3.3), deeper where asked for."""
+"""The 4-layer convolutional classifier (paper, section 3.3), optionally deeper."""
 
 from collections.abc import Callable, Iterator
 
@@ -11,7 +11,7 @@ CROP_SHARE = 7 / 8  # of the image's sides
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
-    """Convolution, group norm, ReLU.
+    """Return a convolution, group norm and ReLU.
 
     Group norm rather than batch norm: a step is then the same on any number of workers, clean
     and masked images do not share statistics, and training equals evaluation.
@@ -66,13 +66,15 @@ class Classifier(nn.Module):
         self.head = nn.Linear(widths[3], classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """The last feature map, float [B, C, H/8, W/8], at least 0."""
+        """Return the last feature map: float [B, C, H/8, W/8], at least 0."""
         return self.layers(images)
 
     def final_maps(self, images: Tensor) -> list[Tensor]:
-        """Every layer's output that has the size of the last feature map, in order, the last one
-        included: float [B, C, H/8, W/8] each, C of each layer its own. Gradients reach the first
-        of them and no layer below it."""
+        """Return every layer's output that has the size of the last feature map, in order.
+
+        float [B, C, H/8, W/8] each, C of each layer its own; the last feature map is the last.
+        Gradients reach the first of them and no layer below it.
+        """
         with torch.no_grad():
             x = self.layers[: self.first_final + 1](images)
         maps = [x.detach().requires_grad_()]
@@ -81,7 +83,7 @@ class Classifier(nn.Module):
         return maps
 
     def classify(self, features: Tensor) -> Tensor:
-        """Logits [B, classes] of the last feature map."""
+        """Return logits [B, classes] of the last feature map."""
         return self.head(functional.adaptive_avg_pool2d(features, 1).flatten(1))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -89,14 +91,15 @@ class Classifier(nn.Module):
 
 
 def ten_crops(images: Tensor) -> Iterator[Tensor]:
-    """The corners and the centre, 7/8 of the sides, each also mirrored, enlarged to the images' own
-    size: ten times float [B, 3, H, W], made one by one (Krizhevsky et al. 2012 take crops of 224 of
-    256 pixels, and do not enlarge them)."""
+    """Yield the corners and the centre, 7/8 of the sides, each also mirrored, enlarged to the
+    images' own size: ten times float [B, 3, H, W]. Krizhevsky et al. 2012 take crops of 224 of 256
+    pixels, and do not enlarge them.
+    """
     height, width = images.shape[-2:]
     h, w = round(CROP_SHARE * height), round(CROP_SHARE * width)
     below, right = height - h, width - w
-    places = ((0, 0), (0, right), (below, 0), (below, right), (below // 2, right // 2))
-    for top, left in places:
+    corners = ((0, 0), (0, right), (below, 0), (below, right), (below // 2, right // 2))
+    for top, left in corners:
         crop = functional.interpolate(
             images[:, :, top : top + h, left : left + w],
             size=(height, width),
@@ -110,7 +113,10 @@ def ten_crops(images: Tensor) -> Iterator[Tensor]:
 def class_probabilities(
     logits_of: Callable[[Tensor], Tensor], images: Tensor, *, crops: bool
 ) -> Tensor:
-    """Softmax probabilities float [B, classes]; crops: their mean over `ten_crops`. images:
-    normalized float [B, 3, H, W]; logits_of: a classifier, images -> logits."""
+    """Return softmax probabilities: float [B, classes].
+
+    images: normalized float [B, 3, H, W]; logits_of: a classifier, images -> logits. crops: take
+    the mean over `ten_crops`.
+    """
     views = ten_crops(images) if crops else [images]
     return torch.stack([torch.softmax(logits_of(view), dim=1) for view in views]).mean(dim=0)

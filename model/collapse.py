@@ -1,8 +1,8 @@
 """Signs that the fight has ended without a winner: masks that cover all or nothing, a gate that
 stays where it is, a classifier that knows nothing.
 
-A pure function of reduced numbers, like the controller: every rank that feeds it the same ones
-holds the same state, bit for bit, and so stops at the same step.
+A pure function of reduced numbers, like the controller: every rank that feeds it the same numbers
+has the same state, bit for bit, and so stops at the same step.
 """
 
 import math
@@ -14,23 +14,20 @@ SMOOTHING = 0.95  # weight of the past in the running numbers
 MARGIN = 3.0  # standard deviations above chance that count as chance
 
 TEXTS = {
-    "full": "masks cover everything: the target is too low, raise --target-share (0.65 held on "
-    "photographs) or --target",
-    "empty": "masks are empty: the area weighs too much, lower --area-start or the target",
+    "full": "masks cover everything: the target is too low",
+    "empty": "masks are empty: the area weighs too much",
     "closed": "the gate is stuck, only the corruption net trains: it does not bring the accuracy "
-    "on masked images down to the target; raise --corruption-rate, --controller-rate or the "
-    "target, or lower --imitation-weight",
+    "on masked images down to the target",
     "open": "the gate is stuck, every step is joint: the accuracy on masked images does not come "
-    "up to the target; lower --corruption-rate or the target, or raise --classifier-rate",
-    "chance": "accuracy at chance, the classifier knows nothing: change --warmup-rate or "
-    "--classifier-rate, and look at the labels with jobs.inspect",
+    "up to the target",
+    "chance": "accuracy at chance: the classifier knows nothing",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollapseState:
-    """area, joint, accuracy: running means, None before the first step of a phase. The others:
-    for how many steps on end each sign has been there."""
+    """area, joint, accuracy: running means, None before the first step of a phase. The others
+    count for how many steps on end each sign has lasted."""
 
     area: float | None = None
     joint: float | None = None
@@ -42,7 +39,7 @@ class CollapseState:
     chance: int = 0
 
     def signs(self, steps: int) -> list[str]:
-        """The names of TEXTS that have been there for at least `steps` steps on end."""
+        """Return the names in TEXTS of the signs that have lasted for at least `steps` steps."""
         return [name for name in TEXTS if getattr(self, name) >= steps]
 
 
@@ -60,7 +57,7 @@ def watch(
     area: float | None = None,
     joint: bool | None = None,
 ) -> CollapseState:
-    """The state after a step over `count` images.
+    """Return the state after a step over `count` images.
 
     accuracy: of the classifier in this step. area: mean masked share, and joint: whether both
     nets trained; None in the warm-up, where there is no mask (joint also with a frozen
@@ -84,5 +81,5 @@ def watch(
         "open": means.joint is not None and means.joint > OPEN,
         "chance": means.accuracy <= highest and (target is None or target > highest),
     }
-    counts = {name: getattr(state, name) + 1 if there else 0 for name, there in signs.items()}
+    counts = {name: getattr(state, name) + 1 if shows else 0 for name, shows in signs.items()}
     return replace(means, **counts)

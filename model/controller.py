@@ -1,6 +1,6 @@
 """Balancing the two nets (paper, section 2.4): the area weight lambda, and who trains next.
 
-A pure function of reduced numbers: every rank that feeds it the same sums holds the same state,
+A pure function of reduced numbers: every rank that feeds it the same sums has the same state,
 bit for bit, and so takes the same branch.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerConfig:
-    """target: the accuracy on masked images to hold, in [0, 1].
+    """target: the accuracy on masked images to keep, in (0, 1).
     rate: relative change of lambda per step. smoothing: weight of the past in the running
     accuracy that moves lambda."""
 
@@ -39,7 +39,7 @@ class ControllerState:
 def update(
     state: ControllerState, config: ControllerConfig, correct: float, count: float
 ) -> ControllerState:
-    """The state after a step in which `correct` of `count` masked images, summed over all
+    """Return the state after a step in which `correct` of `count` masked images, summed over all
     ranks, were classified right.
 
     The running accuracy above the target lowers lambda (so more is masked), below raises it.
@@ -60,7 +60,7 @@ def update(
 
 
 def relative_target(chance: float, clean: float, share: float) -> float:
-    """A target accuracy `share` of the way from chance to the accuracy on clean images.
+    """Return a target accuracy `share` of the way from chance to the accuracy on clean images.
 
     The paper's 10 % is for 1000 classes; what must be undercut is the classifier's accuracy
     without the context's help, which lies between the two.

@@ -10,7 +10,7 @@ from model.classifier import GROUPS, Classifier, convolution
 STRIDE = 16  # of the bottleneck: image sides must be multiples of it
 START_BIAS = -1.0  # the first masks cover about a quarter of the image
 GUIDED_LAYER = 2  # of the encoder: its map has the size of the classifier's last
-LOGIT_LIMIT = 8.0  # bound of the logits: probabilities from .00034 to .99966
+LOGIT_LIMIT = 8.0  # bound of the logits: probabilities from 0.00034 to 0.99966
 
 
 class _Projection(torch.autograd.Function):
@@ -123,8 +123,8 @@ class CorruptionNet(nn.Module):
             x = layer(x)
             if number == GUIDED_LAYER and self.guide is not None and self.mix is not None:
                 with torch.no_grad():
-                    seen = self.guide.features(images)
-                x = x + self.mix(seen)
+                    features = self.guide.features(images)
+                x = x + self.mix(features)
             skips.append(x)
         x = x + self.bottleneck(x).view_as(x)
         for layer, skip in zip(self.decoder, reversed(skips[:-1]), strict=True):

@@ -1,4 +1,4 @@
-"""Evidence: what the clean classifier's own maps tell the corruption net (not in the paper).
+"""Evidence: maps of the clean classifier that the corruption net may imitate (not in the paper).
 
 On photographs of many classes the classifier's loss under masks teaches the corruption net only
 slowly what the classifier reacts to. LayerCAM of the clean classifier names it directly, for the
@@ -18,7 +18,7 @@ LEVEL = 1e-4  # a map whose deviation is a smaller part of its values says nothi
 
 
 def _standardized(values: Tensor) -> Tensor:
-    """Each image's map less its mean, over its deviation: [B, H, W]; a level map becomes 0."""
+    """Return each image's map less its mean, over its deviation; a level map becomes 0."""
     centred = values - values.mean(dim=(1, 2), keepdim=True)
     deviation = centred.square().mean(dim=(1, 2), keepdim=True).sqrt()
     floor = LEVEL * values.abs().amax(dim=(1, 2), keepdim=True)
@@ -28,12 +28,13 @@ def _standardized(values: Tensor) -> Tensor:
 def evidence(
     classifier: Classifier, images: Tensor, labels: Tensor, segments: Tensor, superpixels: int
 ) -> Tensor:
-    """How much each superpixel speaks for its image's label, compared within the image.
+    """Return how much each superpixel speaks for its image's label, compared within the image.
 
-    The roots (a few large values would rule otherwise) of `layer_cams` of the enlarged image, each
-    averaged over superpixels and standardized, and the sum standardized again. images: normalized
-    float [B, 3, H, W]; labels: int64 [B]; segments: int64 [B, H, W], below `superpixels`. Returns
-    float32 [B, H, W] of mean 0 and deviation 1, level within superpixels, without a gradient.
+    The square roots of `layer_cams` of the enlarged image (a few large values would rule
+    otherwise), each averaged over superpixels and standardized; their sum, standardized again.
+    images: normalized float [B, 3, H, W]; labels: int64 [B]; segments: int64 [B, H, W], below
+    `superpixels`. Returns float32 [B, H, W] of mean 0 and deviation 1, level within superpixels,
+    without a gradient.
     """
     total = torch.zeros(segments.shape, device=images.device)
     for values in layer_cams(classifier, images, labels, enlargement=ENLARGEMENT):

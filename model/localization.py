@@ -15,20 +15,22 @@ FLAT = 1e-5
 
 
 def adaptive_threshold(values: np.ndarray) -> float:
-    """0.7 mean + 0.3 max of a map, in float64 (paper, section 3.2)."""
+    """Return 0.7 mean + 0.3 max of a map, in float64 (paper, section 3.2)."""
     mean = float(values.mean(dtype=np.float64))
     # Written so that a constant map's threshold is exactly its value.
     return mean + MAX_WEIGHT * (float(values.max()) - mean)
 
 
 def mean_threshold(values: np.ndarray) -> float:
-    """The mean of a map, in float64."""
+    """Return the mean of a map, in float64."""
     return float(values.mean(dtype=np.float64))
 
 
 def quantile_threshold(values: np.ndarray) -> float:
-    """The value that 0.35 of a map's pixels exceed, fewer where values are equal; where more of
-    them are at the maximum, the largest value below it, so that those exceed it."""
+    """Return the value that 0.35 of a map's pixels exceed, fewer where values are equal.
+
+    Where more of them are at the maximum, it is the largest value below, so that those exceed it.
+    """
     kept = int(KEPT_SHARE * values.size)
     threshold = np.partition(values, values.size - kept - 1, axis=None)[values.size - kept - 1]
     if threshold == values.max():
@@ -50,7 +52,7 @@ RULE_TEXTS = {
 
 
 def map_box(values: np.ndarray, rule: str = "paper") -> np.ndarray | None:
-    """The box of the largest 8-connected component strictly above the threshold of a rule.
+    """Return the box of the largest 8-connected component strictly above the threshold of a rule.
 
     values: float [H, W]; rule: a name of RULES. Returns int64 [4]. Of components with equally
     many pixels the topmost wins, then the leftmost. None for a flat map (the same value
@@ -71,9 +73,9 @@ def map_box(values: np.ndarray, rule: str = "paper") -> np.ndarray | None:
 
 
 def localize(maps: np.ndarray, rule: str = "paper") -> tuple[np.ndarray, np.ndarray]:
-    """`map_box` of each map: float [B, H, W] -> boxes int64 [B, 4], found bool [B].
+    """Return `map_box` of each map: float [B, H, W] -> boxes int64 [B, 4], found bool [B].
 
-    A flat map says nothing about the place: its box is the whole map and its `found` False.
+    A flat map says nothing about where the object is: its box is the whole map, `found` False.
     """
     height, width = maps.shape[1:]
     boxes = np.tile(np.array([0, 0, width - 1, height - 1], np.int64), (len(maps), 1))

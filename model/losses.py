@@ -1,25 +1,45 @@
-"""The paper's losses (section 2.3) and ours beside them, one value per image so that any sharding
-can sum them."""
+"""The losses (paper, section 2.3), one value per image so that any sharding can sum them, and the
+settings that say which of them a training adds up."""
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-EVIDENCE_SHARPNESS = 2.0  # by how much a deviation of the evidence raises the wanted logit
-EVIDENCE_SHARE = 0.25  # how probably what is as telling as its image's average is to be masked
 SMALLEST_PROBABILITY = 1e-6
 
 Confusion = Literal["top", "true-logit", "true-log-probability"]
 
 
-def corruption_loss(logits: Tensor) -> Tensor:
-    """Equation 1: the top logit minus the mean of the others; float [B, C] -> [B], at least 0.
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What the two nets minimize.
 
-    0 exactly where the classifier scores all classes alike, that is, in full confusion. The top
-    class is the one predicted on the masked image, whatever the label.
+    The corruption net: `confusion_loss` of kind `confusion`, plus lambda times the masked area to
+    the power `area_power`, plus `imitation_weight` times `imitation_loss`, which wants masks of
+    probability `evidence_share` where the evidence is the image's average, and a logit greater by
+    `evidence_sharpness` for each deviation above it. The classifier: cross-entropy on masked
+    images, plus `clean_weight` times that on clean ones. soft: the mask is the probability
+    itself, without sampling. The paper has top, power 1 and neither weight.
+    """
+
+    confusion: Confusion = "top"
+    area_power: int = 2
+    clean_weight: float = 1.0
+    imitation_weight: float = 0.0
+    evidence_sharpness: float = 2.0
+    evidence_share: float = 0.25
+    soft: bool = False
+
+
+def corruption_loss(logits: Tensor) -> Tensor:
+    """Return equation 1, the top logit minus the mean of the others: float [B, C] -> [B].
+
+    At least 0, and 0 exactly where the classifier scores all classes alike, that is, in full
+    confusion. The top class is the one predicted on the masked image, whatever the label.
     """
     top = logits.amax(dim=1)
     others = (logits.sum(dim=1) - top) / (logits.shape[1] - 1)
@@ -27,12 +47,12 @@ def corruption_loss(logits: Tensor) -> Tensor:
 
 
 def confusion_loss(logits: Tensor, labels: Tensor, kind: Confusion) -> Tensor:
-    """What the corruption net minimizes beside the area: float [B, C], int64 [B] -> [B]; 0 where
-    the classifier scores all classes alike.
+    """Return what the corruption net minimizes beside the area: float [B, C], int64 [B] -> [B].
 
-    top: equation 1, whatever the label. true-logit: the label's logit minus the mean of the
-    others, which has no lower bound. true-log-probability: the logarithm of the label's softmax
-    probability over 1/C. The two with the label are departures from the paper.
+    0 where the classifier scores all classes alike. top: equation 1, whatever the label.
+    true-logit: the label's logit minus the mean of the others, which has no lower bound.
+    true-log-probability: the logarithm of the label's softmax probability over 1/C. The two with
+    the label are departures from the paper.
     """
     if kind == "top":
         return corruption_loss(logits)
@@ -43,7 +63,7 @@ def confusion_loss(logits: Tensor, labels: Tensor, kind: Confusion) -> Tensor:
 
 
 def area_penalty(mask: Tensor, power: int) -> Tensor:
-    """The masked share of each image, to the given power: float [B, H, W] -> [B] in [0, 1].
+    """Return each image's masked share, to the given power: float [B, H, W] -> [B] in [0, 1].
 
     power 1 is the paper's count of occluded pixels over the number of pixels. Power 2 costs
     nothing at the margin of an empty mask and ever more later, which keeps the corruption net
@@ -52,24 +72,25 @@ def area_penalty(mask: Tensor, power: int) -> Tensor:
     return mask.flatten(1).mean(dim=1) ** power
 
 
-def imitation_loss(mask: Tensor, evidence: Tensor) -> Tensor:
-    """How far masks are from what the evidence asks for: the binary cross-entropy between the
-    probability of masking each pixel (float [B, H, W] in [0, 1]) and sigmoid(EVIDENCE_SHARPNESS *
-    evidence + logit(EVIDENCE_SHARE)), averaged: [B]. evidence: see model/evidence.py. Not in the
-    paper. NaN where a probability is NaN (torch's own loss would end the process).
+def imitation_loss(mask: Tensor, evidence: Tensor, objective: Objective) -> Tensor:
+    """Return how far masks are from what the evidence asks for: float [B, H, W] each -> [B].
+
+    The binary cross-entropy between the probability of masking each pixel, in [0, 1], and
+    sigmoid(sharpness * evidence + logit(share)), averaged over pixels. Not in the paper. evidence:
+    see model/evidence.py. NaN where a probability is NaN (torch's own loss would end the process).
     """
-    average = math.log(EVIDENCE_SHARE / (1 - EVIDENCE_SHARE))
-    wanted = torch.sigmoid(EVIDENCE_SHARPNESS * evidence + average)
+    average = math.log(objective.evidence_share / (1 - objective.evidence_share))
+    wanted = torch.sigmoid(objective.evidence_sharpness * evidence + average)
     p = mask.clamp(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
     losses = -(wanted * torch.log(p) + (1 - wanted) * torch.log1p(-p))
     return losses.mean(dim=(1, 2))
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Softmax cross-entropy with the true label: float [B, C], int64 [B] -> [B]."""
+    """Return the softmax cross-entropy with the true label: float [B, C], int64 [B] -> [B]."""
     return functional.cross_entropy(logits, labels, reduction="none")
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """1.0 where the top class is the label: float [B]."""
+    """Return 1.0 where the top class is the label, else 0.0: float32 [B]."""
     return (logits.argmax(dim=1) == labels).to(torch.float32)

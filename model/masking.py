@@ -19,7 +19,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def superpixel_mean(values: Tensor, segments: Tensor, superpixels: int) -> Tensor:
-    """Mean of `values` (float [B, H, W]) over each superpixel: float [B, K].
+    """Return the mean of `values` (float [B, H, W]) over each superpixel: float [B, K].
 
     segments: int64 [B, H, W], labels below `superpixels` (K). An absent superpixel gets 0; it
     covers no pixel, so its value reaches nothing.
@@ -37,9 +37,10 @@ def paint(values: Tensor, segments: Tensor) -> Tensor:
 
 
 def gumbel_difference(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """z1 - z2 of two independent standard Gumbel variables, float32, on the generator's device.
+    """Return float32 z1 - z2 of two independent standard Gumbel variables.
 
-    z = -ln(-ln u) with u uniform in (0, 1); the paper prints -ln(-ln(-u)), which is not a number.
+    It is on the generator's device. z = -ln(-ln u) with u uniform in (0, 1); the paper prints
+    -ln(-ln(-u)), which is not a number.
     """
     device = generator.device
     tiny = torch.finfo(torch.float32).tiny
@@ -49,7 +50,7 @@ def gumbel_difference(shape: tuple[int, ...], generator: torch.Generator) -> Ten
 
 
 def bernoulli_straight_through(probability: Tensor, noise: Tensor) -> Tensor:
-    """Exact Bernoulli(p) samples in {0, 1}, with the gradient of p itself.
+    """Return exact Bernoulli(p) samples in {0, 1}, with the gradient of p itself.
 
     probability: float in [0, 1], any shape; noise: `gumbel_difference` of that shape. A sample
     is 1 where log p + z1 > log(1 - p) + z2 (the Gumbel-max rule); backwards it counts as p
@@ -62,7 +63,7 @@ def bernoulli_straight_through(probability: Tensor, noise: Tensor) -> Tensor:
 
 
 def pixel_segments(segments: Tensor) -> Tensor:
-    """A superpixel of its own for each pixel: labels 0..HW-1 of the shape int64 [B, H, W]."""
+    """Return a superpixel of its own for each pixel: int64 [B, H, W], labels 0 to HW - 1."""
     _, height, width = segments.shape
     grid = torch.arange(height * width, device=segments.device).view(1, height, width)
     return grid.expand_as(segments)
@@ -71,7 +72,7 @@ def pixel_segments(segments: Tensor) -> Tensor:
 def mask_probability(
     corruption: nn.Module, images: Tensor, segments: Tensor, superpixels: int
 ) -> Tensor:
-    """The corruption net's probability of masking each superpixel: float [B, K] in [0, 1]."""
+    """Return the probability of masking each superpixel: float [B, K] in [0, 1]."""
     logits = corruption(images).to(images.dtype)  # autocast's are bfloat16
     return superpixel_mean(torch.sigmoid(logits), segments, superpixels)
 
@@ -82,8 +83,9 @@ def apply_mask(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def mask_map(corruption: nn.Module, images: Tensor, segments: Tensor, superpixels: int) -> Tensor:
-    """Each pixel's probability of being masked, averaged over its superpixel: [B, H, W] in [0, 1].
+    """Return each pixel's probability of being masked, averaged over its superpixel.
 
     images: normalized float [B, 3, H, W]; segments: int64 [B, H, W], labels below `superpixels`.
+    Returns float [B, H, W] in [0, 1].
     """
     return paint(mask_probability(corruption, images, segments, superpixels), segments)

@@ -8,20 +8,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from model.saliency import _resized
+from model.saliency import resize_maps
 
-SMALLEST_PART = 1e-9  # layer-wise relevance: a part nearer to 0 than this gets none
+SMALLEST_PART = 1e-9  # a part nearer to 0 than this gets no relevance
 
 
-# What layer-wise relevance treats alike; a normalization with the place of its weight.
+# Functions that the rules treat alike. A normalization's number is its weight's position.
 NORMALIZATIONS = {
     functional.batch_norm: 3,
     functional.instance_norm: 3,
     functional.group_norm: 2,
     functional.layer_norm: 2,
 }
-
-
 ACTIVATIONS = {
     functional.silu,
     functional.hardswish,
@@ -31,8 +29,6 @@ ACTIVATIONS = {
     functional.relu6,
     functional.hardtanh,
 }
-
-
 GATES = {
     functional.sigmoid,
     functional.hardsigmoid,
@@ -63,8 +59,8 @@ class _Explained(torch.autograd.Function):
 class _RelevanceRules(TorchFunctionMode):
     """While entered, gradient x input of what torch computes is layer-wise relevance.
 
-    Values stay what they are; only their gradients change. What is not named here (linear layers,
-    pooling, sums, ReLU) keeps its gradient, which shares relevance in proportion already.
+    Values stay what they are; only their gradients change. Linear layers, pooling, sums
+    and ReLU keep their gradient, which shares relevance in proportion already.
 
     ones: 1 for each pixel that the first convolution reads, [B, 1, H, W]; None before it. Their
     gradient is the relevance of the pixels.
@@ -82,20 +78,20 @@ class _RelevanceRules(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        named = kwargs or {}
+        options = kwargs or {}
         if func is functional.conv2d:
-            return self._convolution(*args, **named)
+            return self._convolution(*args, **options)
         if func in NORMALIZATIONS:
-            place = NORMALIZATIONS[func]
-            scale = named.get("weight", args[place] if len(args) > place else None)
+            position = NORMALIZATIONS[func]
+            scale = options.get("weight", args[position] if len(args) > position else None)
             # As one fixed factor per value: all relevance goes to the value that is normalized.
-            return self._normalization(args[0], func(*args, **named).detach(), scale)
+            return self._normalization(args[0], func(*args, **options).detach(), scale)
         if func in ACTIVATIONS:
-            value = func(args[0].detach().clone(), *args[1:], **named)  # may work in place
+            value = func(args[0].detach().clone(), *args[1:], **options)  # may work in place
             return _Explained.apply(value, args[0])
         if func in GATES:
-            return func(args[0].detach().clone(), *args[1:], **named)  # a factor, no signal
-        return func(*args, **named)
+            return func(args[0].detach().clone(), *args[1:], **options)  # a factor, no signal
+        return func(*args, **options)
 
     def _convolution(
         self,
@@ -108,21 +104,21 @@ class _RelevanceRules(TorchFunctionMode):
         groups: int = 1,
     ) -> Tensor:
         weight = weight.detach()
-        place = (stride, padding, dilation)
+        options = (stride, padding, dilation)
         with torch.no_grad():
-            value = functional.conv2d(x, weight, bias, *place, groups)
+            value = functional.conv2d(x, weight, bias, *options, groups)
         if self.ones is None:
             self.ones = torch.ones_like(x[:, :1]).requires_grad_()
             window = torch.ones_like(weight[:1, :1])
-            return _Explained.apply(value, functional.conv2d(self.ones, window, None, *place))
+            return _Explained.apply(value, functional.conv2d(self.ones, window, None, *options))
 
         def positive(weight: Tensor) -> Tensor:
-            """The sum of the positive terms x * weight alone."""
+            """Return the sum of the positive terms x * weight alone."""
             above, below = weight.clamp(min=0), weight.clamp(max=0)
             if not bool((x.detach() < 0).any()):  # as after a ReLU: half the cost
-                return functional.conv2d(x, above, None, *place, groups)
-            high = functional.conv2d(x.clamp(min=0), above, None, *place, groups)
-            return high + functional.conv2d(x.clamp(max=0), below, None, *place, groups)
+                return functional.conv2d(x, above, None, *options, groups)
+            high = functional.conv2d(x.clamp(min=0), above, None, *options, groups)
+            return high + functional.conv2d(x.clamp(max=0), below, None, *options, groups)
 
         output = _Explained.apply(value, positive(weight))
         self._convolved = output, lambda signs: positive(weight * signs.view(-1, 1, 1, 1))
@@ -138,7 +134,7 @@ class _RelevanceRules(TorchFunctionMode):
 
 
 def layerwise_relevance(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """Layer-wise relevance propagation (LRP, Bach et al. 2015) of the class's logit to the pixels.
+    """Return the relevance of each pixel for its class's logit (LRP, Bach et al. 2015).
 
     Positive values speak for the class, negative ones against it. They sum up to the logit less
     what biases keep: those of linear layers, and those that made a value on their own. Rules:
@@ -170,4 +166,4 @@ def layerwise_relevance(network: nn.Module, images: Tensor, classes: Tensor) -> 
     score = logits.gather(1, classes.unsqueeze(1)).sum()
     (relevance,) = torch.autograd.grad(score, rules.ones)
     maps = relevance.squeeze(1)
-    return maps if maps.shape[-2:] == images.shape[-2:] else _resized(maps, images)
+    return maps if maps.shape[-2:] == images.shape[-2:] else resize_maps(maps, images)

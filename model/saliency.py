@@ -1,10 +1,9 @@
-"""The rows that every table prints beside the method's own: constant boxes, class activation maps
-of the last layer or of several, gradient saliency, layer-wise relevance.
+"""Saliency maps that the method is compared with: class activation maps of the last layer or of
+several, and gradient saliency.
 
-Boxes are [x0, y0, x1, y1] in inclusive pixels; sizes are (height, width). Maps are of a given
-class per image. For GT-known localization that is the true class ("the class given"); top-1
-localization needs no second map, since it counts an image only where the predicted class is the
-true one.
+Maps are of a given class per image. For GT-known localization that is the true class ("the class
+given"); top-1 localization needs no second map, since it counts an image only where the predicted
+class is the true one.
 """
 
 import cv2
@@ -19,7 +18,7 @@ BLUR_SHARE = 3 / 64  # standard deviation of the blur, as a share of the side
 
 
 def class_activation_map(classifier: Classifier, images: Tensor, classes: Tensor) -> Tensor:
-    """CAM (Zhou et al. 2016): the last features weighted as the class's logit weights them.
+    """Return CAM (Zhou et al. 2016): the last features weighted as the class's logit weights them.
 
     images: normalized float [B, 3, H, W]; classes: int64 [B]. Returns float32 [B, H, W], enlarged
     bilinearly; its mean at the features' own size is the class's logit less the bias.
@@ -27,13 +26,13 @@ def class_activation_map(classifier: Classifier, images: Tensor, classes: Tensor
     with torch.no_grad():
         weights = classifier.head.weight[classes]
         maps = torch.einsum("bc,bchw->bhw", weights, classifier.features(images))
-        return _resized(maps, images)
+        return resize_maps(maps, images)
 
 
 def gradient_weighted_cam(
     network: nn.Module, layer: nn.Module, images: Tensor, classes: Tensor
 ) -> Tensor:
-    """Grad-CAM (Selvaraju et al. 2017) without its final ReLU: CAM for any network of logits.
+    """Return Grad-CAM (Selvaraju et al. 2017) without its final ReLU: CAM for any network.
 
     layer: the module within `network` whose output [B, C, h, w] is read. Each of its channels is
     weighted by the class logit's gradient summed over positions. So where only global average
@@ -53,15 +52,16 @@ def gradient_weighted_cam(
     score = logits.gather(1, classes.unsqueeze(1)).sum()
     (gradient,) = torch.autograd.grad(score, features)
     maps = torch.einsum("bc,bchw->bhw", gradient.sum(dim=(2, 3)), features.detach())
-    return _resized(maps, images)
+    return resize_maps(maps, images)
 
 
 def layer_cams(
     classifier: Classifier, images: Tensor, classes: Tensor, *, enlargement: float = 1.0
 ) -> list[Tensor]:
-    """LayerCAM (Jiang et al. 2021) of every layer whose map has the size of the last one: what
-    each position's features add to the class's logit to the first order, as far as it speaks for
-    the class; summed over channels.
+    """Return LayerCAM (Jiang et al. 2021) of every layer whose map has the size of the last one.
+
+    That is how much each position's features add to the class's logit to the first order, where
+    they speak for the class; summed over channels.
 
     The gradient at a position, not its mean over positions as in CAM, says where a layer's
     features count, so earlier layers have maps too. enlargement: of the image's sides, bilinearly,
@@ -78,16 +78,16 @@ def layer_cams(
         score = classifier.classify(maps[-1]).gather(1, classes.unsqueeze(1)).sum()
     gradients = torch.autograd.grad(score, maps)
     return [
-        _resized((values.detach().float() * gradient.float()).clamp(min=0).sum(dim=1), images)
+        resize_maps((values.detach().float() * gradient.float()).clamp(min=0).sum(dim=1), images)
         for values, gradient in zip(maps, gradients, strict=True)
     ]
 
 
 def gradient_saliency(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """The class logit's gradient with respect to the image (Simonyan et al. 2014): magnitude.
+    """Return the class logit's gradient by the image (Simonyan et al. 2014) as a magnitude.
 
-    The largest absolute value over the channels; float32 [B, H, W], at least 0. images: normalized
-    float [B, 3, H, W]; classes: int64 [B].
+    It is the largest absolute value over the channels; float32 [B, H, W], at least 0. images:
+    normalized float [B, 3, H, W]; classes: int64 [B].
     """
     images = images.detach().requires_grad_()
     score = network(images).gather(1, classes.unsqueeze(1)).sum()
@@ -95,16 +95,18 @@ def gradient_saliency(network: nn.Module, images: Tensor, classes: Tensor) -> Te
     return gradient.abs().amax(dim=1)
 
 
-def _resized(maps: Tensor, images: Tensor) -> Tensor:
-    """Maps [B, h, w] at the images' size, bilinearly."""
+def resize_maps(maps: Tensor, images: Tensor) -> Tensor:
+    """Return maps [B, h, w] at the images' size, bilinearly."""
     return functional.interpolate(
         maps.unsqueeze(1), size=images.shape[-2:], mode="bilinear", align_corners=False
     ).squeeze(1)
 
 
 def blur(maps: np.ndarray) -> np.ndarray:
-    """Gaussian blur of each map: float32 [B, H, W] -> the same; its standard deviation is 3
-    pixels for a side of 64, in proportion for others."""
+    """Blur each map by a Gaussian: float32 [B, H, W] -> the same.
+
+    Its standard deviation is 3 pixels for a side of 64, in proportion for others.
+    """
     height, width = maps.shape[1:]
     sigmas = {"sigmaX": BLUR_SHARE * width, "sigmaY": BLUR_SHARE * height}
     blurred = [cv2.GaussianBlur(values, (0, 0), **sigmas) for values in maps]

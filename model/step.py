@@ -9,130 +9,155 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.classifier import Classifier
+from model.evidence import evidence
 from model.losses import (
-    Confusion,
+    Objective,
     area_penalty,
     classification_loss,
     confusion_loss,
     correct,
     imitation_loss,
 )
-from model.masking import (
-    apply_mask,
-    bernoulli_straight_through,
-    mask_probability,
-    paint,
-)
+from model.masking import apply_mask, bernoulli_straight_through, mask_probability, paint
 
 Gradients = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """What one rank computed: gradients in the order of the nets' `trainable` parameters (None for
-    a net that does not train in this step) and sums over its images, float32 scalars on the
-    device."""
+class TrainingNets:
+    """clean_classifier: the classifier as the warm-up left it, which trains no further."""
 
-    corruption_gradients: Gradients | None
-    classifier_gradients: Gradients | None
+    corruption: nn.Module
+    classifier: Classifier
+    clean_classifier: Classifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """One rank's share of a batch of `total` images over all ranks.
+
+    images: normalized float [B, 3, H, W]; segments: int64 [B, H, W], below K; labels: int64 [B];
+    noise: Gumbel differences float [B, K], K the largest number of superpixels.
+    """
+
+    images: Tensor
+    segments: Tensor
+    labels: Tensor
+    noise: Tensor
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One rank's result: gradients in the order of the nets' `trainable` parameters (None for a
+    net that does not train in this step), sums over its images by name (float32 scalars on the
+    device), and the masks, float [B, H, W] without a gradient, where there are any."""
+
+    corruption_gradients: Gradients | None = None
+    classifier_gradients: Gradients | None = None
     sums: dict[str, Tensor]
+    mask: Tensor | None = None
 
 
 def trainable(net: nn.Module) -> list[nn.Parameter]:
-    """The net's parameters but for those of a frozen part."""
+    """Return the net's parameters but for those of a frozen part."""
     return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
 def clean_step(classifier: nn.Module, images: Tensor, labels: Tensor, total: int) -> Step:
-    """Warm-up: the classifier on clean images. total: number of images over all ranks."""
+    """Warm-up: train the classifier on clean images. total: number of images over all ranks."""
     logits = classifier(images).to(images.dtype)
     loss = classification_loss(logits, labels)
     gradients = torch.autograd.grad(loss.sum() / total, trainable(classifier))
     sums = {"classifier_loss": loss.detach().sum(), "correct": correct(logits, labels).sum()}
-    return Step(corruption_gradients=None, classifier_gradients=gradients, sums=sums)
+    return Step(classifier_gradients=gradients, sums=sums)
+
+
+def masks_of(corruption: nn.Module, batch: Inputs, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Return the probability of masking each superpixel, [B, K], and the mask, [B, H, W]."""
+    superpixels = batch.noise.shape[1]
+    probability = mask_probability(corruption, batch.images, batch.segments, superpixels)
+    chosen = probability if objective.soft else bernoulli_straight_through(probability, batch.noise)
+    return probability, paint(chosen, batch.segments)
 
 
 def adversarial_step(
-    corruption: nn.Module,
-    classifier: nn.Module,
-    images: Tensor,
-    segments: Tensor,
-    labels: Tensor,
-    noise: Tensor,
-    *,
-    total: int,
-    joint: bool,
-    area_weight: float | Tensor,
-    area_power: int,
-    clean_weight: float,
-    confusion: Confusion = "top",
-    complement_weight: float = 0.0,
-    soft: bool = False,
-    evidence: Tensor | None = None,
-    imitation_weight: float = 0.0,
-    clean_classifier: nn.Module | None = None,
+    nets: TrainingNets, batch: Inputs, objective: Objective, area_weight: Tensor, *, joint: bool
 ) -> Step:
-    """The corruption net's step and, where `joint`, the classifier's on the same masked images.
+    """Train the corruption net and, where `joint`, the classifier on the same masked images.
 
-    images: normalized float [B, 3, H, W]; segments int64 [B, H, W]; labels int64 [B];
-    noise: Gumbel differences [B, K], which also says K. total: images over all ranks.
-    clean_weight: weight of the classifier's loss on the clean images in a joint step (0: the
-    paper's). confusion: which loss, see `confusion_loss`. complement_weight: weight, in the
-    corruption net's loss, of the classifier's cross-entropy on the masked part alone. soft: the
-    mask is the probability itself, without sampling. evidence: float [B, H, W], which
-    the corruption net imitates as well, see `imitation_loss`, with that weight in its loss. Each
-    loss's gradient reaches its own net only.
-
-    With a `clean_classifier` the sums also hold "clean_correct", the classifier's right answers on
-    the clean images, "context_correct", those of the clean classifier on the masked ones: what
-    the context alone tells where the masks hide the objects, and "swapped_correct", the same with
-    each mask on the batch's next image: as many as "context_correct" where masks do not depend on
-    the image, more where they hide its own object. In a batch of one image they are equal.
+    Each loss's gradient reaches its own net only. area_weight: lambda, a float scalar on the
+    device. docs/method.md tells the same five points.
     """
-    probability = mask_probability(corruption, images, segments, noise.shape[1])
-    chosen = probability if soft else bernoulli_straight_through(probability, noise)
-    mask = paint(chosen, segments)
-    masked = apply_mask(images, mask)
-    logits = classifier(masked).to(images.dtype)
-    confused = confusion_loss(logits, labels, confusion)
-    area = area_penalty(mask, area_power)
-    sums = {"corruption_loss": confused.detach().sum()}
-    objective = confused + area_weight * area
-    if complement_weight:
-        kept = classifier(apply_mask(images, 1 - mask)).to(images.dtype)
-        complement = classification_loss(kept, labels)
-        objective = objective + complement_weight * complement
-        sums["complement_loss"] = complement.detach().sum()
-    if evidence is not None:
-        imitated = imitation_loss(paint(probability, segments), evidence)
-        objective = objective + imitation_weight * imitated
-        sums["imitation_loss"] = imitated.detach().sum()
+    images, labels, total = batch.images, batch.labels, batch.total
+    # 1, 2. a probability per superpixel, and a sample of it
+    probability, mask = masks_of(nets.corruption, batch, objective)
+    # 3. masked pixels become the mean colour
+    logits = nets.classifier(apply_mask(images, mask)).to(images.dtype)
+    # 4. the corruption net: confuse the classifier, by as small a mask as possible
+    confused = confusion_loss(logits, labels, objective.confusion)
+    area = area_penalty(mask, objective.area_power)
+    loss = confused + area_weight * area
+    sums = {"corruption_loss": confused, "area": mask.mean(dim=(1, 2)), "area_penalty": area}
+    if objective.imitation_weight:
+        superpixels = batch.noise.shape[1]
+        shown = evidence(nets.clean_classifier, images, labels, batch.segments, superpixels)
+        imitated = imitation_loss(paint(probability, batch.segments), shown, objective)
+        loss = loss + objective.imitation_weight * imitated
+        sums["imitation_loss"] = imitated
     corruption_gradients = torch.autograd.grad(
-        objective.sum() / total, trainable(corruption), retain_graph=joint
+        loss.sum() / total, trainable(nets.corruption), retain_graph=joint
     )
-    loss = classification_loss(logits, labels)
+    # 5. the classifier: name the class all the same, of masked images and of clean ones
+    classified = classification_loss(logits, labels)
+    sums |= {"classifier_loss": classified, "correct": correct(logits, labels)}
     classifier_gradients = None
     if joint:
-        mean = loss.sum() / total
-        if clean_weight:
-            clean_logits = classifier(images).to(images.dtype)
+        mean = classified.sum() / total
+        if objective.clean_weight:
+            clean_logits = nets.classifier(images).to(images.dtype)
             clean = classification_loss(clean_logits, labels).sum() / total
-            mean = (mean + clean_weight * clean) / (1 + clean_weight)
-        classifier_gradients = torch.autograd.grad(mean, trainable(classifier))
-    sums |= {
-        "classifier_loss": loss.detach().sum(),
-        "area": mask.detach().mean(dim=(1, 2)).sum(),
-        "area_penalty": area.detach().sum(),
-        "correct": correct(logits, labels).sum(),
-    }
-    if clean_classifier is not None:
-        with torch.no_grad():
-            sums["clean_correct"] = correct(classifier(images), labels).sum()
-            sums["context_correct"] = correct(clean_classifier(masked), labels).sum()
-            swapped = apply_mask(images, mask.roll(1, 0))
-            sums["swapped_correct"] = correct(clean_classifier(swapped), labels).sum()
+            mean = (mean + objective.clean_weight * clean) / (1 + objective.clean_weight)
+        classifier_gradients = torch.autograd.grad(mean, trainable(nets.classifier))
     return Step(
         corruption_gradients=corruption_gradients,
         classifier_gradients=classifier_gradients,
-        sums=sums,
+        sums={name: values.detach().sum() for name, values in sums.items()},
+        mask=mask.detach(),
     )
+
+
+@torch.no_grad()
+def probe(nets: TrainingNets, batch: Inputs, mask: Tensor) -> dict[str, Tensor]:
+    """Count right answers that tell good masks from bad ones; it changes nothing.
+
+    clean_correct: of the classifier on clean images. context_correct: of the clean classifier on
+    masked ones, which is what the context alone tells where masks hide the objects.
+    swapped_correct: the same with each mask on the batch's next image: as many as context_correct
+    where masks do not depend on the image, more where they hide its own object. In a batch of one
+    image the two are equal.
+    """
+
+    def right(classifier: nn.Module, images: Tensor) -> Tensor:
+        return correct(classifier(images), batch.labels).sum()
+
+    swapped = apply_mask(batch.images, mask.roll(1, 0))
+    return {
+        "clean_correct": right(nets.classifier, batch.images),
+        "context_correct": right(nets.clean_classifier, apply_mask(batch.images, mask)),
+        "swapped_correct": right(nets.clean_classifier, swapped),
+    }
+
+
+@torch.no_grad()
+def first_sums(nets: TrainingNets, batch: Inputs, objective: Objective) -> dict[str, Tensor]:
+    """Return what the balance of the nets begins with, before the corruption net has trained:
+    the sum of the confusion loss without masks, and how many images are named right under them."""
+    _, mask = masks_of(nets.corruption, batch, objective)
+    clean = nets.classifier(batch.images).to(batch.images.dtype)
+    masked = nets.classifier(apply_mask(batch.images, mask)).to(batch.images.dtype)
+    return {
+        "confusion": confusion_loss(clean, batch.labels, objective.confusion).sum(),
+        "correct": correct(masked, batch.labels).sum(),
+    }

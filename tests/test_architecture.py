@@ -26,7 +26,7 @@ FORBIDDEN = {  # folder: what its files must not import
 ONLY_IN = {
     "fast_slic": {"pipeline/shards/superpixels.py"},
     "nvidia": {"pipeline/loading/loader.py"},
-    "torch.distributed": {"jobs/train/trainer.py"},
+    "torch.distributed": {"jobs/train/collectives.py"},
 }
 
 

@@ -1,4 +1,4 @@
-"""The same few images through the whole of a run: what the masks make of them."""
+"""The masks of the same few images through the whole of a run."""
 
 from dataclasses import dataclass
 
@@ -21,36 +21,39 @@ GAP = 4
 @dataclass(frozen=True, kw_only=True)
 class Examples:
     """images: uint8 [N, 3, H, W]; segments: int64 [N, H, W]; both on the training's device.
-    places: of the images in their split, in its order."""
+    indices: of the images in their split, in its order."""
 
     images: Tensor
     segments: Tensor
     split: str
-    places: list[int]
+    indices: list[int]
 
 
 def load_examples(
     config: LoadingConfig, manifest: Manifest, device: torch.device, count: int = COUNT
 ) -> Examples:
-    """A few images, as stored, evenly spaced over the val split, or train where that is empty.
-    Their boxes are not looked at, and nothing is chosen by them."""
+    """Return a few images, as stored, evenly spaced over the val split, or train where that is
+    empty. Their boxes are not used."""
     val = manifest.splits.get("val")
     split = "val" if val is not None and val.images else "train"
     total = manifest.splits[split].images
-    places = sorted({total * number // count for number in range(count)})
+    indices = sorted({total * number // count for number in range(count)})
     loader = Loader(config.data, manifest, device, config.cache_config())
-    batches = [next(loader.evaluation(split, 1, place, place + 1)) for place in places]
+    batches = [next(loader.evaluation(split, 1, index, index + 1)) for index in indices]
     return Examples(
         images=torch.cat([batch.images for batch in batches]),
         segments=torch.cat([batch.segments for batch in batches]),
         split=split,
-        places=places,
+        indices=indices,
     )
 
 
 def draw_examples(examples: Examples, corruption: nn.Module, model: ModelConfig) -> np.ndarray:
-    """RGB uint8 picture of three rows: the images, the probability of masking each superpixel
-    (dark blue 0, yellow 1), and the images faded to the mean colour by it."""
+    """Return an RGB uint8 picture of three rows.
+
+    The images, the probability of masking each superpixel (dark blue 0, yellow 1), and the images
+    faded to the mean colour by it.
+    """
     images = normalize(examples.images, *colour_statistics(model, examples.images.device))
     with torch.no_grad():
         maps = mask_map(corruption, images, examples.segments, model.superpixels).cpu().numpy()

@@ -1,5 +1,5 @@
-"""What training says of itself: RUN/metrics.jsonl, TensorBoard, Ray's metrics, MLflow, the line a
-person reads, and the table at the end."""
+"""What a training reports: RUN/metrics.jsonl, RUN/log.txt for people, TensorBoard, Ray's metrics,
+MLflow, and the table at the end."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from jobs.cli import duration, table
 from pipeline.storage import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
+LOG_NAME = "log.txt"  # only ever appended to, so that it can be followed
 TENSORBOARD_NAME = "tensorboard"
 EXAMPLES_NAME = "examples"
 MLFLOW_NAME = "mlflow-run.txt"  # the id under which a resumed run goes on
@@ -71,10 +72,11 @@ class MlflowLog:
 
 
 class TrainingLog:
-    """Appends to a run's metrics file and TensorBoard events, from one rank alone.
+    """Appends to a run's metrics file, its log and TensorBoard events, from one rank alone.
 
-    A resumed run first drops what was logged after its checkpoint, so every step is there once.
-    gauges: also as Ray metrics, which its dashboard and Prometheus show as aln_NAME.
+    A resumed run first drops the metrics that were logged after its checkpoint, so that they have
+    every step once; log.txt keeps their lines. gauges: also as Ray metrics, which its dashboard
+    and Prometheus show as aln_NAME.
     """
 
     def __init__(
@@ -93,24 +95,29 @@ class TrainingLog:
             kept = [line for line in lines if _step(line) <= resumed_step]
         write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         self.file = path.open("a")
+        self.text = (run / LOG_NAME).open("a")
         self.events = SummaryWriter(str(run / TENSORBOARD_NAME), purge_step=resumed_step + 1)
         self.gauges: dict[str, Gauge] | None = {} if gauges else None
         self.mlflow = mlflow
         self.notes: list[str] = []
 
     def note(self, text: str) -> None:
-        """Say something once, with the next interval."""
+        """Add a note to the next interval."""
         self.notes.append(text)
 
     def write(self, values: dict[str, Any]) -> None:
-        """Log one interval; `values` holds "step", "phase" and JSON numbers."""
+        """Log one interval. values: JSON numbers, "step" and "phase" among them."""
         if self.mlflow is not None and self.mlflow.failure is not None:
             self.note(self.mlflow.failure)
             self.mlflow = None
         notes = {"notes": self.notes} if self.notes else {}
         self.notes = []
-        self.file.write(json.dumps(values | notes) + "\n")
-        self.file.flush()
+        for file, text in (
+            (self.file, json.dumps(values | notes)),
+            (self.text, line(values | notes)),
+        ):
+            file.write(f"{text}\n")
+            file.flush()
         numbers = {
             name: value
             for name, value in values.items()
@@ -139,7 +146,9 @@ class TrainingLog:
         self.events.flush()
 
     def close(self) -> None:
+        """Close the files, and mark the run in MLflow as finished."""
         self.file.close()
+        self.text.close()
         self.events.close()
         if self.mlflow is not None:
             self.mlflow.close()
@@ -157,8 +166,10 @@ def _intervals(run: Path) -> list[dict[str, Any]]:
 
 
 def waiting_summary(run: Path) -> str:
-    """How much of a run's training time went into waiting for batches, by phase, in one line; the
-    wait for the first batch of each start, while the loader starts, is named apart."""
+    """Return in one line how much of a run's time went into waiting for batches, by phase.
+
+    The wait for the first batch of each start, while the loader starts, is named apart.
+    """
     seconds: dict[str, float] = {}
     waited: dict[str, float] = {}
     starting = 0.0
@@ -172,7 +183,7 @@ def waiting_summary(run: Path) -> str:
 
 
 def summary(run: Path) -> str:
-    """The table at the end of training: each phase's steps, time and rate, and where it ended."""
+    """Return the table at the end: each phase's steps, time and rate, and its last values."""
     columns = (
         *(("accuracy", "accuracy"), ("clean_accuracy", "clean"), ("context_accuracy", "context")),
         ("swapped_accuracy", "swapped"),
@@ -200,7 +211,7 @@ def summary(run: Path) -> str:
 
 
 def line(values: dict[str, Any]) -> str:
-    """One interval's values as the line that the terminal shows."""
+    """Return one interval's values as a line for people."""
     parts = [f"step {values['step']}/{values['steps']}", f"epoch {values['epoch'] + 1}"]
     if values["phase"] == "warmup":
         parts += ["warm-up", f"loss {values['classifier_loss']:.3f}"]

@@ -1,4 +1,4 @@
-"""Everything that changes during training, its checkpoint, and the learning-rate schedules."""
+"""The state of a training, what a checkpoint keeps of it, and the learning-rate schedules."""
 
 import copy
 import math
@@ -21,6 +21,7 @@ from jobs.runs import (
     new_corruption,
 )
 from jobs.train.config import TrainConfig
+from jobs.train.graphs import memory_layout
 from model.classifier import Classifier
 from model.collapse import CollapseState
 from model.controller import ControllerState
@@ -54,18 +55,18 @@ class Pending:
     batch: "Batch | None" = None  # whose GPU memory is reused once nothing refers to it
 
     def read(self) -> dict[str, float]:
-        """The sums by name, once they have arrived."""
+        """Wait for the sums, and return them by name."""
         if self.ready is not None:
             self.ready.synchronize()
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
     def saved(self) -> dict[str, Any]:
-        """For a checkpoint; `restored` reads it."""
+        """Return what a checkpoint keeps; `restored` reads it."""
         return {"step": self.step, "total": self.total, "joint": self.joint, "sums": self.read()}
 
 
 def restored(saved: Mapping[str, Any]) -> Pending:
-    """A step whose numbers the host had not read when its checkpoint was written."""
+    """Return a step whose numbers the host had not read when its checkpoint was written."""
     return Pending(
         step=saved["step"],
         total=saved["total"],
@@ -76,7 +77,7 @@ def restored(saved: Mapping[str, Any]) -> Pending:
 
 
 def send(step: int, batch: "Batch", sums: Mapping[str, Tensor], joint: bool) -> Pending:
-    """Start a step's sums on their way; on a GPU nothing waits for them."""
+    """Start a step's sums on their way to the host; on a GPU nothing waits for them."""
     names = tuple(sorted(sums))
     values = torch.stack([sums[name] for name in names])
     ready = None
@@ -120,16 +121,16 @@ class Interval:
         self.joint_steps += joint
 
     def means(self) -> dict[str, float]:
-        """Each sum over its images; counts of right answers become accuracies."""
+        """Return each sum over its images; counts of right answers become accuracies."""
         names = {name: name.replace("correct", "accuracy") for name in self.sums}
         return {names[name]: value / self.counts[name] for name, value in self.sums.items()}
 
     def elapsed(self) -> float:
-        """Seconds since it began, without those between an interruption and going on."""
+        """Return the seconds since it began, without those between an interruption and going on."""
         return self.seconds + time.perf_counter() - self.started
 
     def saved(self) -> dict[str, Any]:
-        """For a checkpoint: the arguments that make the same interval again."""
+        """Return what a checkpoint keeps: the arguments that make the same interval again."""
         values = asdict(self) | {"seconds": self.elapsed()}
         del values["started"]
         return values
@@ -137,7 +138,7 @@ class Interval:
 
 @dataclass
 class TrainingState:
-    """One rank's nets and everything else that a checkpoint must hold to go on as if never
+    """One rank's nets and everything else that a checkpoint must have to go on as if never
     interrupted. Order, crops and mask samples are functions of the seed and the step, so the
     step is the loader's position too. pending: steps whose numbers the host has not read.
     interval, epoch: what it has read since the last line of the log, and in this epoch."""
@@ -157,6 +158,7 @@ class TrainingState:
     epoch: Interval = field(default_factory=Interval)
 
     def nets(self) -> dict[str, nn.Module]:
+        """Return the nets by name."""
         return {
             "corruption": self.corruption,
             "corruption_average": self.corruption_average,
@@ -165,15 +167,10 @@ class TrainingState:
         }
 
 
-def memory_layout(device: torch.device) -> torch.memory_format:
-    """Of images and convolutions' weights: whichever was measured to be faster on the device.
-    Channels last is 1.13 times as fast on CPUs, and .90 to .95 times on a GPU (H200)."""
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
-
-
 def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> TrainingState:
-    """The state before the first step: the same weights on every rank, from the seed."""
-    torch.manual_seed(config.seed)
+    """Return the state before the first step: the same weights on every rank, from the seed."""
+    settings = config.optimization
+    torch.manual_seed(settings.seed)
     corruption, classifier = new_corruption(model).to(device), new_classifier(model).to(device)
     for net in (corruption, classifier):
         convert_conv2d_weight_memory_format(net, memory_layout(device))
@@ -186,13 +183,13 @@ def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> 
     fused = device.type == "cuda"  # one kernel each
     state.optimizers["warmup"] = torch.optim.AdamW(
         classifier.parameters(),
-        config.warmup_rate,
+        settings.warmup_rate,
         weight_decay=WARMUP_WEIGHT_DECAY,
         fused=fused,
     )
     for name, net, rate in (
-        ("corruption", corruption, config.corruption_rate),
-        ("classifier", classifier, config.classifier_rate),
+        ("corruption", corruption, settings.corruption_rate),
+        ("classifier", classifier, settings.classifier_rate),
     ):
         state.optimizers[name] = torch.optim.Adam(
             trainable(net), rate, ADVERSARIAL_BETAS, fused=fused
@@ -201,7 +198,7 @@ def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> 
 
 
 def finished_nets(state: TrainingState, model: ModelConfig) -> Nets:
-    """The nets to evaluate with."""
+    """Return the nets to evaluate with."""
     return Nets(
         config=model,
         corruption=state.corruption_average,
@@ -211,7 +208,7 @@ def finished_nets(state: TrainingState, model: ModelConfig) -> Nets:
 
 
 def state_tensors(state: TrainingState) -> dict[str, Tensor]:
-    """The nets' weights and the optimizers' moments, OPTIMIZER.PARAMETER.MOMENT."""
+    """Return the nets' weights and the optimizers' moments, OPTIMIZER.PARAMETER.MOMENT."""
     moments = {
         f"{name}.{number}.{key}": tensor
         for name, optimizer in _optimizers(state).items()
@@ -226,7 +223,7 @@ def _optimizers(state: TrainingState) -> dict[str, torch.optim.Optimizer]:
 
 
 def state_numbers(state: TrainingState) -> dict[str, Any]:
-    """Everything else, as JSON can hold it; floats are read back to the same bits."""
+    """Return everything else, for JSON; floats are read back to the same bits."""
     return {
         "step": state.step,
         "clean_accuracy": state.clean_accuracy,
@@ -268,7 +265,7 @@ def fill_state(
 
 
 def warmup_factor(step: int, steps: int) -> float:
-    """Share of the peak rate at `step` of the warm-up: a linear rise, then a cosine to 0."""
+    """Return the share of the peak rate at `step` of the warm-up: up linearly, down as a cosine."""
     ramp = max(1, round(steps * WARMUP_RAMP_SHARE))
     if step < ramp:
         return (step + 1) / ramp
@@ -276,12 +273,13 @@ def warmup_factor(step: int, steps: int) -> float:
 
 
 def adversarial_factor(step: int, steps: int) -> float:
-    """Share of the rates at `step` of the adversarial phase: up, level, linearly to 0."""
+    """Return the share of the rates at `step` of the adversarial phase: up, level, down to 0."""
     rise = min(1.0, (step + 1) / RAMP_STEPS)
     fall = min(1.0, (steps - step) / (DECAY_SHARE * steps))
     return rise * fall
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -9,15 +9,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from jobs.loading import LoadingConfig
 from jobs.runs import ModelConfig
+from jobs.train.collectives import check_ranks, on_first_rank, reduce_step, reduce_sums
 from jobs.train.config import TrainConfig
 from jobs.train.state import TrainingError, new_state
-from jobs.train.trainer import apply_gradients, check_ranks, on_first_rank, reduce_step
+from jobs.train.trainer import apply_gradients
 from model.classifier import Classifier
 from model.controller import ControllerConfig, ControllerState, update
 from model.corruption import CorruptionNet
+from model.losses import Objective
 from model.masking import gumbel_difference
-from model.step import Step, adversarial_step, clean_step
+from model.step import Inputs, TrainingNets, adversarial_step, clean_step
 
 IMAGES = 8
 SPLITS = {1: [8], 2: [4, 4], 3: [1, 5, 2]}
@@ -43,6 +46,7 @@ def two_steps(rank: int, ranks: int) -> dict[str, Any]:
     """A warm-up step and two joint adversarial ones on this rank's uneven part of a batch."""
     torch.manual_seed(0)
     corruption, classifier = CorruptionNet((32, 32), 8, 16).double(), Classifier(3, 8).double()
+    nets = TrainingNets(corruption=corruption, classifier=classifier, clean_classifier=classifier)
     optimizers = [torch.optim.Adam(net.parameters(), 1e-3) for net in (corruption, classifier)]
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(IMAGES, 3, 32, 32, generator=generator, dtype=torch.float64)
@@ -52,28 +56,19 @@ def two_steps(rank: int, ranks: int) -> dict[str, Any]:
     part = slice(first, first + SPLITS[ranks][rank])
     state = ControllerState(area_weight=1.0, accuracy=0.3)
     config = ControllerConfig(target=0.4)
-    step: Step = reduce_step(clean_step(classifier, images[part], labels[part], IMAGES))
-    assert step.classifier_gradients is not None
+    step = reduce_step(clean_step(classifier, images[part], labels[part], IMAGES))
     apply_gradients(classifier, optimizers[1], step.classifier_gradients, 1e-3)
     for _ in range(2):
         noise = gumbel_difference((IMAGES, 16), generator).double()
-        step = reduce_step(
-            adversarial_step(
-                corruption,
-                classifier,
-                images[part],
-                segments[part],
-                labels[part],
-                noise[part],
-                total=IMAGES,
-                joint=True,
-                area_weight=state.area_weight,
-                area_power=2,
-                clean_weight=1.0,
-            )
+        batch = Inputs(
+            images=images[part],
+            segments=segments[part],
+            labels=labels[part],
+            noise=noise[part],
+            total=IMAGES,
         )
-        assert step.corruption_gradients is not None
-        assert step.classifier_gradients is not None
+        weight = torch.tensor(state.area_weight)
+        step = reduce_step(adversarial_step(nets, batch, Objective(), weight, joint=True))
         apply_gradients(corruption, optimizers[0], step.corruption_gradients, 1e-3)
         apply_gradients(classifier, optimizers[1], step.classifier_gradients, 1e-3)
         state = update(state, config, float(step.sums["correct"]), IMAGES)
@@ -109,20 +104,15 @@ def test_ranks_hold_the_same_bits(tmp_path: Path) -> None:
 def unequal_accuracy(rank: int, ranks: int) -> tuple[float, float, bool]:
     """Rank 0 classifies all of its 2 images right, the others none of their 3."""
     correct = 2.0 if rank == 0 else 0.0
-    step = Step(
-        corruption_gradients=None,
-        classifier_gradients=None,
-        sums={"correct": torch.tensor(correct)},
-    )
     total = 2 + 3 * (ranks - 1)
     state = ControllerState(area_weight=1.0, accuracy=0.5)
-    reduced = reduce_step(step).sums["correct"]
+    reduced = reduce_sums({"correct": torch.tensor(correct)})["correct"]
     state = update(state, ControllerConfig(target=0.3, smoothing=0.0), float(reduced), total)
     return state.area_weight, state.accuracy, state.joint
 
 
 def test_unequal_ranks_take_the_branch_of_the_common_accuracy(tmp_path: Path) -> None:
-    """2 of 5 is above the target of .3 though rank 1 alone is below; 2 of 8 is below it."""
+    """2 of 5 is above the target of 0.3 though rank 1 alone is below; 2 of 8 is below it."""
     two = run_ranks(2, unequal_accuracy, tmp_path / "two")
     assert two == [(pytest.approx(0.994), pytest.approx(0.4), False)] * 2
     three = run_ranks(3, unequal_accuracy, tmp_path / "three")
@@ -130,8 +120,8 @@ def test_unequal_ranks_take_the_branch_of_the_common_accuracy(tmp_path: Path) ->
 
 
 def agreement(rank: int, ranks: int) -> list[str]:
-    """What each rank is told where all are alike, where rank 1 has another lambda, where the last
-    rank has another bit in one weight, and where rank 0 cannot write."""
+    """Return each rank's errors where all are alike, where rank 1 has another lambda, where the
+    last rank has another bit in one weight, and where rank 0 cannot write."""
     model = ModelConfig(
         classes=("a", "b"),
         class_names=("a", "b"),
@@ -145,47 +135,48 @@ def agreement(rank: int, ranks: int) -> list[str]:
         compactness=10.0,
     )
     device = torch.device("cpu")
-    state = new_state(TrainConfig(data="shards", output=Path("run")), model, device)
+    config = TrainConfig(loading=LoadingConfig(data="shards"), output=Path("run"))
+    state = new_state(config, model, device)
     # unequal accuracies, one reduced number: the controllers stay alike
     correct = torch.tensor(float(rank))
     dist.all_reduce(correct)
     start = ControllerState(area_weight=1.0, accuracy=0.3)
     state.controller = update(start, ControllerConfig(target=0.4), float(correct), 8)
-    told = []
+    errors = []
 
-    def told_by(check: Callable[[], None]) -> None:
+    def collect(check: Callable[[], None]) -> None:
         try:
             check()
         except TrainingError as error:
-            told.append(str(error))
+            errors.append(str(error))
         else:
-            told.append("")
+            errors.append("")
 
-    told_by(lambda: check_ranks(state, device))
+    collect(lambda: check_ranks(state, device))
     sound = state.controller
     if rank == 1:
         state.controller = ControllerState(area_weight=1.5, accuracy=sound.accuracy)
-    told_by(lambda: check_ranks(state, device))
+    collect(lambda: check_ranks(state, device))
     state.controller = sound
     if rank == ranks - 1:
         weight = next(state.classifier.parameters()).detach()
         weight.view(torch.int32)[0, 0, 0, 0] ^= 1
-    told_by(lambda: check_ranks(state, device))
+    collect(lambda: check_ranks(state, device))
 
     def fail() -> None:
         raise OSError(28, "No space left on device", "run/x")
 
-    told_by(lambda: on_first_rank(fail, "the checkpoint of step 3", device))
-    return told
+    collect(lambda: on_first_rank(fail, "the checkpoint of step 3", device))
+    return errors
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_that_no_longer_agree_all_stop_and_show_both_states(
     ranks: int, tmp_path: Path
 ) -> None:
-    told = run_ranks(ranks, agreement, tmp_path / "ranks")
-    assert told == [told[0]] * ranks
-    alike, controller, weight, disk = told[0]
+    errors = run_ranks(ranks, agreement, tmp_path / "ranks")
+    assert errors == [errors[0]] * ranks
+    alike, controller, weight, disk = errors[0]
     assert alike == ""
     assert "rank 0: step 0, lambda 1.006" in controller or "lambda 0.994" in controller
     assert "rank 1: step 0, lambda 1.5" in controller

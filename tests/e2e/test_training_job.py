@@ -48,8 +48,9 @@ def finished(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("train") / "run"
     result = run(*train(small_set, output))
     assert result.returncode == 0, result.stderr
-    assert "corruption loss" in result.stdout
-    (output / "said.txt").write_text(result.stdout)
+    lines = [text for text in result.stdout.splitlines() if text.startswith("step ")]
+    assert lines == (output / "log.txt").read_text().splitlines()
+    assert [text.split(" | ")[0] for text in lines] == [f"step {n}/20" for n in range(1, 21)]
     return output
 
 
@@ -67,7 +68,7 @@ def test_a_run_logs_every_step_and_leaves_what_evaluation_needs(finished: Path) 
     kept = sorted(path.name for path in (finished / "checkpoints").iterdir())
     assert kept == ["step-000000016", "step-000000020"]
     record = json.loads((finished / "run.json").read_text())
-    assert record["configuration"]["batch_size"] == 16
+    assert record["configuration"]["optimization"]["batch_size"] == 16
     assert record["versions"]["ray"]
     assert torch.isfinite(weights(finished)).all()
 

@@ -4,17 +4,16 @@ import pytest
 import torch
 
 from jobs.runs import Nets, new_classifier, new_corruption, save_nets
-from jobs.train.config import TrainConfig
-from jobs.train.trainer import model_config
+from jobs.train.worker import model_config
 from pipeline.shards.format import read_manifest
+from tests.jobs.train.small import config_for
 
 
 @pytest.fixture(scope="session")
 def random_run(small_set: Path) -> Path:
     """A run folder with nets of random weights that fit `small_set`."""
     manifest = read_manifest(small_set)
-    asked = TrainConfig(data=str(small_set), output=Path("unused"), net_width=8, bottleneck=16)
-    config = model_config(asked, manifest)
+    config = model_config(config_for(small_set), manifest)
     torch.manual_seed(0)
     nets = Nets(
         config=config,

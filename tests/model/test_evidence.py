@@ -6,7 +6,7 @@ from torch import Tensor
 from model.classifier import Classifier
 from model.corruption import CorruptionNet
 from model.evidence import ENLARGEMENT, evidence
-from model.losses import imitation_loss
+from model.losses import Objective, imitation_loss
 from model.masking import mask_probability, paint
 from model.saliency import layer_cams
 
@@ -94,7 +94,7 @@ def test_a_net_that_imitates_comes_to_mask_what_speaks_for_the_label(
     before = agreement()
     for _ in range(100):
         optimizer.zero_grad()
-        imitation_loss(masks(), found).mean().backward()
+        imitation_loss(masks(), found, Objective()).mean().backward()
         optimizer.step()
     assert before < 0.5
     assert agreement() > 0.95

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from model.losses import (
+    Objective,
     area_penalty,
     classification_loss,
     confusion_loss,
@@ -12,6 +13,8 @@ from model.losses import (
     corruption_loss,
     imitation_loss,
 )
+
+OBJECTIVE = Objective(evidence_sharpness=2.0, evidence_share=0.25)
 
 
 def test_corruption_loss_by_hand() -> None:
@@ -96,18 +99,19 @@ def test_imitation_loss_by_hand() -> None:
     mask = torch.tensor([[[0.25, 0.2]]])
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     half = -(math.log(0.2) + math.log(0.8)) / 2
-    assert imitation_loss(mask, found).item() == pytest.approx((entropy + half) / 2)
+    assert imitation_loss(mask, found, OBJECTIVE).item() == pytest.approx((entropy + half) / 2)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_imitation_loss_and_its_gradient_stay_finite_at_certain_masks(value: float) -> None:
     mask = torch.full((1, 2, 2), value, requires_grad=True)
-    loss = imitation_loss(mask, torch.randn(1, 2, 2))
+    loss = imitation_loss(mask, torch.randn(1, 2, 2), OBJECTIVE)
     loss.sum().backward()
     assert loss.isfinite().all()
     assert mask.grad is not None
     assert mask.grad.isfinite().all()
-    assert imitation_loss(torch.full((1, 2, 2), math.nan), torch.randn(1, 2, 2)).isnan().all()
+    unknown = torch.full((1, 2, 2), math.nan)
+    assert imitation_loss(unknown, torch.randn(1, 2, 2), OBJECTIVE).isnan().all()
 
 
 @pytest.mark.parametrize("value", [-2.0, 0.0, 1.0, 3.0])
@@ -115,6 +119,6 @@ def test_imitation_loss_is_least_where_the_mask_is_what_the_evidence_asks_for(
     value: float,
 ) -> None:
     masks = torch.linspace(0.001, 0.999, 999)
-    losses = imitation_loss(masks.view(-1, 1, 1), torch.full((999, 1, 1), value))
+    losses = imitation_loss(masks.view(-1, 1, 1), torch.full((999, 1, 1), value), OBJECTIVE)
     wanted = 1 / (1 + math.exp(-2 * value) * 3)
     assert masks[losses.argmin()].item() == pytest.approx(wanted, abs=0.001)

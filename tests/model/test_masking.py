@@ -5,6 +5,7 @@ import torch
 from model.masking import (
     bernoulli_straight_through,
     gumbel_difference,
+    normalize,
     paint,
     pixel_segments,
     superpixel_mean,
@@ -93,3 +94,10 @@ def test_without_superpixels_each_pixel_keeps_its_own_probability() -> None:
     means = superpixel_mean(values, segments, 24)
     assert torch.equal(means, values.flatten(1))
     assert torch.equal(paint(means, segments), values)
+
+
+def test_normalizing_the_mean_colour_gives_the_value_of_a_masked_pixel() -> None:
+    images = torch.tensor([100, 150, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    mean, std = torch.tensor([100.0, 150.0, 200.0]), torch.tensor([50.0, 75.0, 100.0])
+    assert normalize(images, mean, std).abs().max() == 0
+    assert normalize(images, torch.zeros(3), std).unique().tolist() == [2.0]

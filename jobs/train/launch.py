@@ -1,0 +1,105 @@
+"""Start Ray Train's workers, restart them after failures, and show the log as they write it."""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from jobs.train.config import ResourcesConfig, TrainConfig
+from jobs.train.log import LOG_NAME
+from pipeline.errors import UserError
+
+RAY_NAME = "ray"  # Ray Train's own record of the run; checkpoints are ours
+COLLECTIVE_TIMEOUT = 300  # seconds that ranks wait for one that died
+POLL_SECONDS = 0.5
+
+
+def check_resources(resources: ResourcesConfig) -> None:
+    """Raise UserError where Ray Train would wait for ever: more workers than this machine's
+    cores or GPUs. A cluster may still grow, so there it only says what it waits for."""
+    resource = "GPU" if resources.device == "cuda" else "CPU"
+    available = int(ray.cluster_resources().get(resource, 0))
+    if available >= resources.fewest_workers:
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        print(f"waiting for {resources.fewest_workers} {resource}s; the cluster has {available}")
+    else:
+        raise UserError(
+            f"--workers {resources.workers} asks for as many {resource}s, this machine has "
+            f"{available}: training would wait for ever. Lower --workers, or submit the job to a "
+            "cluster"
+        )
+
+
+@contextmanager
+def following(path: Path) -> Iterator[None]:
+    """Print what is appended to a file from now on, to its end when the context is left."""
+    path.touch()
+    stop = threading.Event()
+
+    def copy() -> None:
+        with path.open() as file:
+            file.seek(0, os.SEEK_END)
+            stopping = False
+            while not stopping:
+                stopping = stop.wait(POLL_SECONDS)
+                sys.stdout.write(file.read())
+                sys.stdout.flush()
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def launch(config: TrainConfig, record: dict[str, Any]) -> None:
+    """Train to the end. Raises UserError with the cause where training cannot go on."""
+    resources = config.resources
+    check_resources(resources)
+    fewest, most = resources.fewest_workers, resources.most_workers
+    gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = resources.device == "cuda" or (resources.device == "auto" and gpus >= fewest)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"config": config, "record": record},
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
+        scaling_config=ScalingConfig(
+            num_workers=fewest if fewest == most else (fewest, most), use_gpu=use_gpu
+        ),
+        run_config=RunConfig(
+            name=RAY_NAME,
+            storage_path=str(config.output),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+        ),
+    )
+    try:
+        with following(config.output / LOG_NAME):
+            failure = trainer.fit().return_value
+    except SystemExit:  # how Ray Train answers Ctrl-C, once its workers have ended
+        raise KeyboardInterrupt from None
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {})
+        reason = str(next(iter(failures.values()), error)).strip().splitlines()[-1]
+        raise UserError(
+            f"training failed {resources.max_failures + 1} times, the last time with: {reason}. "
+            "The same command goes on from the last checkpoint"
+        ) from error
+    if failure is not None:
+        raise UserError(failure)
+
+
+def _work(settings: dict[str, Any]) -> str | None:
+    # Imported in the worker: the driver needs no loader.
+    from jobs.train.worker import train_worker
+
+    return train_worker(settings["config"], settings["record"])

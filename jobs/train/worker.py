@@ -1,0 +1,143 @@
+"""The function that every Ray Train worker runs: from the last checkpoint to the trained nets."""
+
+from dataclasses import asdict
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+
+from jobs.pictures import encode_png
+from jobs.runs import DamagedError, ModelConfig, save_nets
+from jobs.train.checkpoints import read_checkpoint, write_checkpoint
+from jobs.train.collectives import check_ranks, on_first_rank
+from jobs.train.config import TrainConfig, by_flag
+from jobs.train.examples import Examples, draw_examples, load_examples
+from jobs.train.log import MlflowLog, TrainingLog
+from jobs.train.state import (
+    TrainingError,
+    fill_state,
+    finished_nets,
+    state_numbers,
+    state_tensors,
+)
+from jobs.train.trainer import Trainer
+from pipeline.loading.loader import Loader
+from pipeline.loading.order import Order
+from pipeline.shards.format import Manifest, read_manifest
+
+
+def model_config(config: TrainConfig, manifest: Manifest) -> ModelConfig:
+    """Return the nets' shape for a data set."""
+    superpixels = manifest.configuration["superpixels"]
+    return ModelConfig(
+        classes=manifest.classes,
+        class_names=manifest.class_names,
+        height=manifest.height,
+        width=manifest.width,
+        net_width=config.nets.net_width,
+        residual_blocks=config.nets.residual_blocks,
+        guide=config.nets.guide,
+        bottleneck=config.nets.bottleneck,
+        mean=manifest.mean,
+        std=manifest.std,
+        superpixels=max(manifest.max_superpixels, superpixels),
+        compactness=manifest.configuration["compactness"],
+        logit_limit=config.nets.logit_limit,
+    )
+
+
+def resume(trainer: Trainer) -> list[str]:
+    """Go on from the newest sound checkpoint of the run, where there is one.
+
+    Returns notes for the log, none without a checkpoint. All ranks read the same files. Raises
+    TrainingError where all are damaged.
+    """
+    try:
+        checkpoint = read_checkpoint(trainer.config.output)
+    except DamagedError as error:
+        raise TrainingError(str(error)) from error
+    if checkpoint is None:
+        return []
+    fill_state(trainer.state, checkpoint.tensors, checkpoint.numbers)
+    notes = [f"went on from the checkpoint of step {trainer.state.step}"]
+    return [*(f"damaged checkpoint not used: {text}" for text in checkpoint.damaged), *notes]
+
+
+def write_state(trainer: Trainer, examples: Examples | None = None) -> None:
+    """Write a checkpoint, and a picture of the example images where this rank has them.
+
+    First the weights are checked to be finite and the same on all ranks.
+    """
+    state, config = trainer.state, trainer.config
+    trainer.check_weights()
+    check_ranks(state, trainer.device)
+
+    def write() -> None:
+        tensors, numbers = state_tensors(state), state_numbers(state)
+        keep = config.logging.keep_checkpoints
+        write_checkpoint(config.output, state.step, tensors, numbers, keep)
+        if trainer.log is not None and examples is not None and not trainer.warming_up:
+            picture = draw_examples(examples, state.corruption_average, trainer.model)
+            trainer.log.picture(state.step, picture, encode_png(picture))
+
+    on_first_rank(write, f"the checkpoint of step {state.step}", trainer.device)
+
+
+def open_log(trainer: Trainer, notes: list[str]) -> TrainingLog:
+    """Return the run's log, with notes for its next line."""
+    config, mlflow = trainer.config, None
+    if config.logging.mlflow is not None:
+        mlflow = MlflowLog(config.logging.mlflow, config.output, by_flag(asdict(config)))
+    log = TrainingLog(config.output, trainer.read_step, gauges=True, mlflow=mlflow)
+    for text in notes:
+        log.note(text)
+    return log
+
+
+def run_training(config: TrainConfig, record: dict[str, Any], rank: int, ranks: int) -> None:
+    """Train as one of `ranks` processes and, on rank 0, save the nets with `record`."""
+    device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    loading, optimization = config.loading, config.optimization
+    manifest = read_manifest(loading.data)
+    model = model_config(config, manifest)
+    trainer = Trainer(config, model, manifest, device, ranks)
+    notes = resume(trainer)
+    if optimization.warmup_from is not None and not notes:
+        trainer.take_warmup(optimization.warmup_from)
+        notes = [f"began with the clean classifier of {optimization.warmup_from}"]
+    check_ranks(trainer.state, device)
+    examples = None
+    if rank == 0:
+        trainer.log = open_log(trainer, notes)
+        examples = load_examples(loading, manifest, device)
+    order = Order(
+        batch_size=optimization.batch_size,
+        seed=optimization.seed,
+        window=loading.window(manifest),
+    )
+    batches = Loader(loading.data, manifest, device, loading.cache_config()).train(
+        order, loading.augmentation(), start=trainer.position, rank=rank, ranks=ranks
+    )
+    while trainer.state.step < trainer.steps:
+        trainer.train_step(batches)
+        if trainer.at_checkpoint:
+            write_state(trainer, examples)
+    if trainer.log is not None:
+        trainer.log.close()
+    nets = finished_nets(trainer.state, model)
+    on_first_rank(lambda: save_nets(config.output, nets, record), "the trained nets", device)
+
+
+def train_worker(config: TrainConfig, record: dict[str, Any]) -> str | None:
+    """Run a rank's training. A TrainingError, which all ranks meet at the same step, ends the run
+    without another attempt: its message is returned. Anything else is a failure to recover from.
+    """
+    context = ray.train.get_context()
+    try:
+        run_training(config, record, context.get_world_rank(), context.get_world_size())
+    except TrainingError as error:
+        return str(error)
+    return None
