@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TypeVar
 
 import pyarrow as pa
@@ -39,8 +38,7 @@ class SourceFiles:
                 f"source {source} does not exist on this node, or is no folder; name the folder "
                 "that holds the images or archives, and mount it on every node."
             )
-        self._descriptors: dict[str, int] = {}
-        self._opened: dict[str, pa.NativeFile] = {}
+        self._opened: dict[str, tuple[str, pa.NativeFile]] = {}
         self._opening = threading.Lock()
         self._pool = ThreadPoolExecutor(STREAMS) if self.remote else None
 
@@ -106,27 +104,23 @@ class SourceFiles:
 
     def size(self, path: str) -> int:
         """Return the size of a file in bytes."""
-        if self.remote:
-            return int(self._open(path).size())
-        return os.fstat(self._descriptor(path)).st_size
+        return int(self._open(path)[1].size())
 
     def read(self, path: str, offset: int | None = None, size: int | None = None) -> bytes:
         """Read a whole file, or `size` bytes of it from `offset` on.
 
-        A file that is read in ranges stays open. Raises OSError as the file system does, and
-        UserError where object storage cannot be reached or the file ends before the range.
+        A file that is read in ranges stays open. Raises FileNotFoundError for a whole file that is
+        missing, other OSErrors as the local disk does, and UserError where object storage cannot
+        be reached or a file ends before the range.
         """
         if offset is None or size is None:
             return self._read_whole(path)
-        if self.remote:
-            file = self._open(path)
-            data = storage.attempt(self.location(path), lambda: file.read_at(size, offset))
-        else:
-            data = os.pread(self._descriptor(path), size, offset)
+        location, file = self._open(path)
+        data = storage.attempt(location, lambda: file.read_at(size, offset))
         if len(data) < size:
             raise UserError(
-                f"{self.location(path)} has {len(data)} of {size} bytes at {offset}: it has "
-                "changed since it was listed; run the same command again."
+                f"{location} has {len(data)} of {size} bytes at {offset}: it has changed since it "
+                "was listed; run the same command again."
             )
         return data
 
@@ -142,33 +136,22 @@ class SourceFiles:
     def _local(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
 
-    def _descriptor(self, path: str) -> int:
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(self._local(path), os.O_RDONLY)
-        return self._descriptors[path]
-
-    def _open(self, path: str) -> pa.NativeFile:
+    def _open(self, path: str) -> tuple[str, pa.NativeFile]:
+        """Return a file that stays open, with its location."""
         with self._opening:
             if path not in self._opened:
-                self._opened[path] = storage.open_input(self.location(path))
+                location = self.location(path)
+                self._opened[path] = location, storage.open_input(location)
             return self._opened[path]
 
     def __enter__(self) -> "SourceFiles":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        for file in self._opened.values():
+        for _, file in self._opened.values():
             file.close()
-        self._descriptors.clear()
         self._opened.clear()
 
 
