@@ -6,12 +6,22 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two cores are shared with R
 
 import pytest
 import ray
+from hypothesis import HealthCheck, settings
 
 from jobs import cli
 from pipeline.shards.make import preprocess
 from pipeline.shards.plan import PreprocessConfig
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 from tests import remote
+
+settings.register_profile(
+    "tests",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,  # the same examples in every run
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

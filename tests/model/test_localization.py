@@ -59,7 +59,7 @@ def test_equal_components_give_the_topmost_then_the_leftmost() -> None:
     np.testing.assert_array_equal(map_box(values), [4, 1, 5, 1])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(hnp.arrays(np.float32, (7, 9), elements=st.integers(0, 6).map(float)))
 def test_boxes_match_a_flood_fill(values: np.ndarray) -> None:
     if np.ptp(values) == 0:
@@ -68,7 +68,6 @@ def test_boxes_match_a_flood_fill(values: np.ndarray) -> None:
         np.testing.assert_array_equal(map_box(values), reference_box(values))
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     hnp.arrays(np.float32, (6, 6), elements=st.integers(0, 5).map(float)),
     st.sampled_from([0.125, 4.0, 1024.0]),
@@ -115,7 +114,7 @@ def test_scaling_a_box_by_hand() -> None:
     assert boxes.tolist() == [[3, 3, 7, 7]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_scaled_boxes_stay_inside_and_whole_maps_become_whole_images(data: st.DataObject) -> None:
     h, w, height, width = (data.draw(st.integers(1, 300)) for _ in range(4))

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
@@ -26,12 +26,6 @@ from pipeline.evaluation.formats import (
 )
 from pipeline.evaluation.truth import GroundTruth
 
-FUZZ = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 WNIDS = ("n00000001", "n00000002", "n00000003")
 TRUTH = GroundTruth(
     ids=("val/b.JPEG", "val/a.JPEG", "val/c.JPEG"),
@@ -475,7 +469,6 @@ WORDS = st.lists(
 CONTENT = st.one_of(st.binary(max_size=200), WORDS.map(str.encode))
 
 
-@FUZZ
 @given(data=CONTENT)
 def test_any_bytes_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
     for suffix in (".csv", ".parquet", ".npy"):
@@ -492,7 +485,6 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
             call()
 
 
-@FUZZ
 @given(data=st.data())
 def test_any_change_to_a_score_map_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(

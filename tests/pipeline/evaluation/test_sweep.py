@@ -59,7 +59,7 @@ def test_every_small_binary_map_is_as_drawn(height: int, width: int) -> None:
         assert_as_drawn(drawn.reshape(height, width))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     hnp.arrays(
         np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 4)
@@ -69,7 +69,6 @@ def test_maps_of_few_levels_are_as_drawn(levels: np.ndarray) -> None:
     assert_as_drawn(levels)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(5, 40), st.integers(5, 40), st.floats(0.05, 0.95))
 def test_random_maps_with_ties_are_as_drawn(
     seed: int, height: int, width: int, share: float
@@ -207,7 +206,7 @@ def test_pixel_auc_by_hand() -> None:
     assert np.isnan(pixel_auc(levels, np.zeros((1, 4), bool)))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(hnp.arrays(np.uint8, (4, 5)), hnp.arrays(bool, (4, 5)))
 def test_pixel_auc_counts_pairs(levels: np.ndarray, inside: np.ndarray) -> None:
     if not 0 < inside.sum() < inside.size:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
@@ -23,12 +23,6 @@ from pipeline.shards.format import read_manifest
 from pipeline.shards.ledger import read_ledger
 
 ILSVRC = Path(__file__).parents[4] / "shared" / "data" / "ilsvrc-val-boxes"
-FUZZ = settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
 
 METADATA = {
     "image_ids.txt": "val/b.JPEG\nval/a.JPEG\nval/c.JPEG\n",
@@ -460,7 +454,6 @@ LINES = st.lists(
 CONTENT = st.one_of(st.binary(max_size=200), LINES.map(str.encode))
 
 
-@FUZZ
 @given(data=CONTENT, name=st.sampled_from(sorted(METADATA)))
 def test_any_bytes_as_metadata_are_read_or_refused(tmp_path: Path, data: bytes, name: str) -> None:
     folder = write_files(tmp_path / "fuzz", METADATA)
@@ -469,7 +462,6 @@ def test_any_bytes_as_metadata_are_read_or_refused(tmp_path: Path, data: bytes, 
         read_ground_truth(folder)
 
 
-@FUZZ
 @given(data=CONTENT)
 def test_any_bytes_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
     csv, xml = tmp_path / "any.csv", write_files(tmp_path / "fuzz", {}) / "any.xml"

@@ -83,7 +83,7 @@ def reference_image(image: np.ndarray, drawn: Draw, n: int) -> np.ndarray:
     seed=st.integers(0, 2**40),
     step=st.integers(0, 3),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_image_and_superpixels_are_those_of_the_reference(
     size: tuple[int, int], dtype: str, augmentation: Augmentation, seed: int, step: int
 ) -> None:
@@ -106,7 +106,7 @@ def test_image_and_superpixels_are_those_of_the_reference(
     seed=st.integers(0, 2**40),
     count=st.integers(0, 5),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_torch_and_numba_give_the_same_bits(
     size: tuple[int, int], dtype: str, augmentation: Augmentation, seed: int, count: int
 ) -> None:

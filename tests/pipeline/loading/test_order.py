@@ -20,7 +20,7 @@ SEEDS = st.integers(0, 2**40)
 
 
 @given(samples=st.integers(0, 3000), batch_size=st.integers(1, 400), ranks=st.integers(1, 9))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_place_falls_to_one_rank_in_one_step_and_all_ranks_make_every_step(
     samples: int, batch_size: int, ranks: int
 ) -> None:
@@ -51,7 +51,7 @@ def test_batches_and_shares_by_hand() -> None:
 
 
 @given(images=COUNTS, seed=SEEDS, epoch=st.integers(0, 9), window=st.none() | st.integers(1, 13))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_an_epoch_has_every_sample_once_and_each_window_those_of_its_shards(
     images: list[int], seed: int, epoch: int, window: int | None
 ) -> None:
@@ -108,7 +108,7 @@ def test_batches_mix_the_classes_of_a_sorted_set_as_random_draws_do() -> None:
     window=st.integers(1, 3),
     batch_size=st.integers(1, 60),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_batch_of_any_epoch_needs_more_shards_than_stated(
     images: list[int], window: int, batch_size: int
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
@@ -161,9 +161,7 @@ def test_a_stale_index_is_refused(data: Path, manifest: Manifest) -> None:
 
 
 @given(st.data())
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150)
 def test_a_mutated_index_is_refused_or_changes_nothing(
     data: Path, manifest: Manifest, choose: st.DataObject
 ) -> None:

@@ -61,7 +61,7 @@ def test_an_axis_that_shrinks_is_averaged_while_the_other_grows() -> None:
     assert resize(pixels, 2, 3)[:, :, 0].tolist() == [[50, 50, 50], [0, 0, 0]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     height=st.integers(1, 90),
     width=st.integers(1, 90),
@@ -232,7 +232,7 @@ MODES = {
 }
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     form=st.sampled_from(sorted(MODES)),
     data=st.data(),

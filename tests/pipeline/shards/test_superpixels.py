@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 from fast_slic import Slic
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -38,7 +38,6 @@ def pieces(labels: np.ndarray) -> int:
     return int(connected_components(edges, directed=False)[0])
 
 
-@settings(max_examples=60, deadline=None)
 @example(height=1, width=64, count=16, seed=0)
 @example(height=8, width=8, count=16, seed=0)
 @given(

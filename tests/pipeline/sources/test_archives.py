@@ -33,7 +33,7 @@ names = st.lists(
 ).map("/".join)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     files=st.dictionaries(names, st.binary(max_size=1300), max_size=6),
     form=st.sampled_from(FORMATS[1:]),
