@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: env browser demo test lint bench clean
+.PHONY: env browser demo check test lint bench clean
 
 env: .venv/installed
 
@@ -27,6 +27,11 @@ browser:
 demo: env
 	$(BIN)/python -m jobs.demo --output demo
 
+# Before each commit: linters, types and the fast tests.
+check: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+# Before a merge: every test.
 test: env
 	$(BIN)/python -m pytest
 

@@ -1,4 +1,4 @@
-"""`python -m jobs.demo`: the whole pipeline on generated images, through the jobs themselves."""
+"""`python -m jobs.demo`: the whole pipeline on generated images, through its commands."""
 
 import shlex
 import subprocess
@@ -13,6 +13,7 @@ from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 SUPERPIXELS = 196
 DONE_NAME = "images.done"
+LOCALIZED = 3  # val images that jobs.localize draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +21,23 @@ class DemoConfig:
     """Where the demo writes, and how large it is."""
 
     output: Path = cli.option(Path("demo"), help="folder for images, shards, run and report")
-    train_images: int = cli.option(5000, help="generated train images")
-    val_images: int = cli.option(1000, help="generated val images")
-    warmup_epochs: int = cli.option(25, help="epochs of the classifier alone")
-    epochs: int = cli.option(10, help="epochs of adversarial training")
-    workers: int = cli.option(2, help="training processes")
-    seed: int = cli.option(0, help="of training; the images are always the same")
+    train_images: int = cli.option(5000, low=1, help="generated train images")
+    val_images: int = cli.option(1000, low=1, help="generated val images")
+    warmup_epochs: int = cli.option(25, low=1, help="epochs of the classifier alone")
+    epochs: int = cli.option(10, low=1, help="epochs of adversarial training")
+    workers: int = cli.option(2, low=1, help="training processes")
+    seed: int = cli.option(0, low=0, help="of training; the images are always the same")
+
+    def __post_init__(self) -> None:
+        cli.check_bounds(self)
 
 
-def job(name: str, *arguments: str) -> None:
-    """Run a job as a user would, showing the command. Raises UserError where it fails."""
-    command = ["-m", f"jobs.{name}", *arguments]
+def run_command(name: str, *arguments: Path, **flags: object) -> None:
+    """Run a command as a user would, showing it. Raises UserError where it fails."""
+    command = ["-m", f"jobs.{name}"]
+    for field, value in flags.items():
+        command += [cli.flag(field), str(value)]
+    command += map(str, arguments)
     print(f"\n$ python {shlex.join(command)}", flush=True)
     result = subprocess.run([sys.executable, *command], check=False)
     if result.returncode:
@@ -52,33 +59,28 @@ def generate(output: Path, config: SyntheticConfig) -> None:
 
 
 def demo(config: DemoConfig) -> None:
-    """Generate, preprocess, train, evaluate, and localize a few images."""
-    folder = config.output
-    images, shards = folder / "images", folder / "shards"
-    run, evaluation = folder / f"run-{config.seed}", folder / f"evaluation-{config.seed}"
+    """Generate, preprocess, train, localize a few images, and evaluate."""
+    images, shards = config.output / "images", config.output / "shards"
+    run, localized, evaluation = (
+        config.output / f"{name}-{config.seed}" for name in ("run", "localized", "evaluation")
+    )
     total = config.train_images + config.val_images
     print(f"drawing {total} images of 8 textured classes into {images}", flush=True)
     synthetic = SyntheticConfig(train_images=config.train_images, val_images=config.val_images)
     generate(images, synthetic)
-    job(
-        "preprocess",
-        *("--source", str(images)),
-        *("--output", str(shards)),
-        *("--superpixels", str(SUPERPIXELS)),
-    )
-    job(
+    run_command("preprocess", source=images, output=shards, superpixels=SUPERPIXELS)
+    run_command(
         "train",
-        *("--data", str(shards)),
-        *("--output", str(run)),
-        *("--workers", str(config.workers)),
-        *("--warmup-epochs", str(config.warmup_epochs)),
-        *("--epochs", str(config.epochs)),
-        *("--seed", str(config.seed)),
+        data=shards,
+        output=run,
+        workers=config.workers,
+        warmup_epochs=config.warmup_epochs,
+        epochs=config.epochs,
+        seed=config.seed,
     )
-    pictures = sorted((images / "val").glob("*.JPEG"))[:3]
-    localized = folder / f"localized-{config.seed}"
-    job("localize", "--run", str(run), "--output", str(localized), *map(str, pictures))
-    job("evaluate", "--data", str(shards), "--run", str(run), "--output", str(evaluation))
+    pictures = sorted((images / "val").glob("*.JPEG"))[:LOCALIZED]
+    run_command("localize", *pictures, run=run, output=localized)
+    run_command("evaluate", data=shards, run=run, output=evaluation)
 
 
 def main() -> None:
