@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
+from pipeline.sources.files import SourceFiles
+from pipeline.sources.find import Source, find_layout, list_images
 from tests.pipeline.sources.annotation_files import xml
 
 SYNSET = [
@@ -82,6 +84,12 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
     return root
+
+
+def read_source(root: Path, layout: str | None = None) -> Source:
+    """List a folder by the layout that is found in it, or by the one given."""
+    with SourceFiles(str(root)) as files:
+        return list_images(files, layout or find_layout(files))
 
 
 def class_tars(mini: Miniature) -> dict[str, bytes]:

@@ -5,43 +5,23 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.sources import find as sources
-from pipeline.sources.files import SourceFiles
 from pipeline.sources.find import Source
 from pipeline.sources.listing import SCHEMA
 from tests.pipeline.sources.annotation_files import xml
+from tests.pipeline.sources.miniature import read_source, write
 
 
 def touch(root: Path, *paths: str) -> None:
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(b"")
+    write(root, dict.fromkeys(paths, b""))
 
 
 def ilsvrc(root: Path) -> Path:
-    touch(
-        root,
-        "train/n00000002/n00000002_7.JPEG",
-        "train/n00000001/n00000001_9.JPEG",
-        "train/n00000001/n00000001_10.JPEG",
-        "val/ILSVRC2012_val_00000002.JPEG",
-        "val/ILSVRC2012_val_00000001.JPEG",
-    )
-    boxes = root / "Annotations/deep"
-    boxes.mkdir(parents=True)
-    (boxes / "ILSVRC2012_val_00000001.xml").write_text(xml("n00000002", (1, 2, 3, 4), (5, 6, 7, 8)))
-    (boxes / "n00000001_9.xml").write_text(xml("n00000001", (10, 20, 30, 40)))
-    return root
-
-
-def find_layout(source: Path) -> str:
-    with SourceFiles(str(source)) as files:
-        return sources.find_layout(files)
-
-
-def list_images(source: Path, layout: str) -> Source:
-    with SourceFiles(str(source)) as files:
-        return sources.list_images(files, layout)
+    ids = ["1/n00000001_9", "1/n00000001_10", "2/n00000002_7"]
+    touch(root, *(f"train/n0000000{x}.JPEG" for x in ids))
+    touch(root, *(f"val/ILSVRC2012_val_0000000{x}.JPEG" for x in (2, 1)))
+    val, train = xml("n00000002", (1, 2, 3, 4), (5, 6, 7, 8)), xml("n00000001", (10, 20, 30, 40))
+    boxes = {"ILSVRC2012_val_00000001": val, "n00000001_9": train}
+    return write(root, {f"boxes/deep/{x}.xml": text.encode() for x, text in boxes.items()})
 
 
 def rows(source: Source, split: str) -> list[dict[str, Any]]:
@@ -50,16 +30,14 @@ def rows(source: Source, split: str) -> list[dict[str, Any]]:
 
 
 def test_ilsvrc_takes_val_labels_and_boxes_from_xml_wherever_it_lies(tmp_path: Path) -> None:
-    assert find_layout(ilsvrc(tmp_path)) == "ilsvrc"
-    source = list_images(tmp_path, "ilsvrc")
+    source = read_source(ilsvrc(tmp_path))
+    assert source.layout == "ilsvrc"
     assert source.classes == ("n00000001", "n00000002")
-    assert [x["id"] for x in rows(source, "train")] == [
-        "n00000001_10",
-        "n00000001_9",
-        "n00000002_7",
+    assert [(x["id"], x["label"], x["boxes"]) for x in rows(source, "train")] == [
+        ("n00000001_10", 0, []),
+        ("n00000001_9", 0, [[10, 20, 30, 40]]),
+        ("n00000002_7", 1, []),
     ]
-    assert [x["label"] for x in rows(source, "train")] == [0, 0, 1]
-    assert rows(source, "train")[1]["boxes"] == [[10, 20, 30, 40]]
     first, second = rows(source, "val")
     assert (first["wnid"], first["label"], first["problem"]) == ("n00000002", 1, None)
     assert first["boxes"] == [[1, 2, 3, 4], [5, 6, 7, 8]]
@@ -70,7 +48,7 @@ def test_ilsvrc_takes_val_labels_and_boxes_from_xml_wherever_it_lies(tmp_path: P
 
 def test_ilsvrc_val_in_class_folders_is_labelled_by_them(tmp_path: Path) -> None:
     touch(tmp_path, "train/n00000001/n00000001_1.JPEG", "val/n00000001/v1.JPEG", "val/n9/v0.JPEG")
-    source = list_images(tmp_path, find_layout(tmp_path))
+    source = read_source(tmp_path)
     assert [(x["id"], x["wnid"], x["label"], x["problem"]) for x in rows(source, "val")] == [
         ("v0", "n9", None, "label unknown: no train image has class n9"),
         ("v1", "n00000001", 0, None),
@@ -79,24 +57,24 @@ def test_ilsvrc_val_in_class_folders_is_labelled_by_them(tmp_path: Path) -> None
 
 def test_class_names_are_read_from_either_file_and_default_to_the_wnid(tmp_path: Path) -> None:
     ilsvrc(tmp_path)
-    assert list_images(tmp_path, "ilsvrc").class_names == ("n00000001", "n00000002")
+    assert read_source(tmp_path).class_names == ("n00000001", "n00000002")
     (tmp_path / "LOC_synset_mapping.txt").write_text("n00000001 tench, Tinca tinca\n")
-    assert list_images(tmp_path, "ilsvrc").class_names == ("tench, Tinca tinca", "n00000002")
+    assert read_source(tmp_path).class_names == ("tench, Tinca tinca", "n00000002")
     (tmp_path / "words.txt").write_text("n00000002\ta dog\n")
-    assert list_images(tmp_path, "ilsvrc").class_names == ("n00000001", "a dog")
+    assert read_source(tmp_path).class_names == ("n00000001", "a dog")
 
 
 def test_two_annotations_that_disagree_are_refused(tmp_path: Path) -> None:
     ilsvrc(tmp_path)
     (tmp_path / "n00000001_9.xml").write_text(xml("n00000001", (0, 0, 1, 1)))
     with pytest.raises(UserError, match="differently"):
-        list_images(tmp_path, "ilsvrc")
+        read_source(tmp_path)
 
 
 def test_a_link_to_a_folder_above_does_not_trap_the_search(tmp_path: Path) -> None:
     ilsvrc(tmp_path)
     (tmp_path / "loop").symlink_to(tmp_path)
-    assert len(rows(list_images(tmp_path, "ilsvrc"), "train")) == 3
+    assert len(rows(read_source(tmp_path), "train")) == 3
 
 
 def test_tiny_imagenet_lists_boxes_and_every_odd_image(tmp_path: Path) -> None:
@@ -108,8 +86,8 @@ def test_tiny_imagenet_lists_boxes_and_every_odd_image(tmp_path: Path) -> None:
     (tmp_path / "val/val_annotations.txt").write_text(
         "val_0.JPEG\tn1\t0\t32\t44\t62\nval_1.JPEG\tn1\t0\t0\t1\t1\n"
     )
-    assert find_layout(tmp_path) == "tiny-imagenet"
-    source = list_images(tmp_path, "tiny-imagenet")
+    source = read_source(tmp_path)
+    assert source.layout == "tiny-imagenet"
     boxed, plain, broken = rows(source, "train")
     assert (boxed["boxes"], boxed["path"]) == ([[0, 10, 63, 58]], "train/n1/images/n1_0.JPEG")
     assert (plain["boxes"], plain["note"], plain["problem"]) == ([], None, None)
@@ -131,13 +109,11 @@ def test_cub_lists_boxes_classes_and_every_odd_image(root: str, tmp_path: Path) 
         "train_test_split.txt": "1 1\n2 0\n3 1\n4 1\n",
         "bounding_boxes.txt": "1 60.0 27.0 325.0 304.0\n2 0.5 1.2 10.0 9.0\n3 1 x 3 4\n",
     }
-    for name, text in lists.items():
-        touch(tmp_path, root + name)
-        (tmp_path / root / name).write_text(text)
+    write(tmp_path, {root + name: text.encode() for name, text in lists.items()})
     present = ("001.Crow/A_1.jpg", "001.Crow/A_2.jpg", "002.Jay/C.jpg", "002.Jay/D.jpg")
     touch(tmp_path, *(f"{root}images/{name}" for name in present))
-    assert find_layout(tmp_path) == "cub"
-    source = list_images(tmp_path, "cub")
+    source = read_source(tmp_path)
+    assert source.layout == "cub"
     assert source.classes == ("001.Crow", "002.Jay_Blue")
     assert source.class_names == ("Crow", "Jay Blue")
     (val,) = rows(source, "val")
@@ -157,25 +133,20 @@ def test_cub_lists_boxes_classes_and_every_odd_image(root: str, tmp_path: Path) 
 
 def test_class_folders_become_a_train_split(tmp_path: Path) -> None:
     touch(tmp_path, "dog/1.png", "cat/1.jpg", "cat/0.WEBP", "cat/notes.txt", "empty/readme.md")
-    assert find_layout(tmp_path) == "folders"
-    source = list_images(tmp_path, "folders")
+    source = read_source(tmp_path)
+    assert source.layout == "folders"
     assert source.classes == ("cat", "dog")
     assert list(source.images) == ["train"]
     assert [x["id"] for x in rows(source, "train")] == ["cat/0.WEBP", "cat/1.jpg", "dog/1.png"]
 
 
-def test_a_stray_image_beside_the_classes_does_not_change_the_layout(tmp_path: Path) -> None:
-    touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg", "train/preview.jpg")
-    source = list_images(tmp_path, find_layout(tmp_path))
-    assert source.classes == ("cat", "dog")
-    assert [x["path"] for x in rows(source, "train")] == ["train/cat/1.jpg", "train/dog/1.jpg"]
-    assert [x["path"] for x in rows(source, "val")] == ["val/dog/2.jpg"]
-
-
-def test_class_folders_below_train_and_val_keep_their_split(tmp_path: Path) -> None:
-    touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg")
-    assert find_layout(tmp_path) == "folders"
-    source = list_images(tmp_path, "folders")
+@pytest.mark.parametrize("stray", [(), ("train/preview.jpg",)])
+def test_class_folders_below_train_and_val_keep_their_split(
+    stray: tuple[str, ...], tmp_path: Path
+) -> None:
+    touch(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/dog/2.jpg", *stray)
+    source = read_source(tmp_path)
+    assert (source.layout, source.classes) == ("folders", ("cat", "dog"))
     assert [x["path"] for x in rows(source, "train")] == ["train/cat/1.jpg", "train/dog/1.jpg"]
     assert [x["path"] for x in rows(source, "val")] == ["val/dog/2.jpg"]
 
@@ -183,7 +154,7 @@ def test_class_folders_below_train_and_val_keep_their_split(tmp_path: Path) -> N
 def test_a_name_that_is_not_utf8_is_listed_with_its_problem(tmp_path: Path) -> None:
     touch(tmp_path, "cat/a.jpg")
     (tmp_path / "cat" / os.fsdecode(b"b\xff.jpg")).write_bytes(b"")
-    good, bad = rows(list_images(tmp_path, "folders"), "train")
+    good, bad = rows(read_source(tmp_path), "train")
     assert good["problem"] is None
     assert (bad["problem"], bad["label"]) == ("file name is not UTF-8: rename it", None)
     assert bad["path"] == "cat/b\\udcff.jpg"
@@ -204,9 +175,9 @@ def test_a_source_that_cannot_be_used_is_named_with_the_remedy(
     source.mkdir()
     prepare(source)  # type: ignore[operator]
     with pytest.raises(UserError, match=message):
-        find_layout(source)
+        read_source(source)
 
 
 def test_an_unknown_layout_is_refused_with_those_known(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'coco' is unknown; allowed: auto, ilsvrc"):
-        list_images(tmp_path, "coco")
+        read_source(tmp_path, "coco")

@@ -11,8 +11,7 @@ from pipeline.errors import UserError
 from pipeline.shards.make import make_shard
 from pipeline.shards.plan import PreprocessConfig, make_plan
 from pipeline.sources import labels
-from pipeline.sources.files import SourceFiles
-from pipeline.sources.find import Source, find_layout, list_images
+from pipeline.sources.find import Source
 from tests import remote
 from tests.pipeline.sources.miniature import (
     FORMS,
@@ -21,12 +20,13 @@ from tests.pipeline.sources.miniature import (
     archives,
     folders,
     kaggle,
+    read_source,
     tar,
     write,
 )
 
 
-def made_image(seed: int) -> tuple[bytes, tuple[int, int]]:
+def small_image(seed: int) -> tuple[bytes, tuple[int, int]]:
     """A JPEG, every fourth one grey, and its width and height."""
     rng = np.random.default_rng(seed)
     width, height = (int(x) for x in rng.integers(40, 120, 2))
@@ -36,21 +36,22 @@ def made_image(seed: int) -> tuple[bytes, tuple[int, int]]:
     return buffer.getvalue(), (width, height)
 
 
-def made_miniature() -> Miniature:
+def drawn_miniature() -> Miniature:
     wnids = ["n01751748", "n00000017", "n00000005"]
     train: list[MiniImage] = []
     val: list[MiniImage] = []
     for i in range(24):
-        data, size = made_image(i)
+        data, size = small_image(i)
         boxes = ((i % 5, 1, 30, 35), (2, 2, 39, 39))[: i % 3]
         wnid = wnids[i % 3]
-        # Every sixth XML was drawn on a picture of twice the size, as its size tag says.
-        told = (2 * size[0], 2 * size[1]) if i % 6 == 1 else size
+        # The boxes of every sixth image refer to twice its size, as its size tag says.
+        scale = 2 if i % 6 == 1 else 1
+        size = (scale * size[0], scale * size[1])
         train.append(
-            MiniImage(stem=f"{wnid}_{i * 7}", wnid=wnid, data=data, boxes=boxes, size=told)
+            MiniImage(stem=f"{wnid}_{i * 7}", wnid=wnid, data=data, boxes=boxes, size=size)
         )
     for i in range(10):
-        data, size = made_image(100 + i)
+        data, size = small_image(100 + i)
         stem, boxes = labels.VAL_ID.format(i + 1), ((i, 2, 35, 38),)
         val.append(MiniImage(stem=stem, wnid=wnids[i % 3], data=data, boxes=boxes, size=size))
     return Miniature(train=tuple(train), val=tuple(val))
@@ -94,17 +95,17 @@ def assert_forms_are_one(mini: Miniature, tmp_path: Path) -> None:
     reference: dict[str, str] = {}
     for name, form in FORMS.items():
         source = write(tmp_path / name / "source", form(mini))
-        made, listed = shards(str(source), tmp_path / name / "shards")
+        hashes, listed = shards(str(source), tmp_path / name / "shards")
         assert listed.layout == "ilsvrc", name
         assert listed.classes == tuple(mini.wnids)
         assert sum(table.num_rows for table in listed.images.values()) == count
-        assert len(made) == 2 * (-(-len(mini.train) // 16) + -(-len(mini.val) // 16))
-        reference = reference or made
-        assert made == reference, name
+        assert len(hashes) == 2 * (-(-len(mini.train) // 16) + -(-len(mini.val) // 16))
+        reference = reference or hashes
+        assert hashes == reference, name
 
 
 def test_each_form_of_ilsvrc_gives_the_same_shards(tmp_path: Path) -> None:
-    assert_forms_are_one(made_miniature(), tmp_path)
+    assert_forms_are_one(drawn_miniature(), tmp_path)
 
 
 def test_each_form_of_ilsvrc_gives_the_same_shards_of_real_images(
@@ -117,7 +118,7 @@ def test_each_form_of_ilsvrc_gives_the_same_shards_of_real_images(
 def test_ilsvrc_on_object_storage_gives_the_same_shards(
     form: str, tmp_path: Path, s3_endpoint: str
 ) -> None:
-    mini = made_miniature()
+    mini = drawn_miniature()
     source = write(tmp_path / "source", FORMS[form](mini))
     uri = remote.upload(source, s3_endpoint, f"ilsvrc-{form}")
     local, _ = shards(str(source), tmp_path / "local")
@@ -126,13 +127,8 @@ def test_ilsvrc_on_object_storage_gives_the_same_shards(
     assert listed.layout == "ilsvrc"
 
 
-def read_source(root: Path) -> Source:
-    with SourceFiles(str(root)) as files:
-        return list_images(files, find_layout(files))
-
-
 def test_labels_that_disagree_are_refused_with_the_first_image(tmp_path: Path) -> None:
-    mini = made_miniature()
+    mini = drawn_miniature()
     wrong = archives(mini)
     order = mini.wnids  # the trap: the devkit's numbers taken for positions in the sorted wnids
     numbers = mini.lines(lambda x: str(order.index(x.wnid) + 1))
@@ -148,7 +144,7 @@ def test_labels_that_disagree_are_refused_with_the_first_image(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("told", "wnid"),
+    ("labels_file", "wnid"),
     [
         ({"imagenet_2012_validation_synset_labels.txt": b"n00000005\n"}, "n00000005"),
         ({"caffe_ilsvrc12/val.txt": b"ILSVRC2012_val_00000001.JPEG 1\n"}, "n00000017"),
@@ -156,15 +152,15 @@ def test_labels_that_disagree_are_refused_with_the_first_image(tmp_path: Path) -
             {"LOC_val_solution.csv": b'ILSVRC2012_val_00000001,"n00000005 1 2 3 4 "\r\n'},
             "n00000005",
         ),
-        ({"val/ILSVRC2012_val_00000001.xml": made_miniature().val[1].xml}, "n00000017"),
+        ({"val/ILSVRC2012_val_00000001.xml": drawn_miniature().val[1].xml}, "n00000017"),
     ],
 )
 def test_each_file_of_labels_suffices_alone(
-    told: dict[str, bytes], wnid: str, tmp_path: Path
+    labels_file: dict[str, bytes], wnid: str, tmp_path: Path
 ) -> None:
-    mini = made_miniature()
+    mini = drawn_miniature()
     images = {x: y for x, y in folders(mini).items() if x.startswith(("train", "val"))}
-    source = read_source(write(tmp_path, images | told))
+    source = read_source(write(tmp_path, images | labels_file))
     first, second = source.images["val"].slice(0, 2).to_pylist()
     assert (first["wnid"], first["label"]) == (wnid, mini.wnids.index(wnid))
     assert (second["wnid"], second["label"]) == (None, None)
@@ -172,7 +168,7 @@ def test_each_file_of_labels_suffices_alone(
 
 
 def test_kaggles_running_numbers_are_never_labels(tmp_path: Path) -> None:
-    mini = made_miniature()
+    mini = drawn_miniature()
     files = kaggle(mini)
     for name in [x for x in files if x.endswith(".xml") or x == "LOC_val_solution.csv"]:
         del files[name]
@@ -181,24 +177,23 @@ def test_kaggles_running_numbers_are_never_labels(tmp_path: Path) -> None:
     assert source.images["train"]["boxes"].to_pylist() != [[]] * len(mini.train)  # of the solution
 
 
-def thousand(place: int) -> list[str]:
-    """1000 wnids with n01751748 at the 1-based place."""
+def thousand(number: int) -> list[str]:
+    """1000 wnids with n01751748 as the one of this number, from 1."""
     wnids = [f"n{i:08d}" for i in range(2_000_000, 2_000_999)]
-    return [*wnids[: place - 1], labels.PROBE_WNID, *wnids[place - 1 :]]
+    return [*wnids[: number - 1], labels.PROBE_WNID, *wnids[number - 1 :]]
 
 
 def test_val_image_1_tells_the_order_of_the_labels() -> None:
     devkit = b"490\n" + b"1\n" * 49_999
-    told = labels.read_devkit_labels(devkit, "truth.txt", thousand(490))
-    assert told[labels.PROBE_ID] == labels.PROBE_WNID
-    assert len(told) == labels.VAL_IMAGES
+    right = labels.read_devkit_labels(devkit, "truth.txt", thousand(490))
+    assert right[labels.PROBE_ID] == labels.PROBE_WNID
+    assert len(right) == labels.VAL_IMAGES
     for numbers, wnids in ((b"65\n", thousand(490)), (b"490\n", thousand(66))):
         with pytest.raises(UserError, match=r"val image 1 .* n01751748 .490 in the devkit"):
             labels.read_devkit_labels(numbers + b"1\n" * 49_999, "truth.txt", wnids)
     caffe = b"".join(b"ILSVRC2012_val_%08d.JPEG 65\n" % i for i in range(1, 50_001))
-    assert labels.read_caffe_labels(caffe, "val.txt", thousand(66))[labels.PROBE_ID] == (
-        labels.PROBE_WNID
-    )
+    right = labels.read_caffe_labels(caffe, "val.txt", thousand(66))
+    assert right[labels.PROBE_ID] == labels.PROBE_WNID
     with pytest.raises(UserError, match="numbers 1000 classes, and 100 are known"):
         labels.read_caffe_labels(caffe, "val.txt", thousand(66)[:100])
     synsets = b"n02000000\n" * 50_000
@@ -207,7 +202,7 @@ def test_val_image_1_tells_the_order_of_the_labels() -> None:
 
 
 def test_devkit_labels_without_their_classes_are_refused(tmp_path: Path) -> None:
-    files = folders(made_miniature())
+    files = folders(drawn_miniature())
     files["ILSVRC2012_validation_ground_truth.txt"] = b"1\n"
     with pytest.raises(UserError, match=r"put the devkit.s meta\.mat beside it"):
         read_source(write(tmp_path, files))
@@ -222,7 +217,7 @@ def refusal(root: Path) -> str | None:
 
 
 def test_a_damaged_archive_is_one_clear_error(tmp_path: Path) -> None:
-    whole = archives(made_miniature())
+    whole = archives(drawn_miniature())
     rng = np.random.default_rng(0)
     errors = set()
     for number in range(60):
@@ -244,7 +239,7 @@ def test_a_damaged_archive_is_one_clear_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"])
 def test_an_image_archive_that_is_cut_off_anywhere_is_refused(name: str, tmp_path: Path) -> None:
-    whole = archives(made_miniature())
+    whole = archives(drawn_miniature())
     end = len(whole[name].rstrip(b"\0"))
     for length in range(0, end, 511):
         root = write(tmp_path, whole | {name: whole[name][:length]})

@@ -40,9 +40,9 @@ def test_the_digest_depends_on_every_value_and_on_nothing_else() -> None:
     pieces = pa.concat_tables([whole.slice(0, 7), whole.slice(7, 5000), whole.slice(5007)])
     assert digest(pieces) == digest(whole)
     assert digest(whole.slice(1).take(list(range(10)))) == digest(whole.slice(1, 10))
-    seen = {digest(whole)}
+    digests = {digest(whole)}
     small = with_labels(table(), ["n0", "n1", "n2"])
-    seen.add(digest(small))
+    digests.add(digest(small))
     changes: dict[str, object] = {
         "id": "x",
         "path": "x",
@@ -60,8 +60,8 @@ def test_the_digest_depends_on_every_value_and_on_nothing_else() -> None:
     for name, value in changes.items():
         values = small.to_pylist()
         values[1][name] = value
-        seen.add(digest(pa.Table.from_pylist(values, SCHEMA)))
-    assert len(seen) == 2 + len(changes)
+        digests.add(digest(pa.Table.from_pylist(values, SCHEMA)))
+    assert len(digests) == 2 + len(changes)
 
 
 def test_a_boundary_between_two_values_is_part_of_the_digest() -> None:

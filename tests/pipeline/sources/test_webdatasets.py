@@ -6,14 +6,14 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.sources.files import SourceFiles
-from pipeline.sources.find import Source, find_layout, list_images
-from tests.pipeline.sources.miniature import tar, write
+from pipeline.sources.find import Source
+from tests.pipeline.sources.miniature import read_source, tar, write
 
 
-def read_source(root: Path, files: dict[str, bytes]) -> Source:
-    with SourceFiles(str(write(root, files))) as source:
-        assert find_layout(source) == "webdataset"
-        return list_images(source, "webdataset")
+def read_tars(root: Path, files: dict[str, bytes]) -> Source:
+    source = read_source(write(root, files))
+    assert source.layout == "webdataset"
+    return source
 
 
 def column(source: Source, split: str, name: str) -> list[Any]:
@@ -33,14 +33,13 @@ def test_images_and_classes_are_read_from_cls_and_json_in_place(tmp_path: Path) 
         }
     )
     val = tar({"v.jpeg": b"JPEG v", "v.txt": b"a caption", "v.cls": b"11"})
-    source = read_source(tmp_path, {"train-000000.tar": shard, "imagenet-val-0.tar": val})
+    source = read_tars(tmp_path, {"train-000000.tar": shard, "imagenet-val-0.tar": val})
     assert list(source.images) == ["train", "val"]
     assert column(source, "train", "id") == ["a", "b", "sub/c"]
     assert column(source, "train", "label") == [1, 0, 11]
     assert column(source, "val", "label") == [11]
     # Numbers are kept, also of classes without an image: 12 classes, 00 to 11, in their order.
     assert source.classes == tuple(f"{i:02}" for i in range(12))
-    (tmp_path / "train-000000.tar").write_bytes(shard)
     with SourceFiles(str(tmp_path)) as files:
         rows = source.images["train"].to_pylist()
         read = [files.read(row["path"], row["offset"], row["size"]) for row in rows]
@@ -50,7 +49,7 @@ def test_images_and_classes_are_read_from_cls_and_json_in_place(tmp_path: Path) 
 def test_numbers_are_lines_of_the_mapping_where_there_is_one(tmp_path: Path) -> None:
     shard = tar({"a.jpg": b"a", "a.cls": b"0", "b.jpg": b"b", "b.cls": b"1"})
     mapping = b"n2 second by name\nn1 first by name\n"
-    source = read_source(tmp_path, {"train/0.tar": shard, "LOC_synset_mapping.txt": mapping})
+    source = read_tars(tmp_path, {"train/0.tar": shard, "LOC_synset_mapping.txt": mapping})
     assert source.classes == ("n1", "n2")
     assert source.class_names == ("first by name", "second by name")
     assert column(source, "train", "wnid") == ["n2", "n1"]
@@ -64,7 +63,7 @@ def test_names_as_classes_are_sorted_and_equal_keys_of_two_shards_told_apart(
         f"train-{i}.tar": tar({"0.jpg": b"x", "0.json": b'{"label": "%s"}' % name})
         for i, name in enumerate((b"zebra", b"ant"))
     }
-    source = read_source(tmp_path, shards)
+    source = read_tars(tmp_path, shards)
     assert source.classes == ("ant", "zebra")
     assert column(source, "train", "id") == ["train-0/0", "train-1/0"]
 
@@ -89,7 +88,7 @@ def test_a_sample_that_cannot_be_used_is_listed_with_its_problem(
 ) -> None:
     good = {"a.jpg": b"good", "a.cls": b"1"}
     bad = {f"b.{extension}": data for extension, data in members.items()}
-    source = read_source(tmp_path, {"train-0.tar": tar(good | bad)})
+    source = read_tars(tmp_path, {"train-0.tar": tar(good | bad)})
     first, second = source.images["train"].to_pylist()
     assert (first["label"], first["problem"]) == (1, None)
     assert second["problem"].startswith(problem)
@@ -99,11 +98,11 @@ def test_a_sample_that_cannot_be_used_is_listed_with_its_problem(
 def test_a_class_number_out_of_range_is_refused(tmp_path: Path) -> None:
     shard = tar({"a.jpg": b"x", "a.cls": b"2"})
     with pytest.raises(UserError, match="class number 2; 2 classes are known, counted from 0"):
-        read_source(tmp_path, {"train-0.tar": shard, "classes.txt": b"a\nb\n"})
+        read_tars(tmp_path, {"train-0.tar": shard, "classes.txt": b"a\nb\n"})
     with pytest.raises(UserError, match="class number 999999999"):
-        read_source(tmp_path / "x", {"train-0.tar": tar({"a.jpg": b"x", "a.cls": b"999999999"})})
+        read_tars(tmp_path / "x", {"train-0.tar": tar({"a.jpg": b"x", "a.cls": b"999999999"})})
 
 
 def test_a_shard_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train-0\.tar ends at byte 700 "):
-        read_source(tmp_path, {"train-0.tar": tar({"a.jpg": b"x" * 1000, "a.cls": b"1"})[:700]})
+        read_tars(tmp_path, {"train-0.tar": tar({"a.jpg": b"x" * 1000, "a.cls": b"1"})[:700]})
