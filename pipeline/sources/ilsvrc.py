@@ -11,7 +11,7 @@ from pipeline.sources import labels
 from pipeline.sources.annotations import Annotation, read_annotation
 from pipeline.sources.archives import Member, is_archive, is_packed, members, packed_files
 from pipeline.sources.files import SourceFiles, path_in
-from pipeline.sources.labels import WNID, Labels, Synset, merge_labels
+from pipeline.sources.labels import WNID, Labels, merge_labels
 from pipeline.sources.listing import Listing, ListingBuilder, is_image, stem, with_columns
 
 SPLIT_FOLDER = re.compile(r"(?:(?:ILSVRC/)?Data/CLS-LOC/)?(train|val)(?:/([^/]+))?")
@@ -35,14 +35,14 @@ class _Contents:
     """The content of a source as a walk over it collects it.
 
     images: by split, those in folders. archives: path of the tar of images, by split. lists:
-    content of the files of labels and names, by path. synsets: the classes of each meta.mat, by its
-    folder. annotations, solutions: a row per image, of the XML and of Kaggle's solutions.
+    content of the files of labels and names, by path. synsets: names by wnid of each meta.mat, by
+    its folder. annotations, solutions: a row per image, of the XML and of Kaggle's solutions.
     """
 
     images: dict[str, ListingBuilder] = field(default_factory=_builders)
     archives: dict[str, str] = field(default_factory=dict)
     lists: dict[str, bytes] = field(default_factory=dict)
-    synsets: dict[str, list[Synset]] = field(default_factory=dict)
+    synsets: dict[str, dict[str, str]] = field(default_factory=dict)
     annotations: ListingBuilder = field(default_factory=ListingBuilder)
     solutions: ListingBuilder = field(default_factory=ListingBuilder)
     val_solution: Labels = field(default_factory=dict)
@@ -239,9 +239,7 @@ def _labels_by_source(
                     f"{path} numbers the classes in the devkit's order; put the devkit's meta.mat "
                     "beside it, or remove it where other labels exist."
                 )
-            labels_by_source[path] = labels.read_devkit_labels(
-                data, path, [x.wnid for x in synsets]
-            )
+            labels_by_source[path] = labels.read_devkit_labels(data, path, list(synsets))
     return labels_by_source
 
 
@@ -256,7 +254,7 @@ def _all_wnids(train: pa.Table, contents: _Contents) -> tuple[str, ...]:
         if _last(path) == MAPPING:
             return tuple(sorted(labels.read_names(data, " ")))
     for synsets in contents.synsets.values():
-        return tuple(sorted(x.wnid for x in synsets))
+        return tuple(sorted(synsets))
     return tuple(sorted(pc.unique(train["wnid"]).drop_null().to_pylist()))
 
 
@@ -266,4 +264,4 @@ def _class_names(contents: _Contents) -> dict[str, str]:
         for path, data in contents.lists.items():
             if _last(path) == list_name:
                 return labels.read_names(data, separator)
-    return {x.wnid: x.words for synsets in contents.synsets.values() for x in synsets}
+    return {wnid: name for x in contents.synsets.values() for wnid, name in x.items()}

@@ -3,7 +3,6 @@
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.sources.annotations import SHOWN, Annotation, parse_box
@@ -19,15 +18,8 @@ VAL_IMAGES, CLASSES = 50_000, 1000
 Labels = dict[str, str]  # wnid by image id
 
 
-class Synset(NamedTuple):
-    """A class as the devkit describes it."""
-
-    wnid: str
-    words: str
-
-
-def read_meta(data: bytes, path: str) -> list[Synset]:
-    """Read the classes in a devkit's `meta.mat`, in the order of ILSVRC2012_ID, from 1 on.
+def read_meta(data: bytes, path: str) -> dict[str, str]:
+    """Read readable names by wnid from a devkit's `meta.mat`, in the order of ILSVRC2012_ID.
 
     Inner nodes, which have children, are left out. Raises UserError where it is no such file.
     """
@@ -36,18 +28,19 @@ def read_meta(data: bytes, path: str) -> list[Synset]:
     try:
         synsets = scipy.io.loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
         leaves = synsets[synsets["num_children"] == 0]
-        by_id = {int(x["ILSVRC2012_ID"]): Synset(str(x["WNID"]), str(x["words"])) for x in leaves}
+        by_id = {int(x["ILSVRC2012_ID"]): (str(x["WNID"]), str(x["words"])) for x in leaves}
     except Exception as error:  # scipy's parser raises errors of any kind for damaged files
         detail = " ".join(str(error).split())[:SHOWN]
         raise UserError(
             f"{path} cannot be read ({detail}); expected the devkit's data/meta.mat."
         ) from error
-    if not by_id or sorted(by_id) != list(range(1, len(leaves) + 1)):
+    names = dict(by_id[number] for number in sorted(by_id))
+    if not names or sorted(by_id) != list(range(1, len(leaves) + 1)) or len(names) < len(leaves):
         raise UserError(
             f"{path} numbers its {len(leaves)} classes otherwise than from 1 on; expected the "
             "devkit's data/meta.mat."
         )
-    return [by_id[i] for i in sorted(by_id)]
+    return names
 
 
 def read_devkit_labels(data: bytes, path: str, wnids: Sequence[str]) -> Labels:
