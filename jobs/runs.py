@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ MODEL_FORMAT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of the nets, and how images are normalized (mean and std per channel, in 0..255).
-    logit_limit: bound of the corruption net's logits, 0 for none. residual_blocks: of the
-    classifier, after each layer but the first. guide: whether the corruption net holds the clean
-    classifier and sees its last feature map."""
+    """Shape of the nets, and how images are normalized.
+
+    mean, std: per channel, in 0..255. logit_limit: bound of the corruption net's logits, 0 for
+    none. residual_blocks: of the classifier, after each layer but the first. guide: whether the
+    corruption net has a copy of the clean classifier and sees its last feature map.
+    """
 
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -54,7 +57,7 @@ class Nets:
     clean_classifier: Classifier
 
     def modules(self) -> dict[str, nn.Module]:
-        """The nets by name."""
+        """Return the nets by name."""
         return {
             "corruption": self.corruption,
             "classifier": self.classifier,
@@ -63,12 +66,12 @@ class Nets:
 
 
 def colour_statistics(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation per channel, float32 [3] each, in 0..255, on the device."""
+    """Return mean and deviation per channel, float32 [3] each, in 0..255, on the device."""
     return torch.tensor(config.mean, device=device), torch.tensor(config.std, device=device)
 
 
 def new_corruption(config: ModelConfig) -> CorruptionNet:
-    """A corruption net with random weights from torch's global generator."""
+    """Return a corruption net with random weights from torch's global generator."""
     size = (config.height, config.width)
     guide = None
     if config.guide:
@@ -78,12 +81,12 @@ def new_corruption(config: ModelConfig) -> CorruptionNet:
 
 
 def new_classifier(config: ModelConfig) -> Classifier:
-    """A classifier with random weights from torch's global generator."""
+    """Return a classifier with random weights from torch's global generator."""
     return Classifier(len(config.classes), config.net_width, config.residual_blocks)
 
 
 def net_tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """All weights, named NET.PARAMETER."""
+    """Return all weights, named NET.PARAMETER."""
     return {
         f"{name}.{key}": tensor
         for name, net in nets.items()
@@ -92,8 +95,8 @@ def net_tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def load_net_tensors(nets: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Fill the nets, in place, from what `net_tensors` named. Raises RuntimeError where they are
-    of another shape."""
+    """Fill the nets, in place, from what `net_tensors` returned. Raises RuntimeError where they
+    are of another shape."""
     for name, net in nets.items():
         start = f"{name}."
         own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
@@ -101,37 +104,25 @@ def load_net_tensors(nets: Mapping[str, nn.Module], tensors: Mapping[str, Tensor
 
 
 def save_nets(run: Path, nets: Nets, record: dict[str, Any]) -> None:
-    """Write RUN/model/; `record` (configuration, commit, versions) goes with it. The JSON file
-    is there only once all is."""
+    """Write RUN/model/ with `record` (configuration, commit, versions), the JSON file last."""
     content = {"format": MODEL_FORMAT, "config": asdict(nets.config), "record": record}
     write_weights(run / MODEL_NAME, net_tensors(nets.modules()), content)
+
+
+def read_config(run: Path) -> ModelConfig:
+    """Read the shape of a run's nets, and no weights. Raises UserError as `load_nets` does."""
+    path = run / MODEL_NAME
+    with _remedies(run):
+        return _model_config(path, read_content(path))
 
 
 def load_nets(run: Path) -> Nets:
     """Read RUN/model/ onto the CPU, in evaluation mode. Raises UserError for missing, damaged or
     foreign files."""
     path = run / MODEL_NAME
-    if not path.is_file():
-        raise UserError(
-            f"{run} holds no {MODEL_NAME}: no training has finished there. "
-            f"Run: python -m jobs.train --data SHARDS --output {run}"
-        )
-    try:
+    with _remedies(run):
         tensors, content = read_weights(path)
-    except DamagedError as error:
-        raise UserError(
-            f"{error}; copy the run again, or delete {path.parent} and give the training's command "
-            "again: it goes on from the last checkpoint"
-        ) from error
-    if content.get("format") != MODEL_FORMAT:
-        raise UserError(
-            f"{path} has format {content.get('format')}; this program reads {MODEL_FORMAT}."
-        )
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in content["config"].items()
-    }
-    config = ModelConfig(**values)
+    config = _model_config(path, content)
     nets = Nets(
         config=config,
         corruption=new_corruption(config).eval(),
@@ -142,13 +133,43 @@ def load_nets(run: Path) -> Nets:
     return nets
 
 
+def _model_config(path: Path, content: Mapping[str, Any]) -> ModelConfig:
+    if content.get("format") != MODEL_FORMAT:
+        raise UserError(
+            f"{path} has format {content.get('format')}; this program reads {MODEL_FORMAT}."
+        )
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in content["config"].items()
+    }
+    return ModelConfig(**values)
+
+
+@contextmanager
+def _remedies(run: Path) -> Iterator[None]:
+    """Say what to do where a run's nets are missing or damaged."""
+    path = run / MODEL_NAME
+    if not path.is_file():
+        raise UserError(
+            f"{run} holds no {MODEL_NAME}: no training has finished there. "
+            f"Run: python -m jobs.train --data SHARDS --output {run}"
+        )
+    try:
+        yield
+    except DamagedError as error:
+        raise UserError(
+            f"{error}; copy the run again, or delete {path.parent} and give the training's command "
+            "again: it goes on from the last checkpoint"
+        ) from error
+
+
 class DamagedError(Exception):
-    """Files that are not what was written: cut off, changed, or half there. The message says
+    """Files that are not what was written: cut off, changed, or incomplete. The message says
     which file and how."""
 
 
 def tensors_path(path: Path) -> Path:
-    """Where the tensors beside a JSON file are."""
+    """Return where the tensors beside a JSON file are."""
     return path.with_suffix(".safetensors")
 
 
@@ -159,8 +180,8 @@ def _content_hash(content: Mapping[str, Any]) -> str:
 def write_weights(path: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
     """Write `content` to the JSON file `path` and the tensors beside it.
 
-    The JSON comes last, as the mark that all is there, and holds the size and SHA-256 of the
-    tensors' file and the SHA-256 of itself. Raises OSError where the disk is full, for one.
+    The JSON comes last, as the mark that all is written, and states the size and SHA-256 of the
+    tensors' file and the SHA-256 of itself. Raises OSError, where the disk is full for one.
     """
     data = safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -168,39 +189,38 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], content: Mapping[st
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     write_atomically(tensors_path(path), data)
-    whole = {
-        **content,
-        "tensors": {
-            "file": tensors_path(path).name,
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        },
-    }
+    digest = hashlib.sha256(data).hexdigest()
+    stated = {"file": tensors_path(path).name, "bytes": len(data), "sha256": digest}
+    whole = {**content, "tensors": stated}
     whole["sha256"] = _content_hash(whole)
     write_atomically(path, (json.dumps(whole, indent=1) + "\n").encode())
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, on the CPU, and the content. Raises DamagedError."""
+def read_content(path: Path) -> dict[str, Any]:
+    """Read the JSON file of `write_weights`. Raises DamagedError."""
     try:
         content = json.loads(path.read_bytes())
         stated = content.pop("sha256")
-        expected = content["tensors"]
-        size, sha256 = expected["bytes"], expected["sha256"]
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path} is not what was written ({type(error).__name__})") from error
     if _content_hash(content) != stated:
         raise DamagedError(f"{path} was changed after it was written (its SHA-256 is another)")
-    beside = tensors_path(path)
+    return content
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors, onto the CPU, and the content. Raises DamagedError."""
+    content, beside = read_content(path), tensors_path(path)
+    stated = content["tensors"]
     try:
         data = beside.read_bytes()
     except FileNotFoundError:
         raise DamagedError(f"{beside} is missing") from None
-    if len(data) != size:
-        raise DamagedError(f"{beside} has {len(data)} bytes instead of {size}")
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if len(data) != stated["bytes"]:
+        raise DamagedError(f"{beside} has {len(data)} bytes instead of {stated['bytes']}")
+    if hashlib.sha256(data).hexdigest() != stated["sha256"]:
         raise DamagedError(f"{beside} was changed after it was written (its SHA-256 is another)")
     try:
         return safetensors.torch.load(data), content

@@ -43,13 +43,11 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class NetsConfig(Group):
-    """Shape of the nets."""
+    """Shape of the nets, under the names of `jobs.runs.ModelConfig`."""
 
     net_width: int = option(24, low=8, multiple_of=8, help="channels of the nets' first layers")
     residual_blocks: int = option(
-        0,
-        low=0,
-        help="residual blocks after each of the classifier's layers but the first (paper: 0)",
+        0, low=0, help="after each of the classifier's layers but the first (paper: 0)"
     )
     guide: bool = option(
         False,
@@ -73,9 +71,7 @@ class ObjectiveConfig(Group):
         help="what confuses: the top logit against the others (the paper's), the true class's "
         "logit, or its log-probability",
     )
-    area_power: int = option(
-        2, low=1, high=2, help="power of the masked area in the loss (paper: 1)"
-    )
+    area_power: int = option(2, low=1, high=2, help="power of the masked area (paper: 1)")
     clean_weight: float = option(
         1.0, low=0, help="weight of clean images in the classifier's adversarial loss (paper: 0)"
     )
@@ -89,9 +85,7 @@ class ObjectiveConfig(Group):
         True, help="off: the classifier stays frozen after the warm-up (the paper's section 3.4)"
     )
     superpixel_masks: bool = option(True, help="off: each pixel is masked by itself")
-    gumbel_noise: bool = option(
-        True, help="off: soft masks, the probabilities themselves instead of samples"
-    )
+    gumbel_noise: bool = option(True, help="off: soft masks, probabilities instead of samples")
 
     def objective(self) -> Objective:
         """Return the settings of the losses."""
@@ -112,15 +106,10 @@ class BalanceConfig(Group):
         None, above=0, below=1, help="accuracy on masked images to keep (the paper's is 0.1)"
     )
     target_share: float = option(
-        0.5,
-        above=0,
-        below=1,
-        help="without --target: its position between chance (0) and the clean accuracy (1)",
+        0.5, above=0, below=1, help="without --target: from chance (0) to the clean accuracy (1)"
     )
     area_start: float = option(
-        1.0,
-        above=0,
-        help="first weight of the area, as a multiple of the corruption loss without masks",
+        1.0, above=0, help="first weight of the area over the corruption loss without masks"
     )
     controller_rate: float = option(
         0.006, above=0, below=1, help="relative change of the area weight per step"
@@ -132,9 +121,7 @@ class OptimizationConfig(Group):
     """How long and how fast the nets train."""
 
     warmup_epochs: int = option(
-        25,
-        low=1,
-        help="epochs of the classifier alone, on clean images, without which masks collapse",
+        25, low=1, help="epochs of the classifier alone, on clean images; without, masks collapse"
     )
     warmup_from: Path | None = option(
         None,
@@ -146,14 +133,9 @@ class OptimizationConfig(Group):
     seed: int = option(0, low=0, help="of weights, order, crops and mask samples")
     warmup_rate: float = option(1e-3, above=0, help="peak learning rate of the warm-up")
     corruption_rate: float = option(2e-3, above=0, help="learning rate of the corruption net")
-    classifier_rate: float = option(
-        1e-3, above=0, help="learning rate of the classifier, adversarial"
-    )
+    classifier_rate: float = option(1e-3, above=0, help="of the classifier, adversarial")
     averaging: float = option(
-        0.99,
-        low=0,
-        below=1,
-        help="decay of the corruption net's running average, per step (paper: 0, none)",
+        0.99, low=0, below=1, help="decay of the corruption net's average, per step (paper: 0)"
     )
     precision: Literal["float32", "bfloat16"] = option(
         "float32", help="of the nets' convolutions; weights and sums stay float32"
@@ -172,11 +154,7 @@ class ResourcesConfig(Group):
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", help="cpu, cuda, or auto: cuda where the cluster has GPUs"
     )
-    graphs: bool = option(
-        True,
-        help="on a GPU: record each kind of step once and replay it; off: launch its kernels one "
-        "by one",
-    )
+    graphs: bool = option(True, help="on a GPU: record each kind of step once and replay it")
     verify_shards: bool = option(
         False, help="first check every byte of a local set's train shards by SHA-256"
     )
@@ -209,9 +187,7 @@ class LoggingConfig(Group):
 
     log_interval: int = option(20, low=1, help="steps between lines of the log")
     checkpoint_interval: int = option(
-        500,
-        low=1,
-        help="steps between checkpoints within an epoch; at its end there is one anyway",
+        500, low=1, help="steps between checkpoints within an epoch; each epoch ends with one"
     )
     keep_checkpoints: int = option(
         2, low=2, help="newest checkpoints to keep, so that one is left where another is damaged"

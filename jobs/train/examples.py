@@ -20,31 +20,24 @@ GAP = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """images: uint8 [N, 3, H, W]; segments: int64 [N, H, W]; both on the training's device.
-    indices: of the images in their split, in its order."""
+    """images: uint8 [N, 3, H, W]; segments: int64 [N, H, W]; both on the training's device."""
 
     images: Tensor
     segments: Tensor
-    split: str
-    indices: list[int]
 
 
-def load_examples(
-    config: LoadingConfig, manifest: Manifest, device: torch.device, count: int = COUNT
-) -> Examples:
+def load_examples(config: LoadingConfig, manifest: Manifest, device: torch.device) -> Examples:
     """Return a few images, as stored, evenly spaced over the val split, or train where that is
     empty. Their boxes are not used."""
     val = manifest.splits.get("val")
     split = "val" if val is not None and val.images else "train"
     total = manifest.splits[split].images
-    indices = sorted({total * number // count for number in range(count)})
+    indices = sorted({total * number // COUNT for number in range(COUNT)})
     loader = Loader(config.data, manifest, device, config.cache_config())
     batches = [next(loader.evaluation(split, 1, index, index + 1)) for index in indices]
     return Examples(
         images=torch.cat([batch.images for batch in batches]),
         segments=torch.cat([batch.segments for batch in batches]),
-        split=split,
-        indices=indices,
     )
 
 

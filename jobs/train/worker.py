@@ -35,15 +35,11 @@ def model_config(config: TrainConfig, manifest: Manifest) -> ModelConfig:
         class_names=manifest.class_names,
         height=manifest.height,
         width=manifest.width,
-        net_width=config.nets.net_width,
-        residual_blocks=config.nets.residual_blocks,
-        guide=config.nets.guide,
-        bottleneck=config.nets.bottleneck,
         mean=manifest.mean,
         std=manifest.std,
         superpixels=max(manifest.max_superpixels, superpixels),
         compactness=manifest.configuration["compactness"],
-        logit_limit=config.nets.logit_limit,
+        **asdict(config.nets),
     )
 
 
