@@ -14,12 +14,8 @@ steps joint with clean images, the dearest, unless named otherwise. The peers ar
   nets for either loss, the accuracy read at once, a DataLoader that decodes JPEG files and cuts
   superpixels on the fly.
 
-Shares of peak: the floating-point operations of convolutions and matrix products per second, over
-those of a large matrix product or convolution in the same precision in the same run.
-
-On a machine with a GPU, `--device cuda` measures one process: the step alone and fed, in either
-precision, its kernels replayed or launched one by one; and it profiles joint steps. Nothing is
-pinned there.
+On a machine with a GPU, `--device cuda` measures one process in bfloat16: the step alone and fed,
+its kernels replayed or launched one by one. Nothing is pinned there.
 """
 
 import json
@@ -27,7 +23,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -42,20 +37,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import hardware, quiet
 from jobs import cli
-from jobs.train.config import NetsConfig, TrainConfig
-from jobs.train.graphs import Recordings, autocast
+from jobs.train.config import TrainConfig
 from jobs.train.trainer import Trainer
 from jobs.train.worker import model_config
 from model.controller import ControllerState
 from model.losses import (
-    Objective,
     area_penalty,
     classification_loss,
     correct,
@@ -69,7 +60,6 @@ from model.masking import (
     normalize,
     paint,
 )
-from model.step import Inputs, Step, adversarial_step, clean_step
 from pipeline.loading.loader import Batch, Loader
 from pipeline.loading.order import Order
 from pipeline.shards.format import read_manifest
@@ -92,10 +82,6 @@ class BenchConfig:
     steps: int = cli.option(4, help="steps in a turn")
     batch_size: int = cli.option(64, help="images per step over all workers")
     device: str = cli.option("cpu", help="cpu or cuda")
-    net_width: int = cli.option(NetsConfig.net_width, help="channels of the nets' first layers")
-    residual_blocks: int = cli.option(
-        NetsConfig.residual_blocks, help="of the classifier, as in jobs.train"
-    )
     output: Path = cli.option(Path("benchmarks/results"), help="folder for the dated JSON")
 
 
@@ -116,8 +102,6 @@ class Setting:
             "data": self.folder / "shards",
             "output": self.folder / "no-run",
             "batch_size": self.config.batch_size,
-            "net_width": self.config.net_width,
-            "residual_blocks": self.config.residual_blocks,
             "warmup_epochs": 10_000,
             "epochs": 10_000,
             "log_interval": 10**6,
@@ -177,180 +161,27 @@ def make_steps(trainer: Trainer, phase: str, batches: Iterator[Batch], steps: in
         state.pending.popleft().read()
 
 
-def forget_memory(device: torch.device) -> None:
-    """Let `most_memory` count from here."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def most_memory(device: torch.device) -> float:
-    """The most memory since `forget_memory`, in MiB: allocated on a GPU, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
-
-
-def operations_per_image(setting: Setting) -> dict[str, float]:
-    """Return the floating-point operations of a step of each phase, of convolutions and matrix
-    products."""
-    trainer, batch = setting.trainer("--no-graphs"), next(setting.batches())
-    operations = {}
-    for phase in PHASES:
-        with FlopCounterMode(display=False) as counter:
-            make_steps(trainer, phase, repeat(batch), 1)
-        operations[phase] = counter.get_total_flops() / setting.config.batch_size
-    return operations
-
-
-def peaks(device: torch.device) -> dict[str, float]:
-    """Floating-point operations per second of a large matrix product or a large convolution,
-    whichever is faster: on a CPU they come from different libraries."""
-    gpu = device.type == "cuda"
-    side, channels, calls = (8192, 256, 10) if gpu else (2048, 64, 1)  # a GPU has more to fill
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.rand((side, side), device=device).to(dtype)
-        x = torch.rand((64, channels, 64, 64), device=device).to(dtype)
-        kernel = torch.rand((channels, channels, 3, 3), device=device).to(dtype)
-        x = x.contiguous(memory_format=torch.channels_last)
-
-        def product(a: Tensor = a) -> None:
-            for _ in range(calls):
-                torch.matmul(a, a)
-
-        def convolution(x: Tensor = x, kernel: Tensor = kernel) -> None:
-            for _ in range(calls):
-                functional.conv2d(x, kernel, padding=1)
-
-        operations = {
-            "product": calls * 2 * a.numel() * side,
-            "convolution": calls * 2 * x.numel() * channels * 9,
-        }
-        rates = in_turns({"product": product, "convolution": convolution}, 1)
-        name = str(dtype).removeprefix("torch.")
-        found[name] = max(rates[work] * operations[work] for work in operations)
-    return found
-
-
-def shares_of_peak(
-    rates: dict[str, float], operations: dict[str, float], peak: dict[str, float]
-) -> dict[str, float]:
-    """Of each rate of one process by the clock, the share of the peak of its precision."""
-    return {
-        name: rate * operations[name.partition(", ")[0]] / peak[precision]
-        for name, rate in rates.items()
-        for precision in ["bfloat16" if "bfloat16" in name else "float32"]
-        if name.partition(", ")[0] in operations and not name.endswith(CPU_TIME)
-    }
-
-
-def fed_and_unfed(setting: Setting) -> tuple[dict[str, float], dict[str, float]]:
+def fed_and_unfed(setting: Setting) -> dict[str, float]:
     """Measure each phase with one batch that lies on the device, and with batches from the loader,
-    which shares the core: rates, and the most memory by phase. On a GPU also in bfloat16, and with
-    kernels launched one by one."""
+    which shares the core. On a GPU in bfloat16, also with kernels launched one by one."""
     batches = setting.batches()
     same = repeat(next(batches))
-    kinds: dict[str, tuple[tuple[str, ...], Iterator[Batch]]] = {
-        "unfed": ((), same),
-        "fed": ((), batches),
-    }
+    flags: tuple[str, ...] = ()
     if setting.device.type == "cuda":
-        half = ("--precision", "bfloat16")
-        kinds |= {
-            "unfed, one by one": (("--no-graphs",), same),
-            "unfed, bfloat16": (half, same),
-            "fed, bfloat16": (half, batches),
-            "unfed, bfloat16, one by one": ((*half, "--no-graphs"), same),
-        }
-    rates: dict[str, float] = {}
-    memory: dict[str, float] = {}
+        flags = ("--precision", "bfloat16")
+    kinds = {"unfed": (flags, same), "fed": (flags, batches)}
+    if setting.device.type == "cuda":
+        kinds["unfed, one by one"] = ((*flags, "--no-graphs"), same)
 
     def work(phase: str, trainer: Trainer, source: Iterator[Batch]) -> Callable[[], Any]:
         return lambda: make_steps(trainer, phase, source, setting.config.steps)
 
+    rates: dict[str, float] = {}
     for phase in PHASES:
         works = {
-            f"{phase}, {name}": work(phase, setting.trainer(*flags), source)
-            for name, (flags, source) in kinds.items()
+            f"{phase}, {name}": work(phase, setting.trainer(*given), source)
+            for name, (given, source) in kinds.items()
         }
-        forget_memory(setting.device)
-        rates |= in_turns(works, setting.config.steps * setting.config.batch_size)
-        memory[phase] = most_memory(setting.device)
-    return rates, memory
-
-
-def profile(setting: Setting) -> dict[str, Any]:
-    """Return what the host asked of the GPU in joint steps, and for what share of them it worked.
-
-    The batch lies on the device, so the loader's thread asks for nothing.
-    """
-    trainer, same, steps = setting.trainer(), repeat(next(setting.batches())), setting.config.steps
-    make_steps(trainer, "joint", same, 2)
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as recorded:
-        make_steps(trainer, "joint", same, steps)
-    events = recorded.events() or []
-    calls = Counter(event.name for event in events if event.name.startswith("cuda"))
-    busy, end = 0.0, 0.0
-    spans = [e.time_range for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    for span in sorted(spans, key=lambda span: span.start):
-        busy += max(0.0, span.end - max(span.start, end))
-        end = max(end, span.end)
-    first = min((span.start for span in spans), default=0.0)
-    return {
-        "steps": steps,
-        "host_calls": dict(calls.most_common()),
-        "kernels_and_copies_per_step": len(spans) / steps,
-        "gpu_busy_share": busy / (end - first) if spans else 0.0,
-    }
-
-
-def variants(setting: Setting) -> dict[str, float]:
-    """Measure the gradients of a joint step and of a warm-up step, data at hand, in each layout and
-    precision; replayed on a GPU."""
-    trainer, batch = setting.trainer(), next(setting.batches())
-    images = normalize(batch.images, *trainer.colours)
-    _, labels, segments, noise = trainer.adversarial_tensors(batch)
-
-    def gradients(layout: torch.memory_format, half: bool, joint: bool) -> Callable[[], Any]:
-        nets = setting.trainer().nets
-        for net in (nets.corruption, nets.classifier):
-            net.to(memory_format=layout)  # type: ignore[call-overload]
-
-        def step(half: bool, tensors: tuple[Tensor, ...]) -> Step:
-            x, segments, labels, noise, weight = tensors
-            with autocast(setting.device, half):
-                if not joint:
-                    return clean_step(nets.classifier, x, labels, batch.total)
-                inputs = Inputs(
-                    images=x, segments=segments, labels=labels, noise=noise, total=batch.total
-                )
-                return adversarial_step(nets, inputs, Objective(), weight, joint=True)
-
-        x, weight = images.contiguous(memory_format=layout), torch.ones((), device=setting.device)
-        compute = Recordings(step).compute if setting.device.type == "cuda" else step
-
-        def work() -> None:
-            for _ in range(setting.config.steps):
-                compute(half, (x, segments, labels, noise, weight))
-
-        return work
-
-    kinds = {
-        f"{words}, {'bfloat16' if half else 'float32'}": (layout, half)
-        for half in (False, True)
-        for words, layout in (
-            ("contiguous", torch.contiguous_format),
-            ("channels last", torch.channels_last),
-        )
-    }
-    rates: dict[str, float] = {}
-    for phase, joint in (("joint", True), ("warm-up", False)):
-        works = {f"{phase}, {name}": gradients(*kind, joint) for name, kind in kinds.items()}
         rates |= in_turns(works, setting.config.steps * setting.config.batch_size)
     return rates
 
@@ -522,34 +353,25 @@ def make_data(folder: Path, images: int) -> None:
 
 
 def ratios(rates: dict[str, float]) -> dict[str, float]:
-    """What the goals are about."""
-    found = {f"{phase}: fed / unfed": (f"{phase}, fed", f"{phase}, unfed") for phase in PHASES}
+    """Return the ratios that docs/results.md names, by the clock and by processor time."""
+    pairs = {f"{phase}: fed / unfed": (f"{phase}, fed", f"{phase}, unfed") for phase in PHASES}
     for phase in PHASES:
-        for kind in ("", ", bfloat16"):
-            unfed = f"{phase}, unfed{kind}"
-            found[f"{phase}{kind}: replayed / one by one"] = (unfed, f"{unfed}, one by one")
-        half = f"{phase}, fed, bfloat16", f"{phase}, unfed, bfloat16"
-        found |= {
-            f"{phase}: bfloat16 / float32, unfed": (half[1], f"{phase}, unfed"),
-            f"{phase}, bfloat16: fed / unfed": half,
-        }
-    for phase in ("joint", "warm-up"):
-        base = f"{phase}, contiguous, float32"
-        for name in rates:
-            if name.startswith(f"{phase}, channels") and not name.endswith(CPU_TIME):
-                found[f"{name} / contiguous, float32"] = (name, base)
+        pairs[f"{phase}: replayed / one by one"] = (
+            f"{phase}, unfed",
+            f"{phase}, unfed, one by one",
+        )
     for name in ("ours, warm-up", "ours, joint", "DDP, joint", "plain, joint"):
-        found[f"{name}: 2 workers / 1"] = (f"{name}, workers: 2", f"{name}, workers: 1")
+        pairs[f"{name}: 2 workers / 1"] = (f"{name}, workers: 2", f"{name}, workers: 1")
     for ranks in (1, 2):
         for peer in ("DDP", "plain"):
-            found[f"ours / {peer}, workers: {ranks}"] = (
+            pairs[f"ours / {peer}, workers: {ranks}"] = (
                 f"ours, joint, workers: {ranks}",
                 f"{peer}, joint, workers: {ranks}",
             )
     return {
         name + kind: rates[above + kind] / rates[below + kind]
         for kind in ("", CPU_TIME)
-        for name, (above, below) in found.items()
+        for name, (above, below) in pairs.items()
         if above in rates and below in rates
     }
 
@@ -565,38 +387,19 @@ def main() -> None:
         if not gpu:
             os.sched_setaffinity(0, {min(cores)})  # the loader's thread too
             torch.set_num_threads(1)
-        operations, peak = operations_per_image(setting), peaks(setting.device)
-        alone, memory = fed_and_unfed(setting)
-        profiled = profile(setting) if gpu else None
-        alone |= variants(setting)
-    shares = shares_of_peak(alone, operations, peak)
-    rates = alone | rates
+        rates |= fed_and_unfed(setting)
     compared = ratios(rates)
-    rows = [[k, f"{v:.0f}", f"{shares[k]:.3f}" if k in shares else "-"] for k, v in rates.items()]
-    print(cli.table(["what", "images/s", "of peak"], rows))
+    print(cli.table(["what", "images/s"], [[k, f"{v:.0f}"] for k, v in rates.items()]))
     print(cli.table(["ratio", ""], [[k, f"{v:.3f}"] for k, v in compared.items()]))
-    for phase in PHASES:
-        print(f"{phase}: {operations[phase] / 1e6:.0f} MFLOP an image, {memory[phase]:.0f} MiB")
-    nets = {"net_width": config.net_width, "residual_blocks": config.residual_blocks}
     content = {
         "hardware": hardware(),
         "load_average_before": load,
         "batch_size": config.batch_size,
         "images_per_second": rates,
         "ratios": compared,
-        "operations_per_image": operations,
-        "peak_operations_per_second": peak,
-        "shares_of_peak": shares,
-        "memory_mib": memory,
-        "nets": nets,
-        "profile_of_joint_steps": profiled,
     }
-    if profiled is not None:
-        print(json.dumps(profiled, indent=1))
     config.output.mkdir(parents=True, exist_ok=True)
-    default = all(value == getattr(NetsConfig, name) for name, value in nets.items())
-    shape = "" if default else f"-width-{config.net_width}-blocks-{config.residual_blocks}"
-    kind = f"{config.batch_size}{shape}{'-gpu' if gpu else ''}"
+    kind = f"{config.batch_size}{'-gpu' if gpu else ''}"
     path = config.output / f"{date.today().isoformat()}-training-{kind}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"written to {path}")
