@@ -26,7 +26,7 @@ from model.classifier import Classifier
 from model.collapse import CollapseState
 from model.controller import ControllerState
 from model.corruption import CorruptionNet
-from model.step import trainable
+from model.step import Gradients, trainable
 
 if TYPE_CHECKING:
     from pipeline.loading.loader import Batch
@@ -279,7 +279,16 @@ def adversarial_factor(step: int, steps: int) -> float:
     return rise * fall
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameters."""
+def apply_gradients(
+    net: nn.Module, optimizer: torch.optim.Optimizer, gradients: Gradients | None, rate: float
+) -> None:
+    """Take one optimizer step with the given, already reduced gradients, or none without them."""
+    if gradients is None:
+        return
+    for parameter, gradient in zip(trainable(net), gradients, strict=True):
+        if gradient.is_cuda:  # the one kernel for all wants gradients laid out as their weights
+            gradient = torch.empty_like(parameter).copy_(gradient)
+        parameter.grad = gradient
     for group in optimizer.param_groups:
         group["lr"] = rate
+    optimizer.step()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from jobs.runs import DamagedError, ModelConfig, colour_statistics, load_net_tensors
@@ -24,15 +24,15 @@ from jobs.train.state import (
     Interval,
     TrainingError,
     adversarial_factor,
+    apply_gradients,
     new_state,
     send,
-    set_rate,
     warmup_factor,
 )
 from model.collapse import TEXTS, CollapseState, watch
 from model.controller import ControllerConfig, ControllerState, relative_target, update
 from model.masking import gumbel_difference, pixel_segments
-from model.step import Gradients, Inputs, Step, TrainingNets, first_sums, trainable
+from model.step import Inputs, Step, TrainingNets, first_sums
 from pipeline.loading.loader import Batch
 from pipeline.loading.order import Position, steps_per_epoch
 from pipeline.shards.format import Manifest, split_of
@@ -44,20 +44,6 @@ NOT_FINITE_REMEDY = (
 )
 ADVERSARIAL_COST = 5  # an adversarial step over a warm-up step, until it is measured
 WARNING_SHARE = 0.2  # of --collapse-steps, after which the log says what stops the run in the end
-
-
-def apply_gradients(
-    net: nn.Module, optimizer: torch.optim.Optimizer, gradients: Gradients | None, rate: float
-) -> None:
-    """Take one optimizer step with the given, already reduced gradients, or none without them."""
-    if gradients is None:
-        return
-    for parameter, gradient in zip(trainable(net), gradients, strict=True):
-        if gradient.is_cuda:  # the one kernel for all wants gradients laid out as their weights
-            gradient = torch.empty_like(parameter).copy_(gradient)
-        parameter.grad = gradient
-    set_rate(optimizer, rate)
-    optimizer.step()
 
 
 class Trainer:

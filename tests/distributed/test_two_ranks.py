@@ -13,8 +13,7 @@ from jobs.loading import LoadingConfig
 from jobs.runs import ModelConfig
 from jobs.train.collectives import check_ranks, on_first_rank, reduce_step, reduce_sums
 from jobs.train.config import TrainConfig
-from jobs.train.state import TrainingError, new_state
-from jobs.train.trainer import apply_gradients
+from jobs.train.state import TrainingError, apply_gradients, new_state
 from model.classifier import Classifier
 from model.controller import ControllerConfig, ControllerState, update
 from model.corruption import CorruptionNet
@@ -26,20 +25,27 @@ IMAGES = 8
 SPLITS = {1: [8], 2: [4, 4], 3: [1, 5, 2]}
 
 
-def _enter(rank: int, ranks: int, worker: Callable[[int, int], Any], folder: str) -> None:
+def _enter(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks
     )
-    torch.save(worker(rank, ranks), f"{folder}/{rank}.pt")
+    results = {
+        work.__name__: work(rank, ranks) for work in (two_steps, unequal_accuracy, agreement)
+    }
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def run_ranks(ranks: int, worker: Callable[[int, int], Any], folder: Path) -> list[Any]:
-    """The worker's result on every rank, each a process of one gloo group."""
-    folder.mkdir()
-    mp.start_processes(_enter, (ranks, worker, str(folder)), nprocs=ranks, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each function below returns on every rank, each a process of one gloo group."""
+    found = {}
+    for ranks in SPLITS:
+        folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
+        mp.start_processes(_enter, (ranks, str(folder)), nprocs=ranks, start_method="spawn")
+        found[ranks] = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    return found
 
 
 def two_steps(rank: int, ranks: int) -> dict[str, Any]:
@@ -83,22 +89,16 @@ def two_steps(rank: int, ranks: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_with_parts_of_a_batch_equal_one_rank_with_the_whole(
-    ranks: int, tmp_path: Path
+def test_ranks_with_parts_of_a_batch_equal_one_rank_with_the_whole_and_each_other(
+    ranks: int, results: dict[int, list[dict[str, Any]]]
 ) -> None:
-    alone = run_ranks(1, two_steps, tmp_path / "alone")[0]
-    together = run_ranks(ranks, two_steps, tmp_path / "together")
+    alone = results[1][0]["two_steps"]
+    together = [result["two_steps"] for result in results[ranks]]
     for result in together:
         torch.testing.assert_close(result["weights"], alone["weights"], rtol=1e-7, atol=1e-9)
         assert result["sums"] == pytest.approx(alone["sums"], rel=1e-9)
         assert result["controller"] == alone["controller"]
-
-
-def test_ranks_hold_the_same_bits(tmp_path: Path) -> None:
-    first, second, third = run_ranks(3, two_steps, tmp_path / "ranks")
-    for other in (second, third):
-        assert torch.equal(first["weights"], other["weights"])
-        assert first["controller"] == other["controller"]
+        assert torch.equal(result["weights"], together[0]["weights"]), "to the last bit"
 
 
 def unequal_accuracy(rank: int, ranks: int) -> tuple[float, float, bool]:
@@ -111,11 +111,12 @@ def unequal_accuracy(rank: int, ranks: int) -> tuple[float, float, bool]:
     return state.area_weight, state.accuracy, state.joint
 
 
-def test_unequal_ranks_take_the_branch_of_the_common_accuracy(tmp_path: Path) -> None:
+def test_unequal_ranks_take_the_branch_of_the_common_accuracy(
+    results: dict[int, list[dict[str, Any]]],
+) -> None:
     """2 of 5 is above the target of 0.3 though rank 1 alone is below; 2 of 8 is below it."""
-    two = run_ranks(2, unequal_accuracy, tmp_path / "two")
+    two, three = ([result["unequal_accuracy"] for result in results[n]] for n in (2, 3))
     assert two == [(pytest.approx(0.994), pytest.approx(0.4), False)] * 2
-    three = run_ranks(3, unequal_accuracy, tmp_path / "three")
     assert three == [(pytest.approx(1.006), pytest.approx(0.25), True)] * 3
 
 
@@ -172,9 +173,9 @@ def agreement(rank: int, ranks: int) -> list[str]:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_that_no_longer_agree_all_stop_and_show_both_states(
-    ranks: int, tmp_path: Path
+    ranks: int, results: dict[int, list[dict[str, Any]]]
 ) -> None:
-    errors = run_ranks(ranks, agreement, tmp_path / "ranks")
+    errors = [result["agreement"] for result in results[ranks]]
     assert errors == [errors[0]] * ranks
     alike, controller, weight, disk = errors[0]
     assert alike == ""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 
@@ -137,15 +136,6 @@ def test_a_second_start_on_a_finished_run_does_nothing_and_says_so(
     assert "nothing left to train" in result.stdout
 
 
-def test_another_configuration_on_the_same_output_is_one_line(
-    finished: Path, small_set: Path
-) -> None:
-    result = run(*train(small_set, finished, "--seed", "5"))
-    assert result.returncode == 1
-    assert "another configuration: seed (there 0, now 5)" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-
-
 def test_not_a_number_is_one_line_and_a_failure(small_set: Path, tmp_path: Path) -> None:
     result = run(*train(small_set, tmp_path / "run", "--warmup-rate", "1e30"))
     assert result.returncode == 1
@@ -156,37 +146,3 @@ def test_not_a_number_is_one_line_and_a_failure(small_set: Path, tmp_path: Path)
     assert not (tmp_path / "run" / "model").exists()
     steps = [values["step"] for values in metrics(tmp_path / "run")]
     assert len(steps) == len(set(steps)) < 10  # one attempt: another would end the same way
-
-
-def test_a_missing_shard_is_one_line_before_anything_starts(
-    small_set: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "shards"
-    shutil.copytree(small_set, copy)
-    (copy / "train" / "train-000002.tar").unlink()
-    result = run(*train(copy, tmp_path / "run"))
-    assert result.returncode == 1
-    assert "train-000002.tar is missing" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-
-
-def test_more_workers_than_cores_is_one_line_not_a_wait(small_set: Path, tmp_path: Path) -> None:
-    result = run(*train(small_set, tmp_path / "run", "--workers", "12", "--batch-size", "48"))
-    assert result.returncode == 1
-    assert "--workers 12 asks for as many CPUs" in result.stderr
-
-
-def test_missing_shards_are_one_line(tmp_path: Path) -> None:
-    result = run(*train(tmp_path / "nowhere", tmp_path / "run"))
-    assert result.returncode == 1
-    assert "no finished set of shards" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-
-
-def test_shards_of_another_format_version_are_one_line(small_set: Path, tmp_path: Path) -> None:
-    manifest = json.loads((small_set / "dataset.json").read_text()) | {"format": 99}
-    (tmp_path / "dataset.json").write_text(json.dumps(manifest))
-    result = run(*train(tmp_path, tmp_path / "run"))
-    assert result.returncode == 1
-    assert "format version 99; this program reads 1" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1

@@ -9,7 +9,8 @@ import pytest
 
 from jobs.cli import record
 from jobs.train.__main__ import check_data, check_warmup, claim_output, describe_run, train
-from jobs.train.config import TrainConfig
+from jobs.train.config import ResourcesConfig, TrainConfig
+from jobs.train.launch import check_resources
 from pipeline.errors import UserError
 from pipeline.loading.cache import GIB, cached_bytes
 from pipeline.shards.format import read_manifest
@@ -111,6 +112,32 @@ def test_a_cache_too_small_for_the_workers_is_refused_before_a_run_begins(
         with pytest.raises(UserError, match=r"too small: 4 shards .* are needed at once"):
             train(config)
         assert not (tmp_path / "run").exists()
+
+
+def test_more_workers_than_cores_are_refused_instead_of_waited_for(
+    ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    check_resources(ResourcesConfig(workers="2:12"))
+    with pytest.raises(UserError, match="--workers 12 asks for as many CPUs, this machine has 2"):
+        check_resources(ResourcesConfig(workers="12"))
+
+
+def test_shards_that_are_missing_or_of_another_format_are_named(
+    small_set: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no finished set of shards"):
+        train(config_for(tmp_path / "nowhere"))
+    copy = tmp_path / "shards"
+    shutil.copytree(small_set, copy)
+    (copy / "train" / "train-000002.tar").unlink()
+    with pytest.raises(UserError, match=r"train-000002\.tar is missing"):
+        train(config_for(copy))
+    manifest = json.loads((copy / "dataset.json").read_text()) | {"format": 99}
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="format version 99; this program reads 1"):
+        train(config_for(copy))
+    assert not (tmp_path / "run").exists()
 
 
 def test_damaged_shards_are_named_before_training_starts(small_set: Path, tmp_path: Path) -> None:
