@@ -31,7 +31,7 @@ def originals() -> list[bytes]:
     """Small images of each format and of several modes."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((48, 40))
-    found = []
+    images = []
     for form in FORMATS:
         for mode in ("RGB", "L", "P", "RGBA", "CMYK", "1"):
             buffer = io.BytesIO()
@@ -40,8 +40,8 @@ def originals() -> list[bytes]:
                 coarse.convert(mode).save(buffer, form, **options)
             except (OSError, ValueError):  # the format lacks the mode
                 continue
-            found.append(buffer.getvalue())
-    return found
+            images.append(buffer.getvalue())
+    return images
 
 
 def mutated(data: bytes, others: list[bytes], draw: random.Random) -> bytes:

@@ -186,7 +186,7 @@ def test_an_upload_that_fails_shows_nothing_and_is_repeated(
     """The first, second or third request of an upload is refused once, then once more."""
     requests = 0
     broken = {fails, fails + 3}
-    seen: list[dict[str, int]] = []
+    states: list[dict[str, int]] = []
     folder = f"failing/{len(content)}-{fails}"
 
     def fault(method: str, name: str, before: int) -> int | None:
@@ -194,12 +194,12 @@ def test_an_upload_that_fails_shows_nothing_and_is_repeated(
         if method not in ("PUT", "POST"):
             return None
         requests += 1
-        seen.append(objects(s3_endpoint, folder))
+        states.append(objects(s3_endpoint, folder))
         return 503 if requests - 1 in broken else None
 
     proxy.fault = fault
     storage.write_atomically(remote.uri(proxy.endpoint, f"{folder}/a"), content)
-    assert all(found == {} for found in seen)
+    assert all(state == {} for state in states)
     assert objects(s3_endpoint, folder) == {f"{folder}/a": len(content)}
 
 

@@ -46,8 +46,8 @@ def test_layout_is_ilsvrcs_with_the_boxes_that_were_drawn(tmp_path: Path) -> Non
         assert root.findtext("size/width") == str(image.shape[1])
         assert {node.text for node in root.iter("name")} == {WNIDS[label]}
         names = ("xmin", "ymin", "xmax", "ymax")
-        found = [[int(b.findtext(n) or -1) for n in names] for b in root.iter("bndbox")]
-        assert found == boxes
+        corners = [[int(b.findtext(n) or -1) for n in names] for b in root.iter("bndbox")]
+        assert corners == boxes
         stored = cv2.imread(str(tmp_path / "val" / f"{stem}.JPEG"))
         assert stored is not None
         assert stored.shape == image.shape
@@ -68,13 +68,13 @@ def test_objects_differ_from_the_background_inside_their_boxes_alone() -> None:
 
 
 def test_sizes_places_and_counts_vary_as_stated() -> None:
-    found = boxes_and_sizes("val", 400)
+    images = boxes_and_sizes("val", 400)
     areas, centres = [], []
-    for boxes, (height, width) in found:
+    for boxes, (height, width) in images:
         sides = boxes[:, 2:] - boxes[:, :2] + 1
         areas += (sides.prod(axis=1) / (height * width)).tolist()
         centres += ((boxes[:, :2] + boxes[:, 2:]) / 2 / [width, height]).tolist()
-    counts = np.bincount([len(boxes) for boxes, _ in found], minlength=4)
+    counts = np.bincount([len(boxes) for boxes, _ in images], minlength=4)
     assert counts[0] == 0
     assert len(counts) == 4
     assert 0.1 < (counts[2] + counts[3]) / 400 < 0.3
@@ -86,12 +86,12 @@ def test_sizes_places_and_counts_vary_as_stated() -> None:
 
 def test_no_constant_box_scores() -> None:
     """Not even the centred box of the size that is best on these very images."""
-    found = boxes_and_sizes("val", 1000)
-    sizes = np.array([size for _, size in found])
-    truths = [boxes.tolist() for boxes, _ in found]
+    images = boxes_and_sizes("val", 1000)
+    sizes = np.array([size for _, size in images])
+    truths = [boxes.tolist() for boxes, _ in images]
     shares = fit_centred_box(sizes, truths)
     assert shares is not None
-    flat = np.concatenate([boxes for boxes, _ in found])
+    flat = np.concatenate([boxes for boxes, _ in images])
     starts = np.cumsum([0] + [len(boxes) for boxes in truths])
     assert (best_iou(centred_boxes(sizes, shares), flat, starts) >= 0.5).mean() < 0.25
     assert (best_iou(whole_image_boxes(sizes), flat, starts) >= 0.5).mean() < 0.25

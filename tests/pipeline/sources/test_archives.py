@@ -16,7 +16,7 @@ from tests.pipeline.sources.miniature import tar
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
-def listed(data: bytes, folder: Path, start: int = 0, end: int | None = None) -> list[Member]:
+def read_members(data: bytes, folder: Path, start: int = 0, end: int | None = None) -> list[Member]:
     (folder / "a.tar").write_bytes(data)
     with SourceFiles(str(folder)) as files:
         return list(members(files, "a.tar", start, end))
@@ -42,24 +42,24 @@ def test_members_are_those_that_tarfile_finds(
     files: dict[str, bytes], form: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     data = tar(files, form=form)
-    found = listed(data, tmp_path_factory.mktemp("archive"))
-    assert {x.name: data[x.offset : x.offset + x.size] for x in found} == files
+    result = read_members(data, tmp_path_factory.mktemp("archive"))
+    assert {x.name: data[x.offset : x.offset + x.size] for x in result} == files
     with tarfile.open(fileobj=io.BytesIO(data)) as file:
-        assert [x.name for x in found] == file.getnames()
+        assert [x.name for x in result] == file.getnames()
 
 
 def test_names_of_ustar_may_be_split_at_a_slash(tmp_path: Path) -> None:
     name = "folder/" * 20 + "image.JPEG"
-    (found,) = listed(tar({name: b"abc"}), tmp_path)
-    assert (found.name, found.size) == (name, 3)
+    (result,) = read_members(tar({name: b"abc"}), tmp_path)
+    assert (result.name, result.size) == (name, 3)
 
 
 def test_an_archive_within_an_archive_is_a_range_of_it(tmp_path: Path) -> None:
     inner = tar({"a.JPEG": b"aaa", "b.JPEG": b"bb"})
     data = tar({"n1.tar": inner, "n2.tar": tar({"c.JPEG": b"c"})})
-    outer = listed(data, tmp_path)
-    found = [x for y in outer for x in listed(data, tmp_path, y.offset, y.offset + y.size)]
-    assert [(x.name, data[x.offset : x.offset + x.size]) for x in found] == [
+    outer = read_members(data, tmp_path)
+    result = [x for y in outer for x in read_members(data, tmp_path, y.offset, y.offset + y.size)]
+    assert [(x.name, data[x.offset : x.offset + x.size]) for x in result] == [
         ("a.JPEG", b"aaa"),
         ("b.JPEG", b"bb"),
         ("c.JPEG", b"c"),
@@ -90,8 +90,8 @@ def test_links_are_told_and_folders_and_devices_left_out(tmp_path: Path) -> None
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, target
             file.addfile(info)
-    found = listed(buffer.getvalue(), tmp_path)
-    assert [(x.name, x.link) for x in found] == [("a.jpg", "b.jpg"), ("c.jpg", "d" * 150)]
+    result = read_members(buffer.getvalue(), tmp_path)
+    assert [(x.name, x.link) for x in result] == [("a.jpg", "b.jpg"), ("c.jpg", "d" * 150)]
 
 
 def test_a_damaged_archive_ends_in_one_error_and_never_hangs(tmp_path: Path) -> None:
@@ -112,12 +112,12 @@ def test_a_damaged_archive_ends_in_one_error_and_never_hangs(tmp_path: Path) -> 
                     del data[start:]
                     data.append(0)
         try:
-            found = listed(bytes(data), tmp_path)
+            result = read_members(bytes(data), tmp_path)
         except UserError as error:
             refused += 1
             assert str(tmp_path / "a.tar") in str(error)  # noqa: PT017
         else:
-            assert all(x.offset + x.size <= len(data) for x in found)
+            assert all(x.offset + x.size <= len(data) for x in result)
     assert 100 < refused < 600
 
 

@@ -78,7 +78,7 @@ def real_miniature(samples: Path) -> Miniature:
 
 
 def shards(source: str, output: Path, size: int | str = 32) -> tuple[dict[str, str], Source]:
-    """SHA-256 of each shard and index, made without Ray, and what was listed."""
+    """SHA-256 of each shard and index, made without Ray, and what was listing."""
     config = PreprocessConfig(
         source=source, output=str(output), image_size=size, superpixels=50, samples_per_shard=16
     )
@@ -95,10 +95,10 @@ def assert_forms_are_one(mini: Miniature, tmp_path: Path) -> None:
     reference: dict[str, str] = {}
     for name, form in FORMS.items():
         source = write(tmp_path / name / "source", form(mini))
-        hashes, listed = shards(str(source), tmp_path / name / "shards")
-        assert listed.layout == "ilsvrc", name
-        assert listed.classes == tuple(mini.wnids)
-        assert sum(table.num_rows for table in listed.images.values()) == count
+        hashes, listing = shards(str(source), tmp_path / name / "shards")
+        assert listing.layout == "ilsvrc", name
+        assert listing.classes == tuple(mini.wnids)
+        assert sum(table.num_rows for table in listing.images.values()) == count
         assert len(hashes) == 2 * (-(-len(mini.train) // 16) + -(-len(mini.val) // 16))
         reference = reference or hashes
         assert hashes == reference, name
@@ -122,9 +122,9 @@ def test_ilsvrc_on_object_storage_gives_the_same_shards(
     source = write(tmp_path / "source", FORMS[form](mini))
     uri = remote.upload(source, s3_endpoint, f"ilsvrc-{form}")
     local, _ = shards(str(source), tmp_path / "local")
-    far, listed = shards(uri, tmp_path / "far")
+    far, listing = shards(uri, tmp_path / "far")
     assert far == local
-    assert listed.layout == "ilsvrc"
+    assert listing.layout == "ilsvrc"
 
 
 def test_labels_that_disagree_are_refused_with_the_first_image(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_kaggles_running_numbers_are_never_labels(tmp_path: Path) -> None:
 
 
 def thousand(number: int) -> list[str]:
-    """1000 wnids with n01751748 as the one of this number, from 1."""
+    """Return 1000 wnids, of which n01751748 has this number, from 1."""
     wnids = [f"n{i:08d}" for i in range(2_000_000, 2_000_999)]
     return [*wnids[: number - 1], labels.PROBE_WNID, *wnids[number - 1 :]]
 

@@ -72,6 +72,6 @@ def test_a_boundary_between_two_values_is_part_of_the_digest() -> None:
 
 
 def test_a_million_rows_take_about_a_hundred_bytes_each() -> None:
-    listed = with_labels(table(10 * BATCH), ["n0", "n1", "n2"])
-    assert listed.nbytes / listed.num_rows < 130
-    assert len(pickle.dumps(listed.take(list(range(0, 10 * BATCH, 41))))) < 130 * 1001
+    labelled = with_labels(table(10 * BATCH), ["n0", "n1", "n2"])
+    assert labelled.nbytes / labelled.num_rows < 130
+    assert len(pickle.dumps(labelled.take(list(range(0, 10 * BATCH, 41))))) < 130 * 1001
