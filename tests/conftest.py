@@ -1,15 +1,15 @@
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two cores are shared with Ray's workers
 
 import pytest
-import ray
 from hypothesis import HealthCheck, settings
 
-from jobs import cli
-from pipeline.shards.make import preprocess
+from pipeline.shards import make
 from pipeline.shards.plan import PreprocessConfig
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 from tests import remote
@@ -27,21 +27,38 @@ settings.load_profile("tests")
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A local Ray of two CPUs, shared by all tests that submit tasks."""
+    import ray
+
+    assert not ray.is_initialized(), "an earlier test started Ray without asking for ray_local"
     os.environ.update(remote.CREDENTIALS)  # workers keep the environment of this moment
     ray.init(
         address="local",  # not a cluster that somebody else started on this machine
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
-        ignore_reinit_error=True,
         _system_config={"metrics_report_interval_ms": 200},
     )
     yield
     ray.shutdown()
 
 
+def run_here(
+    function: Callable[..., Any],
+    items: Iterable[Any],
+    arguments: Callable[[Any], tuple],
+    at_once: int | None = None,
+    *,
+    gpus: float = 0.0,
+    tick: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Any, Any]]:
+    """Stand in for `pipeline.tasks.run_tasks`: the same calls, in this process, without Ray."""
+    for item in items:
+        yield item, function(*arguments(item))
+        tick()
+
+
 @pytest.fixture(scope="session")
-def small_set(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Path:
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of a generated set: 64 train and 24 val images of 8 classes at 32 px."""
     folder = tmp_path_factory.mktemp("small")
     write_synthetic(folder / "images", SyntheticConfig(train_images=64, val_images=24))
@@ -52,7 +69,10 @@ def small_set(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Path
         superpixels=25,
         samples_per_shard=20,
     )
-    preprocess(config, lambda progress: None, cli.connect_ray)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make, "run_tasks", run_here)
+        patch.setattr(make, "metrics", Mock())  # Ray's
+        make.preprocess(config, lambda progress: None, lambda: None)
     return folder / "shards"
 
 
