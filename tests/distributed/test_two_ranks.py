@@ -21,6 +21,7 @@ from model.losses import Objective
 from model.masking import gumbel_difference
 from model.step import Inputs, TrainingNets, adversarial_step, clean_step
 
+pytestmark = pytest.mark.slow
 IMAGES = 8
 SPLITS = {1: [8], 2: [4, 4], 3: [1, 5, 2]}
 

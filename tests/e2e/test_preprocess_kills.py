@@ -23,7 +23,7 @@ from pipeline.synthetic import SyntheticConfig, write_synthetic
 from tests import remote
 from tests.e2e.commands import ROOT, environment, run
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 TRAIN, VAL, PER_SHARD = 1500, 100, 25
 
 NODES = """

@@ -16,7 +16,7 @@ from tests.e2e.commands import run
 from tests.pipeline.made_set import assert_same
 from tests.remote import Proxy
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 

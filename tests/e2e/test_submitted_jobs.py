@@ -16,7 +16,7 @@ import pytest
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 from tests.e2e.commands import ROOT, environment
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 RAY = str(Path(sys.executable).parent / "ray")
 LOGICAL_CPUS = 4  # two training workers, and one for each job's driver
 

@@ -11,7 +11,7 @@ import torch
 from jobs.runs import load_nets
 from tests.e2e.commands import descendant, end, kill_when, run, start, wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.slow
 SMALL = (
     *("--warmup-epochs", "2"),
     *("--epochs", "3"),

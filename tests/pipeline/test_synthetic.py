@@ -86,7 +86,7 @@ def test_sizes_places_and_counts_vary_as_stated() -> None:
 
 def test_no_constant_box_scores() -> None:
     """Not even the centred box of the size that is best on these very images."""
-    images = boxes_and_sizes("val", 1000)
+    images = boxes_and_sizes("val", 500)
     sizes = np.array([size for _, size in images])
     truths = [boxes.tolist() for boxes, _ in images]
     shares = fit_centred_box(sizes, truths)
@@ -97,6 +97,7 @@ def test_no_constant_box_scores() -> None:
     assert (best_iou(whole_image_boxes(sizes), flat, starts) >= 0.5).mean() < 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blanked", [True, False])
 def test_backgrounds_say_nothing_about_the_class_while_objects_do(blanked: bool) -> None:
     """The script that this calls shows the same with all images and 25 epochs."""

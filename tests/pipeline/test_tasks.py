@@ -108,7 +108,7 @@ for _, result in run_tasks(nap, [60], lambda seconds: (seconds,), 1):
 """
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_task_that_ray_ends_for_its_memory_is_not_repeated_for_ever() -> None:
     found = subprocess.run(
         [sys.executable, "-c", SHORT_OF_MEMORY],

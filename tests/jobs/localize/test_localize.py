@@ -147,7 +147,7 @@ def test_the_number_of_threads_changes_no_byte(random_run: Path, tmp_path: Path)
     assert read_entries(tmp_path / "1") == read_entries(tmp_path / "5")
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_killed_job_keeps_what_it_did_and_the_same_command_does_the_rest(
     random_run: Path, tmp_path: Path
 ) -> None:

@@ -357,7 +357,7 @@ def wait_for_parts(output: Path, count: int, process: "subprocess.Popen[bytes]")
         time.sleep(0.005)
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
 def test_a_job_killed_midway_goes_on_and_writes_the_same_bytes(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", train=2000)
@@ -388,7 +388,7 @@ def test_a_job_killed_midway_goes_on_and_writes_the_same_bytes(tmp_path: Path) -
     assert "was finished before: 1999 train images, 8 val images in 3 classes" in again.stdout
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_a_bad_source_gets_one_line_and_exit_code_one(tmp_path: Path) -> None:
     for source, message in ((tmp_path / "no", "does not exist"), (tmp_path, "is an empty folder")):
         result = job(source, tmp_path.parent / "output-never-made")
