@@ -27,13 +27,16 @@ browser:
 demo: env
 	$(BIN)/python -m jobs.demo --output demo
 
+# Two processes, each with the tests of a file; in either, tests that need Ray share one.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 # Before each commit: linters, types and the fast tests.
 check: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Before a merge: every test.
 test: env
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: env
 	$(BIN)/ruff check .
