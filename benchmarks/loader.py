@@ -286,12 +286,12 @@ def streamed(stored: Stored, workers: int) -> Batches:
 
 def _mapped(stored: Stored) -> list[tuple[np.ndarray, ...]]:
     """The image's, the superpixels' and the class's bytes of every sample."""
-    members = (stored.manifest.image_format, "seg", "cls")
     samples = []
     for path in stored.paths:
         content = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
-        for sample in read_index(path):
-            extents = [sample[name] for name in members]
+        index = read_index(path, stored.manifest)
+        for offsets, sizes in zip(index.offsets[:, :3], index.sizes[:, :3], strict=True):
+            extents = zip(offsets, sizes, strict=True)
             samples.append(tuple(content[start : start + size] for start, size in extents))
     return samples
 

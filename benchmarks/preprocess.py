@@ -32,8 +32,9 @@ from benchmarks.machine import hardware, quiet
 from jobs import cli
 from pipeline.shards.format import Sample, pack_shard, write_shard
 from pipeline.shards.images import read_image
-from pipeline.shards.make import make_shard, preprocess
+from pipeline.shards.make import preprocess
 from pipeline.shards.plan import Plan, PreprocessConfig, make_plan
+from pipeline.shards.shard import make_shard
 from pipeline.shards.superpixels import superpixels
 from pipeline.sources.files import SourceFiles
 from pipeline.synthetic import SyntheticConfig, write_synthetic

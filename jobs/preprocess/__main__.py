@@ -9,7 +9,6 @@ from jobs import cli
 from jobs.cli import option
 from jobs.preprocess.preview import write_previews
 from pipeline.errors import UserError
-from pipeline.shards.format import MANIFEST_NAME
 from pipeline.shards.make import Outcome, Progress, preprocess
 from pipeline.shards.plan import PreprocessConfig
 from pipeline.shards.verify import Verification, verify
@@ -100,9 +99,8 @@ def check(config: JobConfig) -> None:
     for line in problem_lines(verification):
         print(line)
     shards = [f"{task.split}/{task.name}.*" for task in verification.damaged]
-    wrong = [name for name in verification.problems if name != MANIFEST_NAME]
     raise UserError(
-        f"{verification.output} is damaged; remove {', '.join([*shards, *wrong, MANIFEST_NAME])} "
+        f"{verification.output} is damaged; remove {', '.join([*shards, *verification.problems])} "
         "from it and give again the command that made it, without --verify."
     )
 

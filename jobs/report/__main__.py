@@ -27,9 +27,8 @@ from pipeline.loading.cache import GIB, CacheConfig, ShardCache
 from pipeline.shards.format import (
     Manifest,
     Sample,
-    decode_sample,
-    read_index,
     read_manifest,
+    read_samples,
     split_of,
 )
 
@@ -123,16 +122,7 @@ def _map_png(values: np.ndarray) -> str:
 
 def _read_rows(path: Path, manifest: Manifest, rows: set[int]) -> Iterator[Sample]:
     """The samples of these ledger rows in a shard; of the others no more is read than the row."""
-    with path.open("rb") as file:
-
-        def read(extent: tuple[int, int]) -> bytes:
-            file.seek(extent[0])
-            return file.read(extent[1])
-
-        for extents in read_index(path):
-            if int.from_bytes(read(extents["row"]), "little", signed=True) in rows:
-                members = {name: read(extent) for name, extent in extents.items()}
-                yield decode_sample("", members, manifest)
+    return (sample for sample in read_samples(path, manifest) if sample.row in rows)
 
 
 def _samples(config: EvaluateConfig, manifest: Manifest, chosen: pa.Table) -> dict[int, Sample]:

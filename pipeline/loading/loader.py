@@ -36,7 +36,7 @@ from pipeline.loading.order import (
     steps_per_epoch,
 )
 from pipeline.loading.samples import RawBatch, Samples
-from pipeline.shards.format import Manifest, split_of
+from pipeline.shards.format import REMAKE, Manifest, split_of
 
 CPU = torch.device("cpu")
 THREADS = 1  # of DALI's own on the CPU; a training worker has one core
@@ -372,5 +372,5 @@ def _check_images(samples: Samples, request: _Request, raw: RawBatch) -> None:
             path, sample = samples.locate_sample(int(index))
             raise UserError(
                 f"the image of sample {sample} of {path} is not a JPEG of {size[0]} x {size[1]} "
-                f"pixels ({actual}): the shard is damaged or of another set."
+                f"pixels ({actual}): the shard is damaged or of another set. {REMAKE}"
             )

@@ -1,14 +1,12 @@
 """Random access to a split's stored samples: memory maps of its shards, and where samples lie.
 
-The index is never believed: its entries must tile the shard exactly as the format says, those of
-the first and last sample must be what the shard says, and every sample is checked when it is read.
+The index is not trusted. Its entries must tile the shard exactly as the format says, those of the
+first and last sample must fit the shard's headers, and every sample is checked when it is read.
 """
 
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,39 +14,20 @@ import torch
 from pipeline.errors import UserError
 from pipeline.loading.cache import ShardCache
 from pipeline.shards.format import (
-    INDEX_VERSION,
+    REMAKE,
+    TAIL,
+    Index,
     Manifest,
     Shard,
+    extensions,
     index_shard,
+    read_index,
     sha256_file,
     split_of,
 )
+from pipeline.tar import BLOCK, RECORD, octal, padded, parse_header
 
-BLOCK = tarfile.BLOCKSIZE
-LABEL_SIZE, ROW_SIZE = 4, 8
-TAIL = 3 * BLOCK + ROW_SIZE  # from the class's header to the row's last byte
-SIZE_FIELD, MAGIC_FIELD = slice(124, 135), slice(257, 262)  # of a tar header
 JPEG_END = b"\xff\xd9"  # the marker that ends every JPEG file
-WORDS = 4  # of an index entry: extension, offset, size, name
-
-
-def _padded(size: Any) -> Any:
-    """Bytes that a member of `size` bytes takes; a number or an array of them."""
-    return (size + BLOCK - 1) // BLOCK * BLOCK
-
-
-def extensions(manifest: Manifest) -> tuple[str, ...]:
-    """A sample's members, in the order in which they lie in the shard."""
-    return manifest.image_format, "seg", "cls", "row", "json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Index:
-    """A shard's index: int64 [images, members] offsets and sizes in bytes, and the names."""
-
-    offsets: np.ndarray
-    sizes: np.ndarray
-    names: list[str]  # images * members of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,48 +44,17 @@ class RawBatch:
     rows: np.ndarray
 
 
-def _bad_index(path: Path, what: str) -> UserError:
+def _bad_index(path: Path, reason: str) -> UserError:
     return UserError(
-        f"{path.with_suffix('.idx')} does not fit {path.name}: {what}. It is stale or of another "
-        "shard, and images would be read from wrong indices; delete both and run jobs.preprocess "
-        "again."
+        f"{path.with_suffix('.idx')} does not fit {path.name}: {reason}. It is stale or of another "
+        "shard, and wrong bytes would be read as images. Delete both and preprocess again."
     )
-
-
-def load_index(path: Path, shard: Shard, manifest: Manifest) -> Index:
-    """Read the index of the shard at `path` and check that it tiles the shard as the manifest says.
-
-    Raises UserError where it is missing, not whole, or of another shard or format.
-    """
-    members = extensions(manifest)
-    index_path = path.with_suffix(".idx")
-    if not index_path.is_file():
-        raise UserError(f"{index_path} is missing; run jobs.preprocess again to rebuild the shard.")
-    header, _, body = index_path.read_bytes().decode("ascii", "replace").partition("\n")
-    words = body.split()
-    step = WORDS * len(members)
-    try:
-        entries = np.array([words[1::WORDS], words[2::WORDS]], dtype=np.int64)
-        version, count = header.split()
-        whole = version == INDEX_VERSION and int(count) * step == len(words)
-        found = [words[n * WORDS :: step] for n in range(len(members))]
-    except (ValueError, IndexError, OverflowError):
-        whole = False
-    if not whole or any(set(column) - {name} for column, name in zip(found, members, strict=True)):
-        raise UserError(
-            f"{index_path} is not a whole {INDEX_VERSION} index of samples with the members "
-            f"{', '.join(members)}; delete it and its shard and run jobs.preprocess again."
-        )
-    offsets, sizes = entries.reshape(2, -1, len(members))
-    index = Index(offsets=offsets, sizes=sizes, names=words[3::WORDS])
-    _check_layout(path, index, shard, manifest)
-    return index
 
 
 def _check_layout(path: Path, index: Index, shard: Shard, manifest: Manifest) -> None:
     if len(index.offsets) != shard.images:
         raise _bad_index(
-            path, f"it lists {len(index.offsets)} samples, dataset.json says {shard.images}"
+            path, f"it names {len(index.offsets)} samples, dataset.json says {shard.images}"
         )
     pixels = manifest.height * manifest.width
     expected = {"seg": pixels * np.dtype(manifest.segments_dtype).itemsize, "cls": 4, "row": 8}
@@ -120,31 +68,35 @@ def _check_layout(path: Path, index: Index, shard: Shard, manifest: Manifest) ->
                 f"{name} of sample {wrong[0]} has {index.sizes[wrong[0], column]} bytes, which "
                 f"must be {expected[name]} at {manifest.height} x {manifest.width} pixels",
             )
-    ends = (index.offsets + _padded(index.sizes)).ravel()
+    ends = (index.offsets + padded(index.sizes)).ravel()
     wrong = np.flatnonzero(index.offsets.ravel() != np.concatenate([[0], ends[:-1]]) + BLOCK)
     if len(wrong):
         sample = wrong[0] // len(extensions(manifest))
         raise _bad_index(path, f"sample {sample} does not begin where the one before it ends")
     end = int(ends[-1]) if len(ends) else 0
-    records = -(-(end + 2 * BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+    records = -(-(end + 2 * BLOCK) // RECORD) * RECORD
     if records != shard.bytes:
         raise _bad_index(path, f"its samples end at {end} of {shard.bytes} bytes")
 
 
 def _check_headers(path: Path, content: np.ndarray, index: Index, sample: int) -> None:
     """Check a sample's index entries against the tar headers in the shard's bytes, uint8 [n]."""
-    members = index.offsets.shape[1]
-    for member in range(members):
-        offset, size = index.offsets[sample, member], index.sizes[sample, member]
-        name = index.names[sample * members + member]
+    entries = zip(
+        index.offsets[sample].tolist(),
+        index.sizes[sample].tolist(),
+        index.names[sample],
+        strict=True,
+    )
+    for offset, size, name in entries:
         try:
-            header = content[offset - BLOCK : offset].tobytes()
-            info = tarfile.TarInfo.frombuf(header, "ascii", "strict")
-        except (tarfile.TarError, ValueError) as error:
-            raise _bad_index(path, f"no {name} lies where it says ({error})") from error
-        if (info.name, info.size) != (name, size):
+            header = parse_header(content[offset - BLOCK : offset].tobytes())
+        except ValueError as error:
+            raise _bad_index(path, f"{name} is not at byte {offset} ({error})") from error
+        if (header.name, header.size) != (name, size):
             raise _bad_index(
-                path, f"it says {name} of {size} bytes where {info.name} of {info.size} bytes lies"
+                path,
+                f"it says {name} of {size} bytes at byte {offset}, the shard has {header.name} of "
+                f"{header.size} bytes",
             )
 
 
@@ -153,11 +105,11 @@ def verify_shard(path: Path, shard: Shard) -> None:
 
     Raises UserError. `Samples.open` checks the rest.
     """
-    found = sha256_file(path)
-    if found != shard.sha256:
+    sha256 = sha256_file(path)
+    if sha256 != shard.sha256:
         raise UserError(
-            f"{path} has SHA-256 {found}, dataset.json says {shard.sha256}: it was damaged or "
-            "replaced. Delete it and run jobs.preprocess again."
+            f"{path} has SHA-256 {sha256}, dataset.json says {shard.sha256}: it was damaged or "
+            f"replaced. {REMAKE}"
         )
     if index_shard(path) != path.with_suffix(".idx").read_bytes():
         raise _bad_index(path, "its entries are not those of the shard's headers")
@@ -177,7 +129,7 @@ class Samples:
         if self.starts[-1] != split_of(manifest, split).images:
             raise UserError(
                 f"the shards of split {split!r} hold {self.starts[-1]} samples by dataset.json, "
-                f"the split {split_of(manifest, split).images}; run jobs.preprocess again."
+                f"the split {split_of(manifest, split).images}; preprocess again."
             )
         self.maps: dict[int, np.ndarray] = {}
         self.offsets = np.zeros(len(self), np.int64)  # of the images
@@ -195,11 +147,12 @@ class Samples:
         if size != shard.bytes:
             raise UserError(
                 f"{path} {'is missing' if size is None else f'has {size} bytes'}; dataset.json "
-                f"says {shard.bytes} bytes. Delete it and run jobs.preprocess again."
+                f"says {shard.bytes} bytes. {REMAKE}"
             )
-        index = load_index(path, shard, self.manifest)
-        # Closes the file, which np.memmap would keep open: sets have more shards than processes
-        # may have files.
+        index = read_index(path, self.manifest)
+        _check_layout(path, index, shard, self.manifest)
+        # np.memmap would keep the file open, and sets have more shards than processes may have
+        # open files.
         content = torch.from_file(str(path), size=size, dtype=torch.uint8).numpy()
         for sample in {0, shard.images - 1} if shard.images else ():
             _check_headers(path, content, index, sample)
@@ -208,8 +161,7 @@ class Samples:
         self.maps[number] = content
 
     def use_only(self, numbers: Sequence[int], following: Sequence[int]) -> None:
-        """Give up all shards but `numbers`, which are needed now, and have these and then those
-        of `following` brought in the background.
+        """Release all shards but `numbers`, and fetch these and then `following` ahead of use.
 
         Raises UserError where `numbers` exceed the cache's limit.
         """
@@ -224,92 +176,73 @@ class Samples:
         return np.searchsorted(self.starts, indices, side="right") - 1
 
     def read(self, indices: np.ndarray) -> RawBatch:
-        """The samples at some indices, copied out of the shards (JPEG files: views of them).
+        """Copy samples out of the shards (JPEG files: views of them), opening those it needs.
 
-        Opens shards as needed. Raises UserError for a sample that is not where the index says,
-        that the manifest does not allow (a class or superpixel label out of range), or whose JPEG
-        file is cut off.
+        Raises UserError for a sample that is not where the index says, that the manifest does not
+        allow (a class or superpixel label out of range), or whose JPEG file is cut off.
         """
-        manifest = self.manifest
-        numbers = self.shard_numbers(indices)
-        for number in sorted(set(numbers.tolist()) - self.maps.keys()):
+        manifest, count = self.manifest, len(indices)
+        numbers = self.shard_numbers(indices).tolist()
+        for number in sorted(set(numbers) - self.maps.keys()):
             self.open(number)
-        pixels = manifest.height * manifest.width
-        segments = np.empty(
-            (len(indices), manifest.height, manifest.width), manifest.segments_dtype
-        )
-        segment_bytes = segments.view(np.uint8).reshape(len(indices), -1)
-        tails = np.empty((len(indices), TAIL), np.uint8)
-        raw = manifest.image_format == "rgb"
-        images = np.empty((len(indices), 3 * pixels), np.uint8) if raw else None
         files = []
-        markers = np.empty((len(indices), len(JPEG_END)), np.uint8)
-        sizes = self.sizes[indices]
-        starts = self.offsets[indices]
-        middles = starts + _padded(sizes) + BLOCK
-        ends = middles + _padded(segment_bytes.shape[1])
-        table = zip(
-            numbers.tolist(),
-            starts.tolist(),
-            sizes.tolist(),
-            middles.tolist(),
-            ends.tolist(),
-            strict=True,
-        )
-        for n, (number, start, size, middle, end) in enumerate(table):
-            content = self.maps[number]
-            if images is not None:
-                images[n] = content[start : start + size]
-            else:
-                files.append(content[start : start + size])
-                markers[n] = content[start + size - len(JPEG_END) : start + size]
-            segment_bytes[n] = content[middle : middle + segment_bytes.shape[1]]
-            tails[n] = content[end : end + TAIL]
-        labels = tails[:, BLOCK : BLOCK + LABEL_SIZE].copy().view("<i4")[:, 0].astype(np.int64)
-        rows = tails[:, 3 * BLOCK :].copy().view("<i8")[:, 0].astype(np.int64)
-        self._check(indices, tails, segments, labels)
-        if files and (cut := (markers != np.frombuffer(JPEG_END, np.uint8)).any(axis=1)).any():
-            path, sample = self.locate_sample(int(indices[np.argmax(cut)]))
-            raise UserError(  # a decoder would make up the rest
-                f"the image of sample {sample} of {path} is cut off: a JPEG must end with its end "
-                "marker. Delete the shard and run jobs.preprocess again."
-            )
+        segments = np.empty((count, manifest.height, manifest.width), manifest.segments_dtype)
+        tails = np.empty(count, TAIL)
+        segment_bytes = segments.view(np.uint8).reshape(count, -1)
+        tail_bytes = tails.view(np.uint8).reshape(count, -1)
+        extents = zip(self.offsets[indices].tolist(), self.sizes[indices].tolist(), strict=True)
+        for n, (start, size) in enumerate(extents):
+            content = self.maps[numbers[n]]
+            files.append(content[start : start + size])
+            start += padded(size) + BLOCK
+            segment_bytes[n] = content[start : start + segment_bytes.shape[1]]
+            start += padded(segment_bytes.shape[1])
+            tail_bytes[n] = content[start : start + TAIL.itemsize]
+        self._check(indices, files, segments, tails)
+        raw = manifest.image_format == "rgb"
         return RawBatch(
-            images=files if images is None else images.reshape(*segments.shape, 3),
+            images=np.concatenate(files).reshape(*segments.shape, 3) if raw else files,
             segments=segments,
-            labels=labels,
-            rows=rows,
+            labels=tails["label"].astype(np.int64),
+            rows=tails["row"].astype(np.int64),
         )
 
     def _check(
-        self, indices: np.ndarray, tails: np.ndarray, segments: np.ndarray, labels: np.ndarray
+        self, indices: np.ndarray, files: list[np.ndarray], segments: np.ndarray, tails: np.ndarray
     ) -> None:
-        """Raise UserError where a sample's last members are not those of a sample, or say what
-        the manifest does not allow."""
+        """Raise UserError for a sample that is none, or that the manifest does not allow."""
         sound = np.ones(len(indices), bool)
-        for header, size in ((tails[:, :BLOCK], LABEL_SIZE), (tails[:, 2 * BLOCK :], ROW_SIZE)):
-            sound &= (header[:, SIZE_FIELD] == np.frombuffer(b"%011o" % size, np.uint8)).all(axis=1)
-            sound &= (header[:, MAGIC_FIELD] == np.frombuffer(b"ustar", np.uint8)).all(axis=1)
+        for header, member in (("label_header", "label"), ("row_header", "row")):
+            sound &= tails[header]["size"] == octal(TAIL[member].itemsize)
+            sound &= tails[header]["magic"] == b"ustar"
         if not sound.all():
             path, sample = self.locate_sample(int(indices[np.argmin(sound)]))
             raise _bad_index(path, f"sample {sample} does not lie where it says")
-        classes, superpixels = len(self.manifest.classes), self.manifest.max_superpixels
-        wrong = (labels < 0) | (labels >= classes)
-        if wrong.any():
-            path, sample = self.locate_sample(int(indices[np.argmax(wrong)]))
-            raise UserError(
-                f"sample {sample} of {path} has class {labels[np.argmax(wrong)]}, dataset.json "
-                f"has classes 0 to {classes - 1}: the shard is of another set. Delete it and run "
-                "jobs.preprocess again."
-            )
-        if segments.max(initial=0) >= superpixels:
+        labels, classes = tails["label"], len(self.manifest.classes)
+        for n in np.flatnonzero((labels < 0) | (labels >= classes))[:1]:
+            raise self._foreign(indices[n], f"class {labels[n]}", f"classes 0 to {classes - 1}")
+        allowed = self.manifest.max_superpixels
+        if segments.max(initial=0) >= allowed:
             largest = segments.reshape(len(indices), -1).max(axis=1)
-            path, sample = self.locate_sample(int(indices[np.argmax(largest)]))
-            raise UserError(
-                f"sample {sample} of {path} has superpixel label {largest.max()}, dataset.json "
-                f"allows 0 to {superpixels - 1}: the shard is of another set. Delete it and run "
-                "jobs.preprocess again."
+            n = int(np.argmax(largest))
+            raise self._foreign(
+                indices[n], f"superpixel label {largest[n]}", f"labels 0 to {allowed - 1}"
             )
+        if self.manifest.image_format == "jpg":
+            for n, file in enumerate(files):
+                if file[-len(JPEG_END) :].tobytes() != JPEG_END:  # a decoder would make up the rest
+                    path, sample = self.locate_sample(int(indices[n]))
+                    raise UserError(
+                        f"the image of sample {sample} of {path} is cut off: a JPEG must end with "
+                        f"its end marker. {REMAKE}"
+                    )
+
+    def _foreign(self, index: int, value: str, allowed: str) -> UserError:
+        path, sample = self.locate_sample(int(index))
+        return UserError(
+            f"sample {sample} of {path} has {value}, dataset.json allows {allowed}: the shard is "
+            f"of another set. {REMAKE}"
+        )
 
     def locate_sample(self, index: int) -> tuple[Path, int]:
         """Return the shard file in which a sample lies, and its number in that file."""

@@ -1,15 +1,14 @@
-"""The sample format: one tar shard per task, written atomically and byte for byte repeatable.
+"""The format of shards and of their manifest, described by docs/formats.md.
 
-Nothing else in the project knows how a sample lies on disk. `docs/formats.md` describes it.
+A shard is a tar, written atomically and byte for byte repeatable. No other file knows how a sample
+is laid out in it.
 """
 
 import hashlib
 import json
-import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import simplejpeg
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.storage import write_atomically
+from pipeline.tar import BLOCK, HEADER, RECORD, pack_header, padded, parse_header
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "dataset.json"
@@ -26,12 +26,21 @@ JPEG_QUALITY = 95
 INDEX_VERSION = "v1.2"  # of DALI's webdataset index files
 MAX_KEY = 90  # bytes; with its extension a name must fit into the 100 of a header
 
+WORDS = 4  # of an index entry: extension, offset, size, name
+REMAKE = "Delete it and preprocess again, which makes what is missing."
+
 META_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=True)
 
-# A member's header but for name, size and checksum, and what it adds to the checksum.
-HEADER = bytearray(tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT))
-HEADER[124:136], HEADER[148:156] = bytes(12), b" " * 8
-HEADER_SUM = sum(HEADER)
+# The members between the superpixels and the json, which are the same size in every sample.
+TAIL = np.dtype(
+    [
+        ("label_header", HEADER),
+        ("label", "<i4"),
+        ("label_padding", f"V{BLOCK - 4}"),
+        ("row_header", HEADER),
+        ("row", "<i8"),
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +64,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """What the data-set manifest says of one shard file."""
+    """One shard file in the manifest."""
 
     name: str
     images: int
@@ -65,8 +74,10 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """What the data-set manifest says of one split: images in its shards, rejected ones, and the
-    number of images in them per class."""
+    """One split in the manifest.
+
+    images: in its shards. rejected: images of the source that are not. class_counts: images in
+    the shards per class."""
 
     images: int
     rejected: int
@@ -103,9 +114,14 @@ class Manifest:
 
 
 def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def extensions(manifest: Manifest) -> tuple[str, ...]:
+    """Return a sample's members in their order in the shard."""
+    return manifest.image_format, "seg", "cls", "row", "json"
 
 
 def _members(sample: Sample, image_format: str) -> list[tuple[str, bytes]]:
@@ -124,27 +140,6 @@ def _members(sample: Sample, image_format: str) -> list[tuple[str, bytes]]:
     ]
 
 
-def _header(key: bytes, key_sum: int, extension: str, size: int) -> bytes:
-    """The USTAR header of a sample's member as tarfile writes it, in a fiftieth of the time.
-
-    key_sum: of the bytes of `key`.
-    """
-    ending, before, after, ending_sum = _header_parts(len(key), extension, size)
-    return b"%b%b%b%06o\0 %b" % (key, ending, before, key_sum + ending_sum, after)
-
-
-@lru_cache(4096)
-def _header_parts(key_bytes: int, extension: str, size: int) -> tuple[bytes, bytes, bytes, int]:
-    """What a header holds beside the key and the checksum, and what it adds to the checksum."""
-    ending, octal = b"." + extension.encode(), b"%011o" % size
-    return (
-        ending.ljust(100 - key_bytes, b"\0"),
-        bytes(HEADER[100:124] + octal + HEADER[135:148]),
-        bytes(HEADER[156:]),
-        HEADER_SUM + sum(ending) + sum(octal),
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class PackedShard:
     """A shard in memory. content: the tar; index: DALI's, as text; images: samples in it."""
@@ -154,133 +149,151 @@ class PackedShard:
     images: int
 
 
-def pack_shard(samples: Iterable[Sample], image_format: str) -> PackedShard:
-    """A shard (a USTAR tar) and its DALI index, about 20 MB for a thousand 64-px samples.
+class ShardPacker:
+    """Packs samples into a shard and its DALI index; the bytes depend on the samples alone."""
 
-    The bytes depend on the samples alone. Raises UserError for a key with a dot, which would split
-    a sample in two when read, or one too long for a header.
-    """
-    content = bytearray()
-    index_lines: list[str] = []
-    for sample in samples:
+    def __init__(self, image_format: str) -> None:
+        self.image_format, self.content = image_format, bytearray()
+        self.lines: list[list[str]] = []
+
+    @property
+    def images(self) -> int:
+        """The number of samples so far."""
+        return len(self.lines)
+
+    def add(self, sample: Sample) -> None:
+        """Append a sample.
+
+        Raises UserError for a key with a dot, which would split a sample in two when read, or one
+        too long for a header.
+        """
         if "." in sample.key or "/" in sample.key or len(sample.key.encode()) > MAX_KEY:
             raise UserError(
                 f"sample key {sample.key!r} holds a dot or slash, or is longer than {MAX_KEY} "
                 "bytes; tar readers split a sample at the first dot. Use letters, digits, '-' and "
                 "'_' only."
             )
-        fields, key = [], sample.key.encode()
-        key_sum = sum(key)
-        for extension, data in _members(sample, image_format):
-            content += _header(key, key_sum, extension, len(data))
-            fields.append(f"{extension} {len(content)} {len(data)} {sample.key}.{extension}")
-            content += data
-            content += bytes(-len(data) % tarfile.BLOCKSIZE)
-        index_lines.append(" ".join(fields))
-    content += bytes(2 * tarfile.BLOCKSIZE)  # the end of a tar, which is whole records long
-    content += bytes(-len(content) % tarfile.RECORDSIZE)
-    index = f"{INDEX_VERSION} {len(index_lines)}\n" + "".join(f"{x}\n" for x in index_lines)
-    return PackedShard(content=content, index=index.encode(), images=len(index_lines))
+        self.lines.append([])
+        for extension, data in _members(sample, self.image_format):
+            name = f"{sample.key}.{extension}"
+            self.content += pack_header(name.encode(), len(data))
+            self.lines[-1].append(f"{extension} {len(self.content)} {len(data)} {name}")
+            self.content += data
+            self.content += bytes(padded(len(data)) - len(data))
+
+    def finish(self) -> PackedShard:
+        """End the shard, of about 20 MB for a thousand 64-px samples."""
+        self.content += bytes(2 * BLOCK)  # the end of a tar
+        self.content += bytes(-len(self.content) % RECORD)
+        return PackedShard(
+            content=self.content, index=_index_text(self.lines), images=len(self.lines)
+        )
 
 
-def write_shard(place: str | Path, packed: PackedShard) -> Shard:
+def pack_shard(samples: Iterable[Sample], image_format: str) -> PackedShard:
+    """Pack a shard of these samples, see `ShardPacker`."""
+    packer = ShardPacker(image_format)
+    for sample in samples:
+        packer.add(sample)
+    return packer.finish()
+
+
+def _index_text(samples: list[list[str]]) -> bytes:
+    """Return DALI's index of samples, each a list of entries: extension, offset, size and name."""
+    lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(entries) for entries in samples)]
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def write_shard(location: str | Path, packed: PackedShard) -> Shard:
     """Write a packed shard and its index beside it, both atomically."""
     with ThreadPoolExecutor(2) as threads:  # the disk and the hash take their time side by side
         hashed = threads.submit(hashlib.sha256, packed.content)
-        index = threads.submit(write_atomically, storage.with_suffix(place, ".idx"), packed.index)
-        write_atomically(place, memoryview(packed.content))
+        index = threads.submit(
+            write_atomically, storage.with_suffix(location, ".idx"), packed.index
+        )
+        write_atomically(location, memoryview(packed.content))
         index.result()
         return Shard(
-            name=storage.name(place),
+            name=storage.name(location),
             images=packed.images,
             bytes=len(packed.content),
             sha256=hashed.result().hexdigest(),
         )
 
 
-def _index_members(words: list[str]) -> dict[str, tuple[int, int]]:
-    return {words[i]: (int(words[i + 1]), int(words[i + 2])) for i in range(0, len(words), 4)}
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """A shard's index: int64 [samples, members] offsets and sizes in bytes, and the names."""
+
+    offsets: np.ndarray
+    sizes: np.ndarray
+    names: list[list[str]]
 
 
-def index_samples(index: bytes) -> list[dict[str, tuple[int, int]]]:
-    """What an index's bytes say: for each sample, its members' (offset, size) in bytes.
+def parse_index(content: bytes, manifest: Manifest) -> Index:
+    """Read an index. Raises ValueError where it is not a whole one of the manifest's members."""
+    members = extensions(manifest)
+    header, _, body = content.decode("ascii", "replace").partition("\n")
+    words, step = body.split(), WORDS * len(members)
+    entries = np.array([words[1::WORDS], words[2::WORDS]], dtype=np.int64)
+    version, count = header.split()
+    if (version, int(count) * step) != (INDEX_VERSION, len(words)):
+        raise ValueError(f"{version} with {len(words)} words for {count} samples")
+    if any(set(words[WORDS * n :: step]) - {name} for n, name in enumerate(members)):
+        raise ValueError("other members")
+    offsets, sizes = entries.reshape(2, -1, len(members))
+    names = [words[i + 3 : i + step : WORDS] for i in range(0, len(words), step)]
+    return Index(offsets=offsets, sizes=sizes, names=names)
 
-    Raises ValueError where they are no whole index of this version.
-    """
-    try:
-        header, *lines = index.decode().splitlines()
-        version, count = header.split()
-        samples = [_index_members(line.split()) for line in lines]
-    except IndexError as error:
-        raise ValueError(str(error)) from error
-    if version != INDEX_VERSION or int(count) != len(lines):
-        raise ValueError(f"{version} with {len(lines)} of {count} samples")
-    return samples
 
-
-def read_index(path: Path) -> list[dict[str, tuple[int, int]]]:
-    """The index of shard `path`: for each sample, its members' (offset, size) in bytes.
-
-    Raises UserError where the index is missing, of another version or does not fit the shard.
-    """
+def read_index(path: Path, manifest: Manifest) -> Index:
+    """Read the index of shard `path`. Raises UserError where it is missing or not a whole one."""
     index_path = path.with_suffix(".idx")
     if not index_path.is_file():
-        raise UserError(f"{index_path} is missing; run jobs.preprocess again to rebuild the shard.")
+        raise UserError(f"{index_path} is missing; preprocess again to make the shard again.")
     try:
-        samples = index_samples(index_path.read_bytes())
-    except ValueError as error:
+        return parse_index(index_path.read_bytes(), manifest)
+    except (ValueError, IndexError, OverflowError) as error:
         raise UserError(
-            f"{index_path} is not a whole {INDEX_VERSION} index; delete it and run "
-            "jobs.preprocess again to rebuild the shard."
+            f"{index_path} is not a whole {INDEX_VERSION} index of samples with the members "
+            f"{', '.join(extensions(manifest))} ({error}). {REMAKE}"
         ) from error
-    size = path.stat().st_size
-    if samples and max(sum(extent) for extent in samples[-1].values()) > size:
-        raise UserError(
-            f"{path} has {size} bytes, fewer than its index says: it was cut off or replaced; "
-            "delete both and run jobs.preprocess again."
-        )
-    return samples
 
 
 def index_shard(path: Path) -> bytes:
-    """The index of shard `path`, made anew from its tar headers, as `write_shard` writes it.
+    """Make the index of shard `path` from its tar headers, as `write_shard` writes it.
 
     Raises UserError for a file that is not a whole USTAR tar of samples.
     """
     try:
         return index_content(np.memmap(path, np.uint8, mode="r"))
     except ValueError as error:
-        raise UserError(
-            f"{path} is no shard of samples ({error}); run jobs.preprocess again."
-        ) from error
+        raise UserError(f"{path} is no shard of samples ({error}). {REMAKE}") from error
 
 
 def index_content(content: np.ndarray) -> bytes:
-    """The index of a shard from its bytes, uint8 [N]. Raises ValueError where they are no whole
-    USTAR tar of samples."""
-    lines: list[list[str]] = []
+    """Make the index of a shard from its bytes, uint8 [N].
+
+    Raises ValueError where they are no whole tar of samples.
+    """
+    samples: list[list[str]] = []
     position, last = 0, None
-    try:
-        while (header := content[position : position + tarfile.BLOCKSIZE].tobytes())[0]:
-            if header[257:262] != b"ustar" or header[156:157] != tarfile.REGTYPE:
-                raise ValueError(f"no plain USTAR header at byte {position}")
-            name = header[:100].rstrip(b"\0").decode()
-            size = int(header[124:135], 8)
-            position += tarfile.BLOCKSIZE
-            key, extension = name.split(".", 1)
-            if key != last:
-                lines.append([])
-            last = key
-            lines[-1].append(f"{extension} {position} {size} {name}")
-            position += -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    except IndexError as error:
-        raise ValueError(str(error)) from error
-    text = "".join(" ".join(line) + "\n" for line in lines)
-    return f"{INDEX_VERSION} {len(lines)}\n{text}".encode()
+    while (block := content[position : position + BLOCK].tobytes()) != bytes(BLOCK):
+        header = parse_header(block)
+        if header.kind != b"0":
+            raise ValueError(f"no plain file at byte {position}")
+        key, extension = header.name.split(".", 1)
+        position += BLOCK
+        if key != last:
+            samples.append([])
+        last = key
+        samples[-1].append(f"{extension} {position} {header.size} {header.name}")
+        position += padded(header.size)
+    return _index_text(samples)
 
 
 def decode_sample(key: str, members: dict[str, bytes], manifest: Manifest) -> Sample:
-    """A sample from its members' bytes (the inverse of `write_shard`)."""
+    """Decode a sample from its members' bytes. Raises KeyError or ValueError."""
     shape = (manifest.height, manifest.width)
     if manifest.image_format == "rgb":
         image = np.frombuffer(members["rgb"], np.uint8).reshape(*shape, 3)
@@ -297,54 +310,41 @@ def decode_sample(key: str, members: dict[str, bytes], manifest: Manifest) -> Sa
     )
 
 
-def read_sample(place: str | Path, position: int, manifest: Manifest) -> Sample:
-    """One sample of the shard at a place, of which its bytes and the index are read.
+def read_samples(
+    location: str | Path, manifest: Manifest, positions: Iterable[int] | None = None
+) -> Iterator[Sample]:
+    """Yield the samples at these positions of a shard, all by default; other bytes are not read.
 
     Raises UserError where the shard or its index is missing or damaged.
     """
     try:
-        extents = index_samples(storage.read_bytes(storage.with_suffix(place, ".idx")))[position]
-        with storage.open_input(place) as file:
-            members = {name: file.read_at(size, start) for name, (start, size) in extents.items()}
-        return decode_sample("", members, manifest)
+        index = parse_index(storage.read_bytes(storage.with_suffix(location, ".idx")), manifest)
+        with storage.open_input(location) as file:
+            for position in range(len(index.names)) if positions is None else positions:
+                extents = zip(index.sizes[position], index.offsets[position], strict=True)
+                members = [file.read_at(int(size), int(offset)) for size, offset in extents]
+                named = dict(zip(extensions(manifest), members, strict=True))
+                yield decode_sample(index.names[position][0].split(".")[0], named, manifest)
+    except UserError:
+        raise
     except (KeyError, IndexError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{place} cannot be read ({error!r}); run jobs.preprocess again."
-        ) from error
+        raise UserError(f"{location} cannot be read ({error!r}). {REMAKE}") from error
 
 
-def read_shard(path: Path, manifest: Manifest) -> Iterator[Sample]:
-    """The samples of one shard in order. Raises UserError for a damaged one."""
-    try:
-        with tarfile.open(path) as tar:
-            key, members = "", dict[str, bytes]()
-            for info in tar:
-                name, extension = info.name.split(".", 1)
-                if name != key and members:
-                    yield decode_sample(key, members, manifest)
-                    members = {}
-                key = name
-                file = tar.extractfile(info)
-                assert file is not None
-                members[extension] = file.read()
-            if members:
-                yield decode_sample(key, members, manifest)
-    except (tarfile.TarError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error!r}); delete it and run jobs.preprocess again."
-        ) from error
+def read_sample(location: str | Path, position: int, manifest: Manifest) -> Sample:
+    """Read one sample of a shard, see `read_samples`."""
+    return next(read_samples(location, manifest, [position]))
 
 
 def manifest_to_json(manifest: Manifest) -> str:
-    """`dataset.json` as text, with sorted keys."""
+    """Return `dataset.json` as text, with sorted keys."""
     return json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n"
 
 
 def manifest_hash(data: str | Path) -> str:
-    """Hexadecimal SHA-256 of the set's `dataset.json`: changes with anything in the set, since the
-    manifest holds the hash of every shard."""
+    """Return the hexadecimal SHA-256 of the set's `dataset.json`.
+
+    It changes with anything in the set, since the manifest holds the hash of every shard."""
     return hashlib.sha256(_manifest_bytes(data)).hexdigest()
 
 
@@ -354,26 +354,26 @@ def _manifest_bytes(data: str | Path) -> bytes:
     except storage.MissingError as error:
         raise UserError(
             f"{data} holds no {MANIFEST_NAME}: no finished set of shards lies there. "
-            f"Make one with: python -m jobs.preprocess --source IMAGES --output {data}"
+            "Preprocess images into it, or name another folder."
         ) from error
 
 
 def read_manifest(data: str | Path) -> Manifest:
-    """Read and check `dataset.json` of the set at place `data`, see pipeline/storage.py.
+    """Read and check `dataset.json` of the set at location `data`, see pipeline/storage.py.
 
     Raises UserError where no finished set lies there, or one of another format version, and where
-    the place cannot be read.
+    the location cannot be read.
     """
-    place, content_bytes = storage.join(data, MANIFEST_NAME), _manifest_bytes(data)
+    location, content_bytes = storage.join(data, MANIFEST_NAME), _manifest_bytes(data)
     try:
         content = json.loads(content_bytes)
         version = content["format"]
         if version == FORMAT_VERSION:
             return _manifest(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place} is damaged ({error!r}); run jobs.preprocess again.") from error
+        raise UserError(f"{location} is damaged ({error!r}). {REMAKE}") from error
     raise UserError(
-        f"{place} has format version {version}; this program reads {FORMAT_VERSION}. "
+        f"{location} has format version {version}; this program reads {FORMAT_VERSION}. "
         "Preprocess the images again with this program, or use the one that wrote them."
     )
 
@@ -394,7 +394,7 @@ def _manifest(content: dict[str, Any]) -> Manifest:
 
 
 def split_of(manifest: Manifest, split: str) -> Split:
-    """The manifest's entry for one split. Raises UserError, naming those there are."""
+    """Return the manifest's entry for one split. Raises UserError, naming the splits it has."""
     if split not in manifest.splits:
         raise UserError(
             f"the set has no split {split!r}; it has {', '.join(sorted(manifest.splits))}."
@@ -411,19 +411,9 @@ def check_sizes(data: str | Path, manifest: Manifest, split: str) -> None:
     for shard in split_of(manifest, split).shards:
         size = sizes.get(shard.name)
         if size != shard.bytes:
-            remedy = "Upload it" if storage.is_remote(data) else "Delete it and run jobs.preprocess"
+            remedy = "Upload it again." if storage.is_remote(data) else REMAKE
             raise UserError(
                 f"{storage.join(data, split, shard.name)} "
                 f"{'is missing' if size is None else f'has {size} bytes'}; "
-                f"{MANIFEST_NAME} says {shard.bytes} bytes. {remedy} again."
+                f"{MANIFEST_NAME} says {shard.bytes} bytes. {remedy}"
             )
-
-
-def shard_paths(data: str | Path, manifest: Manifest, split: str) -> list[Path]:
-    """Paths of a local split's shards, in order, each checked to be there with its recorded size.
-
-    Those of a remote set must be brought here first, see pipeline/loading/cache.py.
-    """
-    check_sizes(data, manifest, split)
-    folder = storage.local_path(data) / split
-    return [folder / shard.name for shard in split_of(manifest, split).shards]

@@ -1,17 +1,16 @@
-"""The ledger: a row per source image that says what became of it, in parquet.
+"""The ledger: a row per source image with its outcome, in parquet.
 
-Each shard's rows lie beside it in a part, which is written last: a shard without one is not
-finished. The finished set has one `ledger.parquet` with the rows of all parts in order.
+A shard's rows lie beside it in its record, which is written last: a shard without one is not
+finished. The finished set has one `ledger.parquet` with the rows of all records in order.
 """
 
 import hashlib
 import json
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,17 +18,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import storage
+from pipeline.ahead import run_ahead
 from pipeline.errors import UserError
-from pipeline.shards.format import Shard
+from pipeline.shards.format import REMAKE, Shard
 from pipeline.storage import write_atomically
 
 LEDGER_NAME = "ledger.parquet"
 OK, REJECTED = "ok", "rejected"
 FACTS = b"shard_facts"
-READ_AHEAD = 16  # parts: remote ones take tens of milliseconds each
+READ_AHEAD = 16  # records: remote ones take tens of milliseconds each
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+LedgerRow = dict[str, Any]  # by the columns of SCHEMA
 
 SCHEMA = pa.schema(
     [
@@ -55,10 +54,10 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFacts:
-    """What a part says of its shard as a whole. shard: None where every image was rejected.
+    """The facts of a shard as a whole, kept in its record.
 
-    index_bytes: size of the index; sums, squares: over all stored pixels, per channel of 0..255;
-    pixels: how many there are.
+    shard: None where every image was rejected. index_bytes: size of the index. sums, squares: over
+    all stored pixels, per channel of 0..255. pixels: their number.
     """
 
     shard: Shard | None
@@ -75,7 +74,7 @@ class ShardFacts:
 
 @dataclass(kw_only=True)
 class Totals:
-    """What the ledger's rows of one split add up to."""
+    """Sums over ledger rows of one split."""
 
     rejected: int = 0
     reasons: Counter[str] = field(default_factory=Counter)  # by kind, the part before the colon
@@ -85,7 +84,7 @@ class Totals:
 
     @classmethod
     def of_none(cls, classes: int) -> "Totals":
-        """Those of no rows, in a set of so many classes."""
+        """Return the totals of no rows, in a set of so many classes."""
         return cls(class_counts=np.zeros(classes, np.int64))
 
     def merge(self, other: "Totals") -> None:
@@ -110,24 +109,24 @@ class Totals:
             self.max_superpixels = max(self.max_superpixels, largest)
 
 
-def write_part(place: str | Path, rows: Sequence[dict[str, Any]], facts: ShardFacts) -> None:
-    """Write one shard's rows atomically, which commits the shard."""
+def write_record(location: str | Path, rows: Sequence[LedgerRow], facts: ShardFacts) -> None:
+    """Write one shard's record atomically, which commits the shard."""
     table = pa.Table.from_pylist(list(rows), SCHEMA)
     content = json.dumps(asdict(facts), sort_keys=True).encode()
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({FACTS: content}), sink)
-    write_atomically(place, sink.getvalue().to_pybytes())
+    write_atomically(location, sink.getvalue().to_pybytes())
 
 
-def read_facts(part: str | Path) -> ShardFacts:
-    """The facts in a part's metadata. Raises UserError where it is missing or damaged."""
+def read_facts(record: str | Path) -> ShardFacts:
+    """Read the facts in a record. Raises UserError where it is missing or damaged."""
 
     def read() -> dict[str, Any]:
-        with storage.open_input(part) as file:
+        with storage.open_input(record) as file:
             return json.loads(pq.read_schema(file).metadata[FACTS])
 
     try:
-        content = storage.attempt(part, read)
+        content = storage.attempt(record, read)
         return ShardFacts(
             shard=Shard(**content["shard"]) if content["shard"] else None,
             index_bytes=content["index_bytes"],
@@ -138,66 +137,57 @@ def read_facts(part: str | Path) -> ShardFacts:
     except UserError:
         raise
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{part} cannot be read ({error}); run jobs.preprocess again.") from error
+        raise UserError(f"{record} cannot be read ({error}). {REMAKE}") from error
 
 
-def read_part(part: str | Path) -> pa.Table:
-    """A part's rows. Raises UserError where it is missing or damaged."""
+def read_record(record: str | Path) -> pa.Table:
+    """Read a record's ledger rows. Raises UserError where it is missing or damaged."""
 
     def read() -> pa.Table:
-        with storage.open_input(part) as file:
+        with storage.open_input(record) as file:
             return pq.read_table(file, partitioning=None).cast(SCHEMA)
 
     try:
-        return storage.attempt(part, read)
+        return storage.attempt(record, read)
     except UserError:
         raise
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise UserError(f"{part} cannot be read ({error}); run jobs.preprocess again.") from error
+        raise UserError(f"{record} cannot be read ({error}). {REMAKE}") from error
 
 
-def committed_facts(part: str | Path, sizes: dict[str, int]) -> ShardFacts | None:
-    """The facts of a finished shard: one whose part can be read, and whose shard and index are as
-    long as it says (their bytes are not read). sizes: of the files in the part's folder, by name.
+def committed_facts(record: str | Path, sizes: dict[str, int]) -> ShardFacts | None:
+    """Return the facts of a finished shard, None where it is not finished.
+
+    Its record can be read, and shard and index have the sizes that it states; their bytes are not
+    read. sizes: of the files in the record's folder, by name.
     """
-    if storage.name(part) not in sizes:
+    if storage.name(record) not in sizes:
         return None
     try:
-        facts = read_facts(part)
+        facts = read_facts(record)
     except storage.UnreachableError:
         raise
     except UserError:
         return None
     if facts.shard is not None:
         index = Path(facts.shard.name).with_suffix(".idx").name
-        found = sizes.get(facts.shard.name), sizes.get(index)
-        if found != (facts.shard.bytes, facts.index_bytes):
+        actual = sizes.get(facts.shard.name), sizes.get(index)
+        if actual != (facts.shard.bytes, facts.index_bytes):
             return None
     return facts
 
 
-def read_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`read(item)` for each item, in order, READ_AHEAD of them at once."""
-    ahead: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        for item in items:
-            ahead.append(pool.submit(read, item))
-            if len(ahead) > READ_AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-def merge_parts(
-    parts: Iterable[str | Path], output: str | Path, splits: Sequence[str], classes: int
+def merge_records(
+    records: Iterable[str | Path], output: str | Path, splits: Sequence[str], classes: int
 ) -> tuple[dict[str, Totals], str]:
-    """Write the rows of `parts`, in order, to `output`/ledger.parquet, a row group each; their
-    totals by split, and the file's SHA-256. A bounded number of parts is held in memory."""
+    """Write the rows of these records, in order, to `output`/ledger.parquet, a row group each.
+
+    Returns the totals by split, and the file's SHA-256. A bounded number of records is in memory.
+    """
     totals = {name: Totals.of_none(classes) for name in splits}
-    place = storage.join(output, LEDGER_NAME)
-    with storage.atomic_file(place) as file:
+    with storage.atomic_file(storage.join(output, LEDGER_NAME)) as file:
         with pq.ParquetWriter(file, SCHEMA) as writer:
-            for table in read_ahead(read_part, parts):
+            for table in run_ahead(read_record, records, threads=READ_AHEAD, depth=READ_AHEAD):
                 writer.write_table(table)
                 totals[table["split"][0].as_py()].add(table)
         digest = hashlib.sha256()
@@ -213,26 +203,24 @@ def read_ledger(
     columns: Sequence[str] | None = None,
     status: str | None = OK,
 ) -> pa.Table:
-    """The ledger's rows of one split of the set at place `data`, in row order.
+    """Read the ledger's rows of one split of the set at location `data`, in row order.
 
     columns: those wanted (see SCHEMA), all by default. status: only rows of this status, those
     with a sample by default; None gives every row. Raises UserError where there is no ledger.
     """
-    place = storage.join(data, LEDGER_NAME)
+    location = storage.join(data, LEDGER_NAME)
     chosen = pc.field("split") == split
     if status is not None:
         chosen &= pc.field("status") == status
     names = list(columns) if columns is not None else None
 
     def read() -> pa.Table:
-        with storage.open_input(place) as file:
+        with storage.open_input(location) as file:
             return pq.read_table(file, columns=names, filters=chosen, partitioning=None)
 
     try:
-        return storage.attempt(place, read)
+        return storage.attempt(location, read)
     except storage.MissingError as error:
-        raise UserError(
-            f"{place} is missing; run jobs.preprocess again to finish the set."
-        ) from error
+        raise UserError(f"{location} is missing; preprocess again to finish the set.") from error
     except pa.ArrowException as error:
-        raise UserError(f"{place} cannot be read ({error}); run jobs.preprocess again.") from error
+        raise UserError(f"{location} cannot be read ({error}). {REMAKE}") from error

@@ -15,10 +15,10 @@ KEPT_BITS = 7  # of fractions of a grey level between the two passes: 15 + 15 bi
 
 
 def shrink(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h, w, 3] -> uint8 [height, width, 3], each output pixel the mean of the area it
-    covers; height <= h and width <= w.
+    """Shrink uint8 [h, w, 3] to uint8 [height, width, 3] by averaging areas.
 
-    Rows are averaged first, then, transposed, columns: so both passes run along memory.
+    Each output pixel is the mean of the area it covers; height <= h and width <= w. Rows are
+    averaged first, then, transposed, columns: so both passes run along memory.
     """
     h, w = pixels.shape[:2]
     rows = np.empty((height, w, 3), np.uint16)
@@ -31,19 +31,21 @@ def shrink(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return cv2.transpose(turned)
 
 
-def add_moments(pixels: np.ndarray, moments: np.ndarray) -> None:
-    """Add the sums of an image's levels and of their squares, by channel, to `moments`.
+def moments(pixels: np.ndarray) -> np.ndarray:
+    """Return the sums of an image's levels and of their squares, by channel: int64 [2, 3].
 
-    pixels: uint8 [H, W, 3], of up to 33,000 rows, whose squares an int32 can add up. moments: int64
-    [2, 3].
+    pixels: uint8 [H, W, 3], of up to 33,000 rows, whose squares an int32 can add up.
     """
-    _add_moments(pixels.reshape(len(pixels), -1), moments)
+    return _moments(pixels.reshape(len(pixels), -1))
 
 
 @lru_cache(256)
 def _shares(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `wanted` outputs along an axis of `size` pixels: the first pixel it covers, how
-    many, and their shares in units of 2**-WEIGHT_BITS, which add up to one; int32."""
+    """Return the pixels that each of `wanted` outputs covers along an axis of `size` pixels.
+
+    Three int32 arrays: the first pixel, how many, and their shares in units of 2**-WEIGHT_BITS,
+    which add up to one.
+    """
     edges = np.arange(wanted + 1, dtype=np.int64) * size  # in units of 1 / wanted of a pixel
     first, last = edges[:-1] // wanted, -(-edges[1:] // wanted)
     pixel = first[:, None] + np.arange((last - first).max())
@@ -56,8 +58,10 @@ def _shares(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _average(source, first, count, shares, drop, out):  # type: ignore[no-untyped-def]
-    """Row j of `out` is the weighted sum of `count[j]` rows of `source` from `first[j]` on, rounded
-    to `drop` bits less; int32 throughout, which vectorizes."""
+    """Put into row j of `out` the weighted sum of `count[j]` rows of `source` from `first[j]` on.
+
+    It is rounded to `drop` bits less; int32 throughout, which vectorizes.
+    """
     values = source.shape[1]
     total = np.empty(values, np.int32)
     shift, half = np.int32(drop), np.int32(1 << (drop - 1))
@@ -75,14 +79,16 @@ def _average(source, first, count, shares, drop, out):  # type: ignore[no-untype
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _add_moments(rows, moments):  # type: ignore[no-untyped-def]
-    """Rows are added up as they lie, value by value, which vectorizes; channels in the end."""
+def _moments(rows):  # type: ignore[no-untyped-def]
+    """Add rows up value by value, which vectorizes, and channels in the end."""
     sums, squares = np.zeros(rows.shape[1], np.int32), np.zeros(rows.shape[1], np.int32)
     for row in rows:
         for i in range(len(row)):
             value = np.int32(row[i])
             sums[i] += value
             squares[i] += np.int32(value * value)
+    total = np.zeros((2, 3), np.int64)
     for i in range(len(sums)):
-        moments[0, i % 3] += sums[i]
-        moments[1, i % 3] += squares[i]
+        total[0, i % 3] += sums[i]
+        total[1, i % 3] += squares[i]
+    return total

@@ -1,11 +1,7 @@
-"""What to make of a collection of images: the parameters, the shards, and whose output it is."""
+"""What to make of a collection of images: the parameters, and the shards."""
 
-import errno
-import fcntl
-import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +18,6 @@ from pipeline.sources.files import SourceFiles
 from pipeline.sources.find import LAYOUTS, Source, find_layout, list_images
 from pipeline.sources.listing import digest
 
-PLAN_NAME = "plan.json"
 SIDES = range(32, 513)  # of a stored image, pixels
 SIZE = re.compile(r"(\d{1,4})(?:x(\d{1,4}))?")
 # The packages that decide the bytes of a shard.
@@ -50,7 +45,7 @@ class PreprocessConfig:
         64, "pixels of the stored images: one number for squares, else HEIGHTxWIDTH; 32 to 512"
     )
     superpixels: int = _flag(100, "superpixels asked for per image; an image can have fewer")
-    compactness: float = _flag(10.0, "weight of place against colour in superpixels; above 0")
+    compactness: float = _flag(10.0, "weight of position against colour in superpixels; above 0")
     image_format: str = _flag("rgb", "rgb (raw) or jpg (quality 95, a third of the size)")
     samples_per_shard: int = _flag(1000, "source images per shard; from 1")
     workers: int | None = _flag(
@@ -109,16 +104,18 @@ class ShardTask:
     def name(self) -> str:
         return f"{self.split}-{self.number:06d}"
 
-    def part(self, output: str) -> str:
-        """Place of the ledger part; the shard and its index lie beside it."""
+    def record(self, output: str) -> str:
+        """Return the location of the shard's record; the shard and its index lie beside it."""
         return storage.join(output, self.split, f"{self.name}.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be made. order: int64 [images], where in its split's table the image of each
-    ledger row is. fingerprint: content of plan.json; two plans that differ in it would write other
-    bytes."""
+    """All that is to be made.
+
+    order: int64 [images], the number of each ledger row's image in its split's table. fingerprint:
+    content of plan.json; two plans that differ in it would write other bytes.
+    """
 
     source: str
     output: str
@@ -128,7 +125,7 @@ class Plan:
     fingerprint: dict[str, Any]
 
     def images(self, task: ShardTask) -> pa.Table:
-        """The listed rows of one shard, in its order; a copy, so that it is all that is sent."""
+        """Return a copy of the listed rows of one shard, in its order, and nothing more to send."""
         rows = self.order[task.first_row : task.first_row + task.rows]
         return self.listed.images[task.split].take(rows)
 
@@ -138,12 +135,12 @@ def make_plan(config: PreprocessConfig) -> Plan:
 
     Raises UserError for paths or a source that cannot be used.
     """
-    source, output = place_of(config.source), place_of(config.output)
+    source, output = location_of(config.source), location_of(config.output)
     if f"{output}/".startswith(f"{source}/"):
         raise UserError(f"output {output} lies inside source {source}; choose one outside it.")
     with SourceFiles(source) as files:
-        found = find_layout(files) if config.layout == "auto" else config.layout
-        listed = list_images(files, found)
+        layout = find_layout(files) if config.layout == "auto" else config.layout
+        listed = list_images(files, layout)
     counts = {split: table.num_rows for split, table in listed.images.items()}
     shuffle = np.random.default_rng(config.seed).permutation
     orders = [
@@ -152,7 +149,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
     fingerprint = {
         "format": FORMAT_VERSION,
         "configuration": {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS},
-        "layout": found,
+        "layout": layout,
         "images": counts,
         "listing": {split: digest(table) for split, table in listed.images.items()},
         "versions": {name: version(name) for name in VERSIONS},
@@ -168,7 +165,7 @@ def make_plan(config: PreprocessConfig) -> Plan:
 
 
 def shard_tasks(counts: dict[str, int], samples_per_shard: int) -> Iterator[ShardTask]:
-    """The shards of a set with these numbers of images by split, train first, in order."""
+    """Yield the shards of a set with these numbers of images by split, train first, in order."""
     row = 0
     for split, count in counts.items():
         for number, start in enumerate(range(0, count, samples_per_shard)):
@@ -177,91 +174,6 @@ def shard_tasks(counts: dict[str, int], samples_per_shard: int) -> Iterator[Shar
             row += rows
 
 
-def place_of(text: str) -> str:
-    """The place that a user wrote, for processes in any working folder."""
+def location_of(text: str) -> str:
+    """Return the location that a user wrote, for processes in any working folder."""
     return storage.absolute(text if "://" in text else Path(text).expanduser())
-
-
-def read_fingerprint(output: str) -> dict[str, Any]:
-    """Content of the plan.json at place `output`. Raises MissingError where there is none and
-    UserError where it is damaged."""
-    place = storage.join(output, PLAN_NAME)
-    try:
-        found = json.loads(storage.read_bytes(place))
-        if isinstance(found, dict):
-            return found
-        raise ValueError("it holds no object")
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{place} is damaged ({error}); delete {output}.") from error
-
-
-def claim_output(plan: Plan) -> None:
-    """Make the output folder this plan's own, or raise UserError where it is another's."""
-    path = storage.join(plan.output, PLAN_NAME)
-    if storage.is_file(plan.output):
-        raise UserError(f"{plan.output} is a file; choose an empty folder.")
-    if storage.is_file(path):
-        there = read_fingerprint(plan.output)
-        if there != plan.fingerprint:
-            raise UserError(
-                f"{plan.output} holds shards of another configuration "
-                f"({_difference(there, plan.fingerprint)}); choose another output or delete it."
-            )
-        return
-    if any(storage.entries(plan.output)):
-        raise UserError(
-            f"{plan.output} is not empty and holds no {PLAN_NAME}; choose an empty folder."
-        )
-    if not storage.is_remote(plan.output):
-        for split in plan.listed.images:
-            (storage.local_path(plan.output) / split).mkdir(parents=True, exist_ok=True)
-    content = json.dumps(plan.fingerprint, indent=1, sort_keys=True) + "\n"
-    storage.write_atomically(path, content.encode())
-
-
-@contextmanager
-def alone_at(output: str) -> Iterator[None]:
-    """Keep other drivers from a claimed local output, and leave no temporary file there.
-
-    Raises UserError where another is at work. On a remote output nothing is locked: objects appear
-    whole, and two drivers of one plan write the same bytes.
-    """
-    if storage.is_remote(output):
-        yield
-        return
-    folder = storage.local_path(output)
-    with (folder / PLAN_NAME).open("r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another jobs.preprocess is at work on {output}; wait for it, or end it."
-            ) from error
-        except OSError as error:  # some network file systems have no locks: as on remote outputs
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        _clean(folder)
-        try:
-            yield
-        finally:  # tasks that were killed and repeated
-            _clean(folder)
-
-
-def _clean(folder: Path) -> None:
-    for path in (folder, *(x for x in folder.iterdir() if x.is_dir())):
-        storage.remove_temporaries(path)
-
-
-def _difference(there: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first thing in which two fingerprints differ, in words."""
-    for name in ("format", "layout", "configuration", "images", "versions"):
-        old, new = there.get(name), now[name]
-        if isinstance(old, dict) and isinstance(new, dict):
-            for key in sorted({*old, *new}):
-                if old.get(key) != new.get(key):
-                    return f"{name} {key}: {old.get(key)} there, {new.get(key)} now"
-        elif old != new:
-            return f"{name}: {old} there, {new} now"
-    return "the source's files, labels or boxes have changed since"

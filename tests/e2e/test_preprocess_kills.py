@@ -80,7 +80,7 @@ def contents(output: Path) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for path in paths}
 
 
-def parts(output: Path) -> int:
+def records(output: Path) -> int:
     return len(list(output.glob("*/*.parquet")))
 
 
@@ -113,9 +113,9 @@ def test_a_driver_killed_at_many_moments_goes_on_with_the_same_bytes(
     output = tmp_path / "shards"
     moments: list[Callable[[], bool]] = [
         lambda: (output / "plan.json").exists(),
-        lambda: parts(output) >= 1,
-        lambda: parts(output) >= 20,
-        lambda: any(output.glob("*/.*.tmp")) and parts(output) >= 35,
+        lambda: records(output) >= 1,
+        lambda: records(output) >= 20,
+        lambda: any(output.glob("*/.*.tmp")) and records(output) >= 35,
         lambda: (output / "ledger.parquet").exists() or any(output.glob(".ledger*.tmp")),
     ]
     for moment in moments:
@@ -145,7 +145,7 @@ def workers() -> list[int]:
     return found
 
 
-def test_workers_killed_within_a_shard_are_replaced(
+def test_workers_killed_within_a_shard_are_reurid(
     images: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     killed: list[int] = []
@@ -192,7 +192,7 @@ def test_a_second_driver_on_the_same_output_is_refused(images: Path, tmp_path: P
 
     def show(progress: Progress) -> None:
         if not refused:
-            with pytest.raises(UserError, match=r"another jobs\.preprocess is at work on"):
+            with pytest.raises(UserError, match=r"another process is at work on"):
                 preprocess(config, quiet, cli.connect_ray)
             refused.append(progress.done)
 
@@ -203,7 +203,7 @@ def test_a_second_driver_on_the_same_output_is_refused(images: Path, tmp_path: P
 def test_a_set_is_made_on_object_storage_whoever_is_killed_and_inspected_there(
     images: Path, whole: dict[str, bytes], s3_endpoint: str, tmp_path: Path
 ) -> None:
-    place = remote.uri(s3_endpoint, "made")
+    uri = remote.uri(s3_endpoint, "made")
     system = remote.client(s3_endpoint)
 
     def objects() -> dict[str, int]:
@@ -212,10 +212,10 @@ def test_a_set_is_made_on_object_storage_whoever_is_killed_and_inspected_there(
         return {info.path.removeprefix("sets/made/"): info.size for info in found if info.is_file}
 
     kill_driver_when(
-        lambda: sum(name.endswith(".parquet") for name in objects()) >= 5, flags(images, place)
+        lambda: sum(name.endswith(".parquet") for name in objects()) >= 5, flags(images, uri)
     )
     assert "dataset.json" not in objects()
-    main(flags(images, place))
+    main(flags(images, uri))
     fs.copy_files("sets/made", str(tmp_path), source_filesystem=system)
     made = contents(tmp_path)
     manifest = made.pop("dataset.json")
@@ -223,7 +223,7 @@ def test_a_set_is_made_on_object_storage_whoever_is_killed_and_inspected_there(
     assert made == {name: data for name, data in whole.items() if name != "dataset.json"}
     shutil.rmtree(tmp_path)
     result = run(
-        *("-m", "jobs.inspect", "--data", place, "--output", str(tmp_path / "inspected")),
+        *("-m", "jobs.inspect", "--data", uri, "--output", str(tmp_path / "inspected")),
         *("--cache", str(tmp_path / "cache"), "--seconds", "0.1"),
     )
     assert result.returncode == 0, result.stderr

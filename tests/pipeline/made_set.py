@@ -8,7 +8,15 @@ import numpy as np
 import torch
 
 from pipeline.loading.loader import Batch
-from pipeline.shards.format import Manifest, Sample, Split, pack_shard, write_shard
+from pipeline.shards.format import (
+    Manifest,
+    Sample,
+    Split,
+    pack_shard,
+    read_manifest,
+    read_samples,
+    write_shard,
+)
 
 CLASSES = tuple("abcdefg")
 SUPERPIXELS = 300  # what the manifest allows
@@ -68,6 +76,13 @@ def write_set(
         std=(1.0, 1.0, 1.0),
         splits={"train": split},
     )
+
+
+def stored_samples(data: Path, split: str) -> list[Sample]:
+    """Read all samples of a finished set's split, in order."""
+    manifest = read_manifest(data)
+    shards = [data / split / shard.name for shard in manifest.splits[split].shards]
+    return [sample for path in shards for sample in read_samples(path, manifest)]
 
 
 def assert_same(found: list[Batch], expected: list[Batch]) -> None:

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.shards.ledger import read_part
-from pipeline.shards.make import make_shard
+from pipeline.shards.ledger import read_record
 from pipeline.shards.plan import PreprocessConfig, make_plan
+from pipeline.shards.shard import make_shard
 from pipeline.sources import labels
 from pipeline.sources.annotations import MAX_WNID, read_annotation
 from pipeline.sources.files import SourceFiles
@@ -83,7 +83,7 @@ def test_every_mutated_image_is_stored_or_rejected_with_its_reason(tmp_path: Pat
     rows = []
     for task in plan.tasks:
         make_shard(task, plan.images(task), plan.source, plan.output, config)
-        rows += read_part(task.part(plan.output)).to_pylist()
+        rows += read_record(task.record(plan.output)).to_pylist()
     assert sorted(row["id"] for row in rows) == [f"class/{i:05}.png" for i in range(IMAGES)]
     rejected = [row["reason"] for row in rows if row["status"] == "rejected"]
     assert IMAGES // 4 < len(rejected) < IMAGES

@@ -17,8 +17,9 @@ from model.localization import RULES, localize
 from model.masking import mask_map, normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import scale_boxes
-from pipeline.shards.format import read_manifest, read_shard, shard_paths
+from pipeline.shards.format import read_manifest
 from pipeline.shards.ledger import read_ledger
+from tests.pipeline.made_set import stored_samples
 
 SIZE = 32
 
@@ -49,8 +50,7 @@ def random_images(nets: Nets, count: int) -> list[Prepared]:
 def test_an_image_is_located_as_from_its_shard(small_set: Path, nets: Nets) -> None:
     config, manifest = nets.config, read_manifest(small_set)
     paths = read_ledger(small_set, "val", ["path"])["path"].to_pylist()
-    (shard, *_) = shard_paths(small_set, manifest, "val")
-    samples = list(read_shard(shard, manifest))[:8]
+    samples = stored_samples(small_set, "val")[:8]
     prepared = [
         prepare(config, (small_set.parent / "images" / path).read_bytes()) for path in paths[:8]
     ]

@@ -10,7 +10,7 @@ from PIL import Image
 from jobs import cli
 from jobs.preprocess.preview import histogram, read_rows, render, write_previews
 from pipeline import storage
-from pipeline.shards.format import read_manifest, read_sample, read_shard
+from pipeline.shards.format import read_manifest, read_sample, read_samples
 from pipeline.shards.ledger import read_ledger
 from pipeline.shards.make import preprocess
 from pipeline.shards.plan import PreprocessConfig
@@ -33,7 +33,7 @@ def test_a_histogram_counts_every_value_once(values: list[int], first: str, widt
 
 def test_one_sample_read_alone_is_the_one_among_all(small_set: Path, remote_set: str) -> None:
     manifest = read_manifest(small_set)
-    everything = list(read_shard(small_set / "train" / "train-000001.tar", manifest))
+    everything = list(read_samples(small_set / "train" / "train-000001.tar", manifest))
     for location in (str(small_set), remote_set):
         one = read_sample(storage.join(location, "train", "train-000001.tar"), 7, manifest)
         assert (one.row, one.label, one.meta) == (

@@ -12,10 +12,9 @@ from pipeline.shards.ledger import (
     SCHEMA,
     ShardFacts,
     committed_facts,
-    merge_parts,
-    read_ahead,
+    merge_records,
     read_ledger,
-    write_part,
+    write_record,
 )
 
 NO_SHARD = ShardFacts(shard=None, index_bytes=0, pixels=0, sums=(0, 0, 0), squares=(0, 0, 0))
@@ -39,15 +38,15 @@ def rejected(row: int, split: str, reason: str) -> dict[str, Any]:
 
 @pytest.fixture
 def merged(tmp_path: Path) -> Path:
-    parts = {
+    records = {
         "0": [accepted(0, "train", 1, 90), rejected(1, "train", "damaged JPEG: a")],
         "1": [rejected(2, "train", "damaged JPEG: b"), accepted(3, "train", 1, 100)],
         "2": [rejected(4, "val", "empty file: 0 bytes"), accepted(5, "val", 0, 70)],
     }
-    for name, rows in parts.items():
-        write_part(tmp_path / f"{name}.parquet", rows, NO_SHARD)
-    paths = [tmp_path / f"{name}.parquet" for name in parts]
-    totals, sha256 = merge_parts(paths, tmp_path, ["train", "val"], 3)
+    for name, rows in records.items():
+        write_record(tmp_path / f"{name}.parquet", rows, NO_SHARD)
+    paths = [tmp_path / f"{name}.parquet" for name in records]
+    totals, sha256 = merge_records(paths, tmp_path, ["train", "val"], 3)
     assert sha256 == sha256_file(tmp_path / "ledger.parquet")
     assert totals["train"].rejected == 2
     assert totals["train"].reasons == {"damaged JPEG": 2}
@@ -78,41 +77,33 @@ def test_readers_get_the_accepted_rows_of_a_split_unless_they_ask_for_all(merged
 
 
 def test_a_missing_ledger_names_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run jobs\.preprocess again"):
+    with pytest.raises(UserError, match=r"preprocess again"):
         read_ledger(tmp_path, "train")
 
 
-def test_a_part_without_its_facts_or_damaged_does_not_count_as_committed(tmp_path: Path) -> None:
-    part = tmp_path / "a.parquet"
+def test_a_record_without_its_facts_or_damaged_does_not_count_as_committed(tmp_path: Path) -> None:
+    record = tmp_path / "a.parquet"
     sizes = {"a.parquet": 1}
-    assert committed_facts(part, {}) is None
-    write_part(part, [accepted(0, "train", 0, 1)], NO_SHARD)
-    assert committed_facts(part, sizes) == NO_SHARD
-    part.write_bytes(part.read_bytes()[:-20])
-    assert committed_facts(part, sizes) is None
+    assert committed_facts(record, {}) is None
+    write_record(record, [accepted(0, "train", 0, 1)], NO_SHARD)
+    assert committed_facts(record, sizes) == NO_SHARD
+    record.write_bytes(record.read_bytes()[:-20])
+    assert committed_facts(record, sizes) is None
 
 
 def test_a_shard_or_index_missing_or_of_another_length_is_not_finished(tmp_path: Path) -> None:
     shard = Shard(name="a.tar", images=1, bytes=10240, sha256="0")
     facts = ShardFacts(shard=shard, index_bytes=30, pixels=1, sums=(1, 1, 1), squares=(1, 1, 1))
-    part = tmp_path / "a.parquet"
-    write_part(part, [accepted(0, "train", 0, 1)], facts)
+    record = tmp_path / "a.parquet"
+    write_record(record, [accepted(0, "train", 0, 1)], facts)
     whole = {"a.parquet": 1, "a.tar": 10240, "a.idx": 30}
-    assert committed_facts(part, whole) == facts
+    assert committed_facts(record, whole) == facts
     for name in ("a.tar", "a.idx"):
-        assert committed_facts(part, whole | {name: 29}) is None
-        assert committed_facts(part, {k: v for k, v in whole.items() if k != name}) is None
-
-
-def test_reading_ahead_keeps_the_order_and_raises_in_its_place() -> None:
-    assert list(read_ahead(lambda x: x * x, range(100))) == [x * x for x in range(100)]
-    results = read_ahead(lambda x: 1 // x, [1, 1, 0, 1])
-    assert [next(results), next(results)] == [1, 1]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
+        assert committed_facts(record, whole | {name: 29}) is None
+        assert committed_facts(record, {k: v for k, v in whole.items() if k != name}) is None
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     for name in "ab":
-        write_part(tmp_path / name, [accepted(0, "train", 0, 1)], NO_SHARD)
+        write_record(tmp_path / name, [accepted(0, "train", 0, 1)], NO_SHARD)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

@@ -23,10 +23,13 @@ from jobs import cli
 from jobs.preprocess.__main__ import summary
 from jobs.preprocess.preview import write_previews
 from pipeline.errors import UserError
-from pipeline.shards.format import read_manifest, read_shard, shard_paths
+from pipeline.shards.format import read_manifest, read_sample
 from pipeline.shards.ledger import read_ledger
-from pipeline.shards.make import Outcome, Progress, make_shard, preprocess
-from pipeline.shards.plan import Plan, PreprocessConfig, claim_output, make_plan
+from pipeline.shards.make import Outcome, Progress, preprocess
+from pipeline.shards.output import claim_output
+from pipeline.shards.plan import Plan, PreprocessConfig, make_plan
+from pipeline.shards.shard import make_shard
+from tests.pipeline.made_set import stored_samples
 from tests.pipeline.sources.annotation_files import xml
 
 CLASSES = ("n00000001", "n00000002", "n00000003")
@@ -119,9 +122,7 @@ def test_every_source_image_is_in_the_ledger_once_and_every_good_one_in_a_shard(
         table = read_ledger(output, split, status=None).to_pylist()
         paths += [row["path"] for row in table]
         good = {row["row"]: row for row in table if row["status"] == "ok"}
-        samples = [
-            x for path in shard_paths(output, manifest, split) for x in read_shard(path, manifest)
-        ]
+        samples = stored_samples(output, split)
         assert [sample.row for sample in samples] == list(good)
         for sample in samples:
             row = good[sample.row]
@@ -139,8 +140,8 @@ def test_rows_run_over_all_splits_and_point_at_the_sample(made: tuple[Path, Outc
     assert [row.as_py() for row in rows] == list(range(TRAIN + VAL))
     manifest = read_manifest(output)
     for row in read_ledger(output, "train").to_pylist():
-        samples = list(read_shard(output / "train" / row["shard"], manifest))
-        assert samples[row["position"]].key == row["key"]
+        shard = output / "train" / row["shard"]
+        assert read_sample(shard, row["position"], manifest).key == row["key"]
 
 
 def test_rejected_images_are_recorded_with_their_reason(made: tuple[Path, Outcome]) -> None:
@@ -170,8 +171,7 @@ def test_a_box_over_the_edge_is_clipped_and_noted_and_its_image_kept(
 def test_mean_and_deviation_are_those_of_the_train_pixels(made: tuple[Path, Outcome]) -> None:
     output, _ = made
     manifest = read_manifest(output)
-    shards = shard_paths(output, manifest, "train")
-    pixels = np.stack([x.image for path in shards for x in read_shard(path, manifest)])
+    pixels = np.stack([sample.image for sample in stored_samples(output, "train")])
     flat = pixels.reshape(-1, 3).astype(np.float64)
     assert manifest.mean == pytest.approx(flat.mean(axis=0), rel=1e-12)
     assert manifest.std == pytest.approx(flat.std(axis=0), rel=1e-9)
@@ -232,9 +232,9 @@ def test_only_missing_or_damaged_shards_are_made_again(source: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"superpixels": 40}, "configuration superpixels: 50 there, 40 now"),
-        ({"seed": 3}, "configuration seed: 0 there, 3 now"),
-        ({"image_format": "jpg"}, "configuration image_format: rgb there, jpg now"),
+        ({"superpixels": 40}, "configuration superpixels: 50 before, 40 now"),
+        ({"seed": 3}, "configuration seed: 0 before, 3 now"),
+        ({"image_format": "jpg"}, "configuration image_format: rgb before, jpg now"),
     ],
 )
 def test_another_configuration_on_the_same_output_is_refused(
@@ -268,7 +268,7 @@ def test_too_many_rejected_images_fail_the_job_and_keep_the_ledger(
     source: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "shards"
-    message = r"3 of 40 images were rejected \(2 x label unknown, 1 x .*--max-bad-share 0\.01"
+    message = r"3 of 40 images were rejected \(2 x label unknown, 1 x .* 0\.01 that is allowed"
     with pytest.raises(UserError, match=message):
         run(source, output, max_bad_share=0.01)
     assert not (output / "dataset.json").exists()
@@ -279,7 +279,7 @@ def test_too_many_rejected_images_fail_the_job_and_keep_the_ledger(
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_mended_images_are_taken_up_by_the_same_command(source: Path, tmp_path: Path) -> None:
+def test_repaired_images_are_taken_up_by_the_same_command(source: Path, tmp_path: Path) -> None:
     copy, output = tmp_path / "images", tmp_path / "shards"
     shutil.copytree(source, copy)
     good = sorted((copy / "train").rglob("*.JPEG"))[:2]
@@ -349,7 +349,7 @@ def job(source: Path, output: Path, *more: str) -> subprocess.CompletedProcess[s
     )
 
 
-def wait_for_parts(output: Path, count: int, process: "subprocess.Popen[bytes]") -> None:
+def wait_for_records(output: Path, count: int, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + 200
     while len(list(output.glob("*/*.parquet"))) < count:
         assert process.poll() is None, "the job ended before it could be killed"
@@ -368,7 +368,7 @@ def test_a_job_killed_midway_goes_on_and_writes_the_same_bytes(tmp_path: Path) -
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:
-        wait_for_parts(output, 5, process)
+        wait_for_records(output, 5, process)
         os.killpg(process.pid, signal.SIGKILL)
     kept = {path: path.stat().st_mtime_ns for path in output.glob("*/*.parquet")}
     assert 5 <= len(kept) < 81

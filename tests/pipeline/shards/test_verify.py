@@ -1,18 +1,23 @@
+import itertools
 import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from webdataset import tariterators
 
 from jobs import cli
 from jobs.preprocess.__main__ import main, problem_lines
 from pipeline.errors import UserError
-from pipeline.shards.make import Progress, preprocess
+from pipeline.shards.format import read_manifest
+from pipeline.shards.ledger import read_record
+from pipeline.shards.make import Outcome, Progress, preprocess
 from pipeline.shards.plan import PreprocessConfig
-from pipeline.shards.verify import Verification, repair, verify
+from pipeline.shards.verify import Verification, _shard_problems, verify
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 from tests import remote
 
@@ -32,19 +37,22 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def sound(images: Path, ray_local: None) -> Path:
-    output = images.parent / "shards"
+def made(source: Path, output: Path | str) -> Outcome:
+    """Make the set, or what is missing of it."""
     config = PreprocessConfig(
-        source=str(images),
+        source=str(source),
         output=str(output),
         image_size=32,
         superpixels=25,
         samples_per_shard=20,
         max_bad_share=0.1,
     )
-    preprocess(config, quiet, cli.connect_ray)
-    return output
+    return preprocess(config, quiet, cli.connect_ray)
+
+
+@pytest.fixture(scope="module")
+def sound(images: Path, ray_local: None) -> Path:
+    return Path(made(images, images.parent / "shards").output)
 
 
 @pytest.fixture
@@ -52,19 +60,27 @@ def output(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "shards"))
 
 
-def check(output: Path) -> Verification:
+def remove_named(output: Path, result: Verification) -> None:
+    for task in result.damaged:
+        for path in output.glob(f"{task.split}/{task.name}.*"):
+            path.unlink()
+    for name in result.problems:
+        (output / name).unlink(missing_ok=True)
+
+
+def check(output: Path | str) -> Verification:
     return verify(str(output), None, quiet, cli.connect_ray)
 
 
 def flip(path: Path, position: int) -> None:
-    """One bit of one byte."""
+    """Change one bit of one byte."""
     data = bytearray(path.read_bytes())
     data[position] ^= 4
     path.write_bytes(data)
 
 
 def state(output: Path) -> dict[str, tuple[int, int, bytes]]:
-    """What changes where a file is written again, and its bytes."""
+    """Return what changes where a file is written again, and its bytes."""
     return {
         str(path.relative_to(output)): (
             path.stat().st_mtime_ns,
@@ -76,8 +92,8 @@ def state(output: Path) -> dict[str, tuple[int, int, bytes]]:
     }
 
 
-def rewrite_part(path: Path, column: str, value: object) -> None:
-    """Change the first row's value in a part and keep its facts."""
+def rewrite_record(path: Path, column: str, value: object) -> None:
+    """Change the first row's value in a record and keep its facts."""
     table = pq.read_table(path, partitioning=None)
     rows = table.to_pylist()
     rows[0][column] = value
@@ -92,11 +108,10 @@ def manifest_with(output: Path, **changes: object) -> None:
 
 def test_a_sound_set_is_sound_and_stays_untouched(output: Path) -> None:
     before = state(output)
-    found = check(output)
-    assert found.is_sound
-    assert sum(check.decoded for check in found.shards.values()) == 4 * 8
-    assert sum(c.totals.rejected for c in found.shards.values() if c.totals) == 1
-    repair(found, "", None, quiet)
+    result = check(output)
+    assert result.is_sound
+    assert sum(check.decoded for check in result.shards.values()) == 4 * 8
+    assert sum(c.totals.rejected for c in result.shards.values() if c.totals) == 1
     assert state(output) == before
 
 
@@ -117,38 +132,41 @@ SHARD_DAMAGE: dict[str, tuple[Damage, str]] = {
         "is not the shard's index",
     ),
     "no index": (lambda o: (o / f"{PREFIX}.idx").unlink(), r"train-000001\.idx: is missing"),
-    "no part": (lambda o: (o / f"{PREFIX}.parquet").unlink(), r"parquet is missing"),
-    "a part cut off": (
+    "no record": (lambda o: (o / f"{PREFIX}.parquet").unlink(), r"parquet is missing"),
+    "a record cut off": (
         lambda o: (o / f"{PREFIX}.parquet").write_bytes(b"PAR1"),
         r"parquet cannot be read",
     ),
-    "a path in the part": (
-        lambda o: rewrite_part(o / f"{PREFIX}.parquet", "path", "elsewhere"),
+    "a path in the record": (
+        lambda o: rewrite_record(o / f"{PREFIX}.parquet", "path", "elsewhere"),
         r"its rows are not those of ledger\.parquet",
     ),
-    "a row of the part": (
-        lambda o: rewrite_part(o / f"{PREFIX}.parquet", "row", 7),
+    "a row of the record": (
+        lambda o: rewrite_record(o / f"{PREFIX}.parquet", "row", 7),
         "its rows are not 20 to 39",
     ),
 }
 
 
 @pytest.mark.parametrize("name", SHARD_DAMAGE)
-def test_a_damaged_shard_is_named_and_made_again_alone(output: Path, name: str) -> None:
+def test_a_damaged_shard_is_named_and_made_again_alone_once_it_is_removed(
+    output: Path, images: Path, name: str
+) -> None:
     damage, message = SHARD_DAMAGE[name]
     before = state(output)
     damage(output)
-    found = check(output)
-    assert [task.name for task in found.damaged] == ["train-000001"]
-    line, *_ = problem_lines(found)
+    result = check(output)
+    assert [task.name for task in result.damaged] == ["train-000001"]
+    line, *_ = problem_lines(result)
     assert re.search(message, line), line
-    repair(found, "", None, quiet)
-    assert found.is_sound
+    remove_named(output, result)
+    made(images, output)
     assert check(output).is_sound
     after = state(output)
     assert {name: x[2] for name, x in after.items()} == {name: x[2] for name, x in before.items()}
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {f"{PREFIX}.{suffix}" for suffix in ("tar", "idx", "parquet")}
+    suffixes = ("tar", "idx", "parquet")
+    assert changed == {*(f"{PREFIX}.{suffix}" for suffix in suffixes), "ledger.parquet"}
 
 
 @pytest.mark.parametrize(
@@ -164,28 +182,48 @@ def test_a_damaged_shard_is_named_and_made_again_alone(output: Path, name: str) 
         ),
     ],
 )
-def test_what_tells_of_the_whole_set_is_written_again_without_the_images(
-    output: Path, damage: Damage, file: str, message: str
+def test_a_damaged_file_of_the_whole_set_is_named_and_written_again_without_an_image(
+    output: Path, images: Path, damage: Damage, file: str, message: str
 ) -> None:
     before = state(output)
     damage(output)
-    found = check(output)
-    assert found.damaged == []
-    (line,) = problem_lines(found)
+    result = check(output)
+    assert result.damaged == []
+    (line,) = problem_lines(result)
     assert line.startswith(f"{file}: {message}")
-    repair(found, "/nowhere", None, quiet)
+    remove_named(output, result)
+    assert made(images, output).progress.done == 0
     assert check(output).is_sound
     after = state(output)
-    assert after[file][2] == before[file][2]
-    assert {name for name in after if after[name] != before[name]} == {file}
+    assert {name: x[2] for name, x in after.items()} == {name: x[2] for name, x in before.items()}
 
 
 def test_a_writer_that_lied_is_found_by_decoding(output: Path) -> None:
     """The shard's hash is right everywhere, but the manifest's shape is not what it holds."""
     manifest_with(output, segments_dtype="uint16")
-    found = check(output)
-    assert len(found.damaged) == 4
-    assert "cannot be decoded" in problem_lines(found)[0]
+    result = check(output)
+    assert len(result.damaged) == 4
+    assert "cannot be decoded" in problem_lines(result)[0]
+
+
+def test_a_shard_that_webdataset_reads_otherwise_is_named(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = np.fromfile(output / f"{PREFIX}.tar", np.uint8)
+    record = read_record(output / f"{PREFIX}.parquet")
+    index = (output / f"{PREFIX}.idx").read_bytes()
+    manifest = read_manifest(output)
+    shard = manifest.splits["train"].shards[1]
+
+    def problems() -> list[str]:
+        return list(_shard_problems(content, index, shard, manifest, record, {0}))
+
+    assert problems() == []
+    original = tariterators.tar_file_iterator
+    monkeypatch.setattr(
+        tariterators, "tar_file_iterator", lambda file: itertools.islice(original(file), 1, None)
+    )
+    assert "webdataset" in problems()[0]
 
 
 def test_a_source_that_changed_since_is_not_taken_for_a_repair(
@@ -194,13 +232,14 @@ def test_a_source_that_changed_since_is_not_taken_for_a_repair(
     moved = Path(shutil.copytree(images, tmp_path / "moved"))
     for path in (moved / "train").rglob("*.JPEG"):
         shutil.copy(next((moved / "val").glob("*01.JPEG")), path)
+    before = {name: data for name, (_, _, data) in state(output).items()}
     (output / f"{PREFIX}.tar").unlink()
-    manifest = (output / "dataset.json").read_bytes()
-    with pytest.raises(UserError, match=r"train-000001: made again, .* not what dataset\.json"):
-        repair(check(output), str(moved), None, quiet)
-    assert (output / "dataset.json").read_bytes() == manifest
-    repair(check(output), str(images), None, quiet)
-    assert check(output).is_sound
+    with pytest.raises(UserError, match=r"train-000001 of .* not what dataset\.json records"):
+        made(moved, output)
+    assert (output / "dataset.json").read_bytes() == before["dataset.json"]
+    remove_named(output, check(output))
+    made(images, output)
+    assert {name: data for name, (_, _, data) in state(output).items()} == before
 
 
 def test_an_unfinished_set_and_one_without_plan_cannot_be_verified(output: Path) -> None:
@@ -223,12 +262,12 @@ def test_the_command_prints_a_table_names_what_to_remove_and_makes_that_again(
     assert "not part of the set: train/notes.txt" in shown
     assert shown.endswith("is sound.\n")
     flip(output / f"{PREFIX}.tar", 5000)
-    with pytest.raises(UserError, match=r"train/train-000001\.\*, dataset\.json"):
+    with pytest.raises(UserError, match=r"train/train-000001\.\*"):
         main(["--verify", "--output", str(output)])
     assert "train-000001.tar: its SHA-256" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--superpixels 99: the set in .* was made with 25"):
         main(["--verify", "--output", str(output), "--superpixels", "99"])
-    for path in [*output.glob(f"{PREFIX}.*"), output / "dataset.json"]:
+    for path in output.glob(f"{PREFIX}.*"):
         path.unlink()
     flags = "--image-size 32 --superpixels 25 --samples-per-shard 20 --max-bad-share 0.1"
     main(["--source", str(images), "--output", str(output), *flags.split()])
@@ -240,19 +279,20 @@ def test_the_command_prints_a_table_names_what_to_remove_and_makes_that_again(
 
 
 def test_a_set_on_object_storage_is_verified_and_repaired_there(
-    output: Path, s3_endpoint: str
+    output: Path, images: Path, s3_endpoint: str
 ) -> None:
-    place = remote.upload(output, s3_endpoint, "verified")
+    uri = remote.upload(output, s3_endpoint, "verified")
     system = remote.client(s3_endpoint)
-    found = verify(place, None, quiet, cli.connect_ray)
-    assert found.is_sound
-    assert sum(check.bytes for check in found.shards.values()) > 100_000
+    result = check(uri)
+    assert result.is_sound
+    assert sum(check.bytes for check in result.shards.values()) > 100_000
     with system.open_output_stream(f"sets/verified/{PREFIX}.idx") as file:
         file.write(b"v1.2 1\n")
-    found = verify(place, None, quiet, cli.connect_ray)
-    assert [task.name for task in found.damaged] == ["train-000001"]
-    repair(found, "", None, quiet)
-    assert problem_lines(verify(place, None, quiet, cli.connect_ray)) == []
+    assert [task.name for task in check(uri).damaged] == ["train-000001"]
+    for suffix in ("tar", "idx", "parquet"):
+        system.delete_file(f"sets/verified/{PREFIX}.{suffix}")
+    made(images, uri)
+    assert problem_lines(check(uri)) == []
     for path in output.rglob("*"):
         if path.is_file():
             with system.open_input_file(f"sets/verified/{path.relative_to(output)}") as file:

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.shards.make import make_shard
 from pipeline.shards.plan import PreprocessConfig, make_plan
+from pipeline.shards.shard import make_shard
 from pipeline.sources import labels
 from pipeline.sources.find import Source
 from tests import remote

@@ -1,0 +1,102 @@
+"""The output of a plan, which its plan.json describes and one driver at a time writes."""
+
+import errno
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.shards.plan import Plan
+
+PLAN_NAME = "plan.json"
+
+
+def read_fingerprint(output: str) -> dict[str, Any]:
+    """Read the plan.json at location `output`.
+
+    Raises MissingError where there is none and UserError where it is damaged.
+    """
+    location = storage.join(output, PLAN_NAME)
+    try:
+        content = json.loads(storage.read_bytes(location))
+        if isinstance(content, dict):
+            return content
+        raise ValueError("it holds no object")
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{location} is damaged ({error}); delete {output}.") from error
+
+
+def claim_output(plan: Plan) -> None:
+    """Make the output folder this plan's own, or raise UserError where it is another's."""
+    path = storage.join(plan.output, PLAN_NAME)
+    if storage.is_file(plan.output):
+        raise UserError(f"{plan.output} is a file; choose an empty folder.")
+    if storage.is_file(path):
+        recorded = read_fingerprint(plan.output)
+        if recorded != plan.fingerprint:
+            raise UserError(
+                f"{plan.output} holds shards of another configuration "
+                f"({_difference(recorded, plan.fingerprint)}); choose another output or delete it."
+            )
+        return
+    if any(storage.entries(plan.output)):
+        raise UserError(
+            f"{plan.output} is not empty and holds no {PLAN_NAME}; choose an empty folder."
+        )
+    if not storage.is_remote(plan.output):
+        for split in plan.listed.images:
+            (storage.local_path(plan.output) / split).mkdir(parents=True, exist_ok=True)
+    content = json.dumps(plan.fingerprint, indent=1, sort_keys=True) + "\n"
+    storage.write_atomically(path, content.encode())
+
+
+@contextmanager
+def exclusive_output(output: str) -> Iterator[None]:
+    """Keep other drivers from a claimed local output, and leave no temporary file there.
+
+    Raises UserError where another is at work. On a remote output nothing is locked: objects appear
+    whole, and two drivers of one plan write the same bytes.
+    """
+    if storage.is_remote(output):
+        yield
+        return
+    folder = storage.local_path(output)
+    with (folder / PLAN_NAME).open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is at work on {output}; wait for it, or end it."
+            ) from error
+        except OSError as error:  # some network file systems have no locks: as on remote outputs
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        _clean(folder)
+        try:
+            yield
+        finally:  # tasks that were killed and repeated
+            _clean(folder)
+
+
+def _clean(folder: Path) -> None:
+    for path in (folder, *(x for x in folder.iterdir() if x.is_dir())):
+        storage.remove_temporaries(path)
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return the first difference of two fingerprints in words."""
+    for name in ("format", "layout", "configuration", "images", "versions"):
+        old, new = before.get(name), now[name]
+        if isinstance(old, dict) and isinstance(new, dict):
+            for key in sorted({*old, *new}):
+                if old.get(key) != new.get(key):
+                    return f"{name} {key}: {old.get(key)} before, {new.get(key)} now"
+        elif old != new:
+            return f"{name}: {old} before, {new} now"
+    return "the source's files, labels or boxes have changed since"

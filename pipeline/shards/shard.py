@@ -1,0 +1,124 @@
+"""One shard: listed images -> samples -> a tar with its index and record."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline import storage
+from pipeline.shards.format import Sample, ShardPacker, write_shard
+from pipeline.shards.images import ImageError, read_image
+from pipeline.shards.ledger import OK, REJECTED, LedgerRow, ShardFacts, write_record
+from pipeline.shards.plan import PreprocessConfig, ShardTask
+from pipeline.shards.superpixels import superpixels
+from pipeline.sources.annotations import fit_boxes
+from pipeline.sources.files import SourceFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardReport:
+    """The result of a task. facts: those of its record; rejected: images; seconds: it took."""
+
+    facts: ShardFacts
+    rejected: int
+    seconds: float
+
+
+def make_shard(
+    task: ShardTask, images: pa.Table, source: str, output: str, config: PreprocessConfig
+) -> ShardReport:
+    """Make one shard of the listed `images`, its index and, last, its record.
+
+    Needs no Ray, and may be repeated.
+    """
+    from pipeline.shards.pixels import moments  # compiled code, which a driver does not need
+
+    started = time.monotonic()
+    record = task.record(output)
+    if not storage.is_remote(output):
+        storage.local_path(record).parent.mkdir(parents=True, exist_ok=True)
+    packer, rows = ShardPacker(config.image_format), []
+    sums = np.zeros((2, 3), np.int64)
+    listed = images.to_pylist()
+    with SourceFiles(source) as files:
+        fetched = files.fetch((x["path"], x["offset"], x["size"]) for x in listed)
+        for number, (image, fetch) in enumerate(zip(listed, fetched, strict=True)):
+            row, sample = make_sample(task, number, image, fetch, config)
+            if sample is not None:
+                row |= {"shard": f"{task.name}.tar", "position": packer.images}
+                packer.add(sample)
+                sums += moments(sample.image)
+            rows.append(row)
+    packed = packer.finish()
+    # Readers of tars dislike empty ones.
+    shard = write_shard(storage.with_suffix(record, ".tar"), packed) if packed.images else None
+    (r, g, b), (rr, gg, bb) = sums.tolist()
+    facts = ShardFacts(
+        shard=shard,
+        index_bytes=len(packed.index) if shard else 0,
+        pixels=packed.images * config.height * config.width,
+        sums=(r, g, b),
+        squares=(rr, gg, bb),
+    )
+    write_record(record, rows, facts)
+    rejected = len(rows) - packed.images
+    return ShardReport(facts=facts, rejected=rejected, seconds=time.monotonic() - started)
+
+
+def make_sample(
+    task: ShardTask,
+    number: int,
+    image: dict[str, Any],
+    fetch: Callable[[], bytes],
+    config: PreprocessConfig,
+) -> tuple[LedgerRow, Sample | None]:
+    """Make the sample of a shard's listed image `number`, whose bytes `fetch` returns.
+
+    Returns its ledger row too, but for `shard` and `position`; no sample where it is rejected.
+    """
+    row_number = task.first_row + number
+    row: LedgerRow = {
+        "row": row_number,
+        "split": task.split,
+        "key": f"{task.split}-{row_number:08d}",
+        **{name: image[name] for name in ("id", "path", "wnid", "label", "note")},
+    }
+    try:
+        decoded = read_image(_content(image, fetch), config.height, config.width)
+    except ImageError as error:
+        return row | {"status": REJECTED, "reason": str(error)}, None
+    segments = superpixels(decoded.pixels, config.superpixels, config.compactness)
+    box_size = (image["box_width"], image["box_height"]) if image["box_width"] else None
+    boxes, box_note = fit_boxes(image["boxes"], box_size, decoded.width, decoded.height)
+    notes = (decoded.note, image["note"], box_note)
+    row |= {
+        "status": OK,
+        "note": "; ".join(note for note in notes if note) or None,
+        "width": decoded.width,
+        "height": decoded.height,
+        "superpixels": int(segments.max()) + 1,
+        "boxes": boxes,
+    }
+    sample = Sample(
+        key=row["key"],
+        row=row_number,
+        label=row["label"],
+        image=decoded.pixels,
+        segments=segments,
+        meta={name: row[name] for name in ("id", "wnid", "width", "height", "boxes")},
+    )
+    return row, sample
+
+
+def _content(image: dict[str, Any], fetch: Callable[[], bytes]) -> bytes:
+    """Return a listed image's bytes. Raises ImageError where its file is the problem."""
+    if image["problem"]:
+        raise ImageError(image["problem"])
+    try:
+        return fetch()
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        # Of the file itself; a failing disk or network must fail the task, not reject its images.
+        raise ImageError(f"unreadable file: {error.strerror}") from error
