@@ -10,9 +10,15 @@ import pyarrow as pa
 
 from model.localization import localize
 from pipeline.evaluation.metrics import SUBSET_GROUPS, Sweep, subset_masks
-from pipeline.evaluation.protocols import PROTOCOLS, own_boxes, scale_boxes, truth_boxes
-from pipeline.evaluation.sweep import (
+from pipeline.evaluation.protocols import (
     IOU_GRID,
+    PROTOCOLS,
+    own_boxes,
+    scale_boxes,
+    thresholds,
+    truth_boxes,
+)
+from pipeline.evaluation.sweep import (
     LevelBoxes,
     add_counts,
     level_boxes,
@@ -21,7 +27,6 @@ from pipeline.evaluation.sweep import (
     quantize,
     stretch,
     threshold_levels,
-    thresholds,
 )
 from pipeline.evaluation.truth import GroundTruth
 

@@ -8,24 +8,20 @@ import numpy as np
 from pipeline.evaluation.protocols import IOU_THRESHOLD, box_area
 
 GRID = np.arange(1, 41) / 40  # shares of a side that the search tries
-
-
 MAX_FIT_IMAGES = 20_000
-
-
 HALF_AREA = (math.sqrt(0.5), math.sqrt(0.5))  # a centred box of half the image's area
 
 
 def whole_image_boxes(sizes: np.ndarray) -> np.ndarray:
-    """The box that covers each image: integer [N, 2] -> int64 [N, 4]."""
+    """Return the box that covers each image: integer [N, 2] -> int64 [N, 4]."""
     return centred_boxes(sizes, (1.0, 1.0))
 
 
 def centred_boxes(sizes: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
-    """A centred box in each image: integer [N, 2] -> int64 [N, 4].
+    """Return a centred box in each image: integer [N, 2] -> int64 [N, 4].
 
-    shares: its (height, width) as shares of the image's, in (0, 1]; rounded to whole pixels, at
-    least one. An odd margin's extra pixel lies right of and below the box.
+    shares: the box's (height, width) as shares of the image's, in (0, 1]; rounded to whole pixels,
+    at least one. An odd margin's extra pixel lies right of and below the box.
     """
     extent = np.maximum(np.rint(sizes * np.array(shares)), 1).astype(np.int64)
     first = (sizes - extent) // 2
@@ -35,8 +31,8 @@ def centred_boxes(sizes: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
 def _overlaps(
     sizes: np.ndarray, low: np.ndarray, high: np.ndarray, axis: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Along one axis (0: y, 1: x), for each share of GRID and each truth: extent of the centred
-    box, and pixels it shares with the truth; int64 [len(GRID), M] each."""
+    """Return along one axis (0: y, 1: x), for each share of GRID and each truth, the extent of the
+    centred box and the pixels it shares with the truth; int64 [len(GRID), M] each."""
     extents, shared = [], []
     for share in GRID:
         boxes = centred_boxes(sizes, (share, share))
@@ -49,10 +45,10 @@ def _overlaps(
 def fit_centred_box(
     sizes: np.ndarray, truths: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[float, float] | None:
-    """The (height, width) shares whose centred box has the best GT-known localization.
+    """Find the (height, width) shares whose centred box has the best GT-known localization.
 
     sizes: integer [N, 2]; truths: for each image its boxes, possibly none. Every pair of shares
-    1/40, 2/40 ... 1 is tried, on at most 20,000 images spread evenly over the set; of equally
+    1/40, 2/40 ... 1 is tried, on at most 20,000 images spread evenly over the set. Of equally
     good pairs the one with the smallest height, then width, wins. None where no box is known.
     """
     usable = np.array([i for i, boxes in enumerate(truths) if boxes], np.int64)

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom
 
-from pipeline.evaluation.protocols import IOU_THRESHOLD, box_area
-from pipeline.evaluation.sweep import IOU_GRID, max_box_acc, max_box_acc_v2, thresholds
+from pipeline.evaluation.protocols import IOU_GRID, IOU_THRESHOLD, V2_IOUS, box_area, thresholds
 
 REPLICATES = 1000
 CONFIDENCE = 0.95
@@ -231,6 +230,30 @@ def sweep_figures(sweep: Sweep | None, ious: np.ndarray, subset: str | None) -> 
         "max_box_acc_threshold": threshold,
         "max_box_acc_v2": max_box_acc_v2(sweep.contours[groups].sum(axis=0), len(known)),
     }
+
+
+def _right(counts: np.ndarray, iou: float) -> np.ndarray:
+    """Count the images whose IoU is at least `iou` (of IOU_GRID), by threshold: int64 [T]."""
+    return counts[:, int(np.flatnonzero(iou == IOU_GRID)[0]) + 1 :].sum(axis=1)
+
+
+def max_box_acc(counts: np.ndarray, images: int) -> tuple[float, float]:
+    """Return MaxBoxAcc, the best share of right images over the thresholds, and its threshold.
+
+    counts: int64 [T, 20] of the largest contours (`sweep.add_counts`), T = len(thresholds()). Of
+    equal thresholds the smallest.
+    """
+    right = _right(counts, IOU_THRESHOLD)
+    best = int(right.argmax())
+    return int(right[best]) / images, float(thresholds()[best])
+
+
+def max_box_acc_v2(counts: np.ndarray, images: int) -> float:
+    """Return MaxBoxAccV2, the mean over IoU 0.3, 0.5, 0.7 of each one's best share over thresholds.
+
+    counts: int64 [T, 20] of the best of all contours (`sweep.add_counts`).
+    """
+    return sum(int(_right(counts, iou).max()) for iou in V2_IOUS) / (len(V2_IOUS) * images)
 
 
 def curves(outcomes: Outcomes) -> dict[str, Any]:

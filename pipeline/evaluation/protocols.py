@@ -1,4 +1,4 @@
-"""The protocols under which boxes are compared: their coordinates and their IoU.
+"""The protocols under which boxes are compared: their coordinates, their IoU and the thresholds.
 
 Boxes are [x0, y0, x1, y1]. Ours are inclusive integer pixels; the truth's are numbers that each
 protocol reads in its own way, and the figures differ by up to a point (docs/formats.md).
@@ -31,15 +31,24 @@ PROTOCOLS = {
     ),
 }
 IOU_THRESHOLD = 0.5  # from which a box is right
+IOU_GRID = np.arange(1, 20) / 20  # correctly rounded, so 6 / 20 is the float 0.3
+V2_IOUS = (0.3, 0.5, 0.7)  # of MaxBoxAccV2
+THRESHOLD_STEP = 0.001
+
+
+def thresholds(step: float = THRESHOLD_STEP) -> np.ndarray:
+    """Return the thresholds of score maps, as shares of a map's maximum: float64, 0, step ... below
+    1."""
+    return np.arange(0, 1, step)
 
 
 def box_area(boxes: np.ndarray, plus: int = 1) -> np.ndarray:
-    """Pixels in boxes: [..., 4] -> [...]."""
+    """Count the pixels in boxes: [..., 4] -> [...]."""
     return (boxes[..., 2:] - boxes[..., :2] + plus).prod(axis=-1)
 
 
 def iou(boxes: np.ndarray, others: np.ndarray, plus: int = 1) -> np.ndarray:
-    """Intersection over union: [..., 4] and [..., 4] -> float64 [...], in [0, 1].
+    """Return intersection over union: [..., 4] and [..., 4] -> float64 [...], in [0, 1].
 
     For integer boxes areas are integers and the quotient is rounded once, so comparing it with
     0.5 is exact. 0 where both boxes are empty (plus 0).
@@ -54,7 +63,7 @@ def iou(boxes: np.ndarray, others: np.ndarray, plus: int = 1) -> np.ndarray:
 
 
 def truth_boxes(boxes: np.ndarray, sizes: np.ndarray, protocol: str) -> np.ndarray:
-    """Ground truth, or boxes given in its coordinates, as the protocol reads them.
+    """Read ground truth, or boxes given in its coordinates, as the protocol does.
 
     boxes: [M, 4] in original pixels; sizes: integer [M, 2], (height, width) of each box's image.
     """
@@ -65,7 +74,7 @@ def truth_boxes(boxes: np.ndarray, sizes: np.ndarray, protocol: str) -> np.ndarr
 
 
 def own_boxes(boxes: np.ndarray, grid: np.ndarray, sizes: np.ndarray, protocol: str) -> np.ndarray:
-    """Our boxes, in inclusive pixels of a map or image, in the protocol's coordinates.
+    """Carry our boxes, in inclusive pixels of a map or image, to the protocol's coordinates.
 
     boxes: integer [N, 4]; grid: (height, width) or [N, 2] of what they are pixels of; sizes:
     the same of the original images. Returns int64 [N, 4].
@@ -80,7 +89,7 @@ def own_boxes(boxes: np.ndarray, grid: np.ndarray, sizes: np.ndarray, protocol: 
 def best_iou(
     boxes: np.ndarray, truths: np.ndarray, starts: np.ndarray, plus: int = 1
 ) -> np.ndarray:
-    """The largest IoU of each box with its image's ground-truth boxes.
+    """Return the largest IoU of each box with its image's ground-truth boxes.
 
     boxes: [N, 4]; truths: [M, 4], image by image; starts: int64 [N + 1], image i's are
     truths[starts[i]:starts[i + 1]]. Returns float64 [N] in [0, 1], NaN where there is none.
@@ -94,12 +103,12 @@ def best_iou(
 def scale_boxes(
     boxes: np.ndarray, stored: np.ndarray | tuple[int, int], sizes: np.ndarray
 ) -> np.ndarray:
-    """Boxes in pixels of one size -> boxes in pixels of another, of the same images.
+    """Scale boxes from pixels of one size of their images to pixels of another.
 
     boxes: integer [N, 4]; stored, sizes: integer (height, width) or [N, 2], from and to. The
-    edges of the pixels are scaled, x and y alone, and rounded to the nearest edge, in integers:
-    the whole of one is the whole of the other. Returns int64 [N, 4], within the image and of at
-    least one pixel.
+    edges of the pixels are scaled, x and y each by itself, and rounded to the nearest edge, in
+    integers: the whole image stays the whole image. Returns int64 [N, 4], within the image and of
+    at least one pixel.
     """
     from_size = np.asarray(stored, np.int64)[..., ::-1]
     to_size = np.asarray(sizes, np.int64)[..., ::-1]

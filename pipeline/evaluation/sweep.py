@@ -21,15 +21,14 @@ little, so here no contour is drawn at all:
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-THRESHOLD_STEP = 0.001
-IOU_GRID = np.arange(1, 20) / 20  # correctly rounded, so 6 / 20 is the float 0.3
+from pipeline.evaluation.protocols import IOU_GRID, thresholds
+
 LEVELS = 256
-MAX_BOX_ACC_IOU = 0.5
-V2_IOUS = (0.3, 0.5, 0.7)
 
 # The eight neighbours (dy, dx) of a pixel in circular order; bit i of a ring mask is neighbour i.
 RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
@@ -37,11 +36,11 @@ RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
 
 @dataclass(frozen=True, kw_only=True)
 class LevelBoxes:
-    """Boxes of all contours of a map at all levels, as `level_boxes` finds them.
+    """Boxes of all contours of a map at all levels, from `level_boxes`.
 
-    boxes: int32 [C, 4], [x0, y0, x1, y1] in inclusive pixels of the map; a contour whose box
-    changes with the level has a row for each box, and rows may repeat.
-    first, last: int16 [C], the levels t, inclusive, at which that contour has that box.
+    boxes: int32 [C, 4], [x0, y0, x1, y1] in inclusive pixels of the map. A contour whose box
+    changes with the level has a row for each box; rows may repeat.
+    first, last: int16 [C], the levels t, inclusive, at which the contour has the box.
     largest: int32 [256], the row of the largest contour at each level, -1 where there is none.
     maximum: the map's highest level.
     """
@@ -53,13 +52,8 @@ class LevelBoxes:
     maximum: int
 
 
-def thresholds(step: float = THRESHOLD_STEP) -> np.ndarray:
-    """The thresholds, as shares of a map's maximum: float64, 0, step ... below 1."""
-    return np.arange(0, 1, step)
-
-
 def threshold_levels(maximum: int) -> np.ndarray:
-    """The level of each threshold for a map whose highest level is `maximum`: int64 [T].
+    """Return the level of each threshold for a map whose highest level is `maximum`: int64 [T].
 
     Pixels strictly above that level are drawn. Truncated from the float64 product.
     """
@@ -67,10 +61,10 @@ def threshold_levels(maximum: int) -> np.ndarray:
 
 
 def quantize(maps: np.ndarray) -> np.ndarray:
-    """Scores in [0, 1] -> levels 0 ... 255: 255 times the score in float64, truncated.
+    """Turn scores in [0, 1] into levels 0 ... 255: 255 times the score in float64, truncated.
 
-    maps: any float dtype and shape. Returns uint8 of the same shape. Raises ValueError for NaN and
-    for scores outside [0, 1].
+    maps: any float dtype and shape. Returns uint8 of the same shape. Raises ValueError for NaN
+    and for scores outside [0, 1].
     """
     scores = np.asarray(maps, np.float64)
     if scores.size and not (scores.min() >= 0 and scores.max() <= 1):
@@ -82,7 +76,7 @@ def quantize(maps: np.ndarray) -> np.ndarray:
 
 
 def stretch(maps: np.ndarray) -> np.ndarray:
-    """Each map's minimum to 0 and maximum to 1: float [B, H, W] -> float64 [B, H, W].
+    """Stretch each map from 0 to 1: float [B, H, W] -> float64 [B, H, W].
 
     A flat map becomes zeros. Raises ValueError for NaN and infinite values.
     """
@@ -92,18 +86,18 @@ def stretch(maps: np.ndarray) -> np.ndarray:
     if not np.isfinite(spread).all():
         bad = np.flatnonzero(~np.isfinite(spread.ravel())).tolist()
         raise ValueError(
-            f"maps {bad} of the batch hold NaN or infinite values, which no range can be "
-            "stretched from; check the net that made them."
+            f"maps {bad} of the batch have NaN or infinite values, so they cannot be stretched; "
+            "check the net that made them."
         )
     return (scores - lowest) / np.where(spread > 0, spread, 1.0)
 
 
 def _ring_tables(connectivity: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a pixel joins, by the mask of its neighbours that came before it.
+    """Tabulate what a pixel joins, by the ring mask of the neighbours that came before it.
 
     Returns int8 [256, 4]: a neighbour (index in RING) of each component that the pixel touches, -1
-    where there are fewer than four; and int8 [256]: by how much it raises twice the polygon area,
-    1 for each 2 x 2 quad in which it is the third or the fourth pixel.
+    where there are fewer than four; and int8 [256]: by how much it raises twice the polygon's
+    area, 1 for each 2 x 2 quad in which it is the third or the fourth pixel.
     """
 
     def reach(dy: int, dx: int) -> bool:
@@ -113,16 +107,15 @@ def _ring_tables(connectivity: int) -> tuple[np.ndarray, np.ndarray]:
     gains = np.zeros(256, np.int8)
     for mask in range(256):
         left = {i for i in range(8) if mask >> i & 1}
-        found = []
+        touched = []
         while left:
             group = [left.pop()]
             for i in group:
                 near = {j for j in left if reach(RING[i][0] - RING[j][0], RING[i][1] - RING[j][1])}
                 group += near
                 left -= near
-            touching = [i for i in group if reach(*RING[i])]
-            found += touching[:1]
-        joins[mask, : len(found)] = found
+            touched += [i for i in group if reach(*RING[i])][:1]
+        joins[mask, : len(touched)] = touched
         corners = ((7, 0, 1), (1, 2, 3), (3, 4, 5), (5, 6, 7))
         gains[mask] = sum(sum(mask >> i & 1 for i in corner) >= 2 for corner in corners)
     return joins, gains
@@ -142,22 +135,22 @@ def _fill_holes(values: np.ndarray) -> np.ndarray:
     rows, stride = values.shape
     filled = np.zeros_like(values)
     for y in range(1, rows - 1):
-        own, above, here = values[y], filled[y - 1], filled[y]
+        own, above, row = values[y], filled[y - 1], filled[y]
         level = np.uint8(0)
         for x in range(1, stride - 1):
             level = max(own[x], min(above[x], level))
-            here[x] = level
+            row[x] = level
     size = rows * stride
     queue = np.empty(size, np.int32)
     queued = np.zeros(size, np.bool_)
     head = tail = 0
     for y in range(rows - 2, 0, -1):
-        own, below, here = values[y], filled[y + 1], filled[y]
+        own, below, row = values[y], filled[y + 1], filled[y]
         own_below = values[y + 1]
         right = np.uint8(0)
         for x in range(stride - 2, 0, -1):
-            level = max(own[x], min(here[x], min(below[x], right)))
-            here[x] = level
+            level = max(own[x], min(row[x], min(below[x], right)))
+            row[x] = level
             if (below[x] > level and below[x] > own_below[x]) or (
                 right > level and right > own[x + 1]
             ):
@@ -187,11 +180,11 @@ def _fill_holes(values: np.ndarray) -> np.ndarray:
 
 @njit(cache=True)
 def _descending(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pixels above 0 from the highest to the lowest, those of a level in reading order.
+    """Sort the pixels above 0 from the highest to the lowest, those of a level in reading order.
 
-    Returns int32 [N] of flat positions; int64 [257], where each level's pixels end (level v holds
-    [ends[v + 1], ends[v])); and uint8 [H + 2, S], for each pixel the ring mask of the neighbours
-    that come before it.
+    Returns uint32 [N] of flat positions (signed ones cost numba a check for a wrap); int64 [257],
+    where each level's pixels end (level v is [ends[v + 1], ends[v])); and uint8 [H + 2, S], for
+    each pixel the ring mask of the neighbours that come before it.
     """
     rows, stride = values.shape
     ends = np.zeros(LEVELS + 1, np.int64)
@@ -216,171 +209,226 @@ def _descending(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     ends[0] = 0
     for v in range(LEVELS - 1, -1, -1):
         ends[v] += ends[v + 1]
-    place = ends[1:].copy()
-    order = np.empty(ends[0], np.int32)
+    following = ends[1:].copy()  # where the next pixel of each level goes
+    order = np.empty(ends[0], np.uint32)
     for y in range(1, rows - 1):
         for x in range(1, stride - 1):
             v = values[y, x]
             if v:
-                order[place[v]] = y * stride + x
-                place[v] += 1
+                order[following[v]] = y * stride + x
+                following[v] += 1
     return order, ends, masks
 
 
-@njit(cache=True)
-def _root(parent: np.ndarray, label: int) -> int:
-    while parent[label] != label:
-        parent[label] = parent[parent[label]]
-        label = parent[label]
-    return label
+# A component of {values > t} while t falls, an element of a union-find: parent, its index or that
+# of what it was merged into. Valid at roots: area, twice the polygon's; start, the first pixel in
+# reading order; row, the index of the row with its box.
+COMPONENT = np.dtype([("parent", "i4"), ("area", "i4"), ("start", "i4"), ("row", "i4")])
+# A box of a component, in the map's pixels, inclusive; a pixel of the component, flat; and the
+# levels t at which it has that box.
+_CORNERS = [("x0", "i4"), ("y0", "i4"), ("x1", "i4"), ("y1", "i4")]
+ROW = np.dtype([*_CORNERS, ("pixel", "i4"), ("first", "i2"), ("last", "i2")])
+
+
+_Box = tuple[int, int, int, int]  # x0, y0, x1, y1
+
+
+class _Rows(NamedTuple):
+    """Rows of boxes, a column per field of ROW; largest: int32 [256], the row of the largest
+    component at each level t, -1 where there is none."""
+
+    boxes: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    pixel: np.ndarray
+    largest: np.ndarray
 
 
 @njit(cache=True)
-def _first_listed(parent: np.ndarray, area: np.ndarray, start: np.ndarray, best: int) -> int:
-    """Of the components of area `best` the one that OpenCV lists first."""
-    found = -1
-    for label in range(len(parent)):
-        if (
-            parent[label] == label
-            and area[label] == best
-            and (found < 0 or start[label] > start[found])
-        ):
-            found = label
-    return found
+def _flat_joins(joins: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return joins as steps between flat positions, int32 [256, 4], 0 for none; and bool [256],
+    whether a pixel with such neighbours only adds to the area of a component.
 
-
-@njit(cache=True)
-def _components(
-    values: np.ndarray, joins: np.ndarray, gains: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The components of {values > t} for every t, as rows of (box, first t, last t).
-
-    values: uint8 [H + 2, S], a map within a frame of zeros; S is a power of two. Returns boxes
-    int32 [C, 4] in the map's pixels, first and last int16 [C], a pixel of each (int32 [C], flat),
-    and the row of the largest component at each level, int32 [256], -1 where there is none.
-
-    A component is a label, that of its first pixel, at the root of a union-find over labels. Its
-    row is open while its box stays; `first > last` marks rows that did not outlive a level.
+    A pixel with a horizontal and a vertical neighbour in one component cannot enlarge its box;
+    with an earlier neighbour, in reading order, it cannot become its first pixel.
     """
-    rows, stride = values.shape
+    ring = np.array([-stride - 1, -stride, 1 - stride, 1, stride + 1, stride, stride - 1, -1])
+    steps = np.zeros((256, 4), np.int32)
+    only_area = np.zeros(256, np.bool_)
+    for mask in range(256):
+        vertical, horizontal, earlier = mask & 0x22, mask & 0x88, mask & 0x87
+        only_area[mask] = joins[mask, 1] < 0 and vertical and horizontal and earlier
+        for k in range(4):
+            if joins[mask, k] >= 0:
+                steps[mask, k] = ring[joins[mask, k]]
+    return steps, only_area
+
+
+@njit(cache=True)
+def _root(components: np.ndarray, r: int) -> int:
+    parent = components[r].parent
+    while parent != r:
+        grandparent = components[parent].parent
+        components[r].parent = grandparent
+        r, parent = grandparent, components[grandparent].parent
+    return r
+
+
+@njit(inline="always")
+def _start_component(
+    components: np.ndarray, r: int, rows: np.ndarray, e: int, p: int, x: int, y: int, v: int
+) -> None:
+    """Make the pixel p = (x, y), which touches no other at level v, component r with row e."""
+    component, row = components[r], rows[e]
+    component.parent, component.area, component.start, component.row = r, 0, p, e
+    row.x0, row.y0, row.x1, row.y1 = x, y, x, y
+    row.pixel, row.last = p, v - 1
+
+
+@njit(inline="always")
+def _merge(
+    components: np.ndarray, r: int, other: int, rows: np.ndarray, box: _Box, v: int
+) -> tuple[int, _Box]:
+    """Unite two components at level v; the larger one lives on. Returns it, and `box` enlarged by
+    that of the other, whose row ends."""
+    if components[other].area > components[r].area:
+        r, other = other, r
+    components[other].parent = r
+    components[r].start = min(components[r].start, components[other].start)
+    row = rows[components[other].row]
+    row.first = v
+    x0, y0, x1, y1 = box
+    return r, (min(x0, row.x0), min(y0, row.y0), max(x1, row.x1), max(y1, row.y1))
+
+
+@njit(inline="always")
+def _extend_row(
+    components: np.ndarray, r: int, rows: np.ndarray, used: int, box: _Box, p: int, v: int
+) -> int:
+    """Enlarge the box of component r by `box`. Returns the number of rows: a box that lived at a
+    higher level stays in its row, and the component gets a new one."""
+    row = rows[components[r].row]
+    x0, y0, x1, y1 = box
+    if x0 < row.x0 or y0 < row.y0 or x1 > row.x1 or y1 > row.y1:
+        x0, y0, x1, y1 = min(x0, row.x0), min(y0, row.y0), max(x1, row.x1), max(y1, row.y1)
+        if row.last >= v:
+            row.first = v
+            components[r].row = used
+            row = rows[used]
+            row.pixel, row.last = p, v - 1
+            used += 1
+        row.x0, row.y0, row.x1, row.y1 = x0, y0, x1, y1
+    return used
+
+
+@njit(cache=True)
+def _first_listed(components: np.ndarray, best: int) -> int:
+    """Return the component, of those with area `best`, that OpenCV lists first."""
+    first = -1
+    for r in range(len(components)):
+        if (
+            components[r].parent == r
+            and components[r].area == best
+            and (first < 0 or components[r].start > components[first].start)
+        ):
+            first = r
+    return first
+
+
+@njit(cache=True)
+def _components(values: np.ndarray, joins: np.ndarray, gains: np.ndarray) -> _Rows:
+    """Find the components of {values > t} for every t.
+
+    values: uint8 [H + 2, S], a map within a frame of zeros; S is a power of two. joins, gains:
+    see `_ring_tables`.
+    """
+    stride = values.shape[1]
     order, ends, masks = _descending(values)
     masks = masks.ravel()
     shift = 0
     while 1 << shift < stride:
         shift += 1
-    ring = np.array([-stride - 1, -stride, 1 - stride, 1, stride + 1, stride, stride - 1, -1])
-    steps = np.zeros((256, 4), np.int32)  # as joins, but flat; 0 for none
-    # Most pixels join one component beside and above or below a pixel of it: they move neither its
-    # box nor, with one before them in reading order, its first pixel, and add to its area.
-    quiet = np.zeros(256, np.bool_)
-    for mask in range(256):
-        vertical, sideways, before = mask & 0x22, mask & 0x88, mask & 0x87
-        quiet[mask] = joins[mask, 1] < 0 and vertical and sideways and before
-        for k in range(4):
-            if joins[mask, k] >= 0:
-                steps[mask, k] = ring[joins[mask, k]]
-    size = len(order)
-    label = np.empty(rows * stride, np.int32)
-    parent, area = np.empty(size, np.int32), np.empty(size, np.int32)
-    row, start = np.empty(size, np.int32), np.empty(size, np.int32)
-    boxes = np.empty((size, 4), np.int32)
-    first, last = np.empty(size, np.int16), np.empty(size, np.int16)
-    pixel = np.empty(size, np.int32)
+    steps, only_area = _flat_joins(joins, stride)
+    component = np.empty(values.size, np.int32)  # of each pixel; its root counts
+    components = np.empty(len(order), COMPONENT)
+    rows = np.empty(len(order), ROW)
     largest = np.full(LEVELS, -1, np.int32)
-    labels = used = equal = 0  # equal: how many components have the largest area
-    best, holder = -1, -1
+    started = used = 0  # components and rows
+    # The largest area, how many components have it, and one of them.
+    best, equal, holder = -1, 0, -1
     for v in range(LEVELS - 1, 0, -1):
         for i in range(ends[v + 1], ends[v]):
             p = order[i]
             mask = masks[p]
-            if quiet[mask]:
-                r = label[p + steps[mask, 0]]
-                if parent[r] != r:
-                    r = _root(parent, r)
-                label[p] = r
-                area[r] += gains[mask]
-                if area[r] > best:
-                    best, equal, holder = area[r], 1, r
-                elif area[r] == best:
-                    equal += 1
-                    holder = r
-                continue
-            x0 = x1 = (p & (stride - 1)) - 1
-            y0 = y1 = (p >> shift) - 1
-            if steps[mask, 0] == 0:
-                r = labels
-                labels += 1
-                parent[r], area[r], row[r], start[r] = r, 0, used, p
-                boxes[used, 0], boxes[used, 1], boxes[used, 2], boxes[used, 3] = x0, y0, x1, y1
-                last[used], pixel[used] = v - 1, p
+            if only_area[mask]:  # most pixels
+                r = component[p + steps[mask, 0]]
+                root = components[r]
+                if root.parent != r:
+                    r = _root(components, r)
+                    root = components[r]
+                area = root.area + gains[mask]
+            elif steps[mask, 0] == 0:
+                r, area = started, 0
+                x, y = (p & (stride - 1)) - 1, (p >> shift) - 1
+                _start_component(components, r, rows, used, p, x, y, v)
+                started += 1
                 used += 1
-                total = 0
             else:
-                r = _root(parent, label[p + steps[mask, 0]])
-                equal -= area[r] == best
-                total = area[r] + gains[mask]
+                x, y = (p & (stride - 1)) - 1, (p >> shift) - 1
+                box = x, y, x, y
+                r = _root(components, component[p + steps[mask, 0]])
+                equal -= components[r].area == best
+                area = components[r].area + gains[mask]
                 for k in range(1, 4):
                     if steps[mask, k] == 0:
                         break
-                    other = _root(parent, label[p + steps[mask, k]])
-                    if other == r:
-                        continue
-                    equal -= area[other] == best
-                    total += area[other]
-                    if area[other] > area[r]:
-                        r, other = other, r
-                    parent[other] = r
-                    start[r] = min(start[r], start[other])
-                    e = row[other]
-                    first[e] = v
-                    x0, y0 = min(x0, boxes[e, 0]), min(y0, boxes[e, 1])
-                    x1, y1 = max(x1, boxes[e, 2]), max(y1, boxes[e, 3])
-                start[r] = min(start[r], p)
-                e = row[r]
-                if x0 < boxes[e, 0] or y0 < boxes[e, 1] or x1 > boxes[e, 2] or y1 > boxes[e, 3]:
-                    if last[e] >= v:
-                        first[e] = v
-                        boxes[used] = boxes[e]
-                        last[used], pixel[used] = v - 1, p
-                        row[r] = e = used
-                        used += 1
-                    boxes[e, 0], boxes[e, 1] = min(x0, boxes[e, 0]), min(y0, boxes[e, 1])
-                    boxes[e, 2], boxes[e, 3] = max(x1, boxes[e, 2]), max(y1, boxes[e, 3])
-            label[p] = r
-            area[r] = total
-            if total > best:
-                best, equal, holder = total, 1, r
-            elif total == best:
+                    other = _root(components, component[p + steps[mask, k]])
+                    if other != r:
+                        equal -= components[other].area == best
+                        area += components[other].area
+                        r, box = _merge(components, r, other, rows, box, v)
+                components[r].start = min(components[r].start, p)
+                used = _extend_row(components, r, rows, used, box, p, v)
+            component[p] = r
+            components[r].area = area
+            if area > best:
+                best, equal, holder = area, 1, r
+            elif area == best:
                 equal += 1
                 holder = r
-        winner = _first_listed(parent[:labels], area, start, best) if equal > 1 else holder
+        winner = _first_listed(components[:started], best) if equal > 1 else holder
         if winner >= 0:
-            largest[v - 1] = row[winner]
-    for r in range(labels):
-        if parent[r] == r:
-            first[row[r]] = 0
+            largest[v - 1] = components[winner].row
+    for r in range(started):
+        if components[r].parent == r:
+            rows[components[r].row].first = 0
+    return _compact(rows[:used], largest)
+
+
+@njit(cache=True)
+def _compact(rows: np.ndarray, largest: np.ndarray) -> _Rows:
+    """Keep the rows that outlived a level: of the others first is above last."""
+    moved = np.full(len(rows), -1, np.int32)
     kept = 0
-    moved = np.full(used, -1, np.int32)
-    for e in range(used):
-        if first[e] <= last[e]:
-            boxes[kept], first[kept], last[kept] = boxes[e], first[e], last[e]
-            pixel[kept] = pixel[e]
+    for e in range(len(rows)):
+        if rows[e].first <= rows[e].last:
             moved[e] = kept
             kept += 1
+    boxes, pixels = np.empty((kept, 4), np.int32), np.empty(kept, np.int32)
+    first, last = np.empty(kept, np.int16), np.empty(kept, np.int16)
+    for e in range(len(rows)):
+        if moved[e] >= 0:
+            row, k = rows[e], moved[e]
+            boxes[k, 0], boxes[k, 1], boxes[k, 2], boxes[k, 3] = row.x0, row.y0, row.x1, row.y1
+            first[k], last[k], pixels[k] = row.first, row.last, row.pixel
     for t in range(LEVELS):
         if largest[t] >= 0:
             largest[t] = moved[largest[t]]
-    return (
-        boxes[:kept].copy(),
-        first[:kept].copy(),
-        last[:kept].copy(),
-        pixel[:kept].copy(),
-        largest,
-    )
+    return _Rows(boxes, first, last, pixels, largest)
 
 
 def _framed(levels: np.ndarray) -> np.ndarray:
-    """A map within a frame of zeros, its rows padded to a power of two."""
+    """Put a map within a frame of zeros, its rows padded to a power of two."""
     height, width = levels.shape
     framed = np.zeros((height + 2, 1 << (width + 1).bit_length()), np.uint8)
     framed[1 : height + 1, 1 : width + 1] = levels
@@ -391,11 +439,11 @@ def _framed(levels: np.ndarray) -> np.ndarray:
 def _enclosed(
     levels: np.ndarray, basins: np.ndarray, joins: np.ndarray, gains: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Rows of the contours that lie within `basins`, boxes int32 [N, 4] of holes.
+    """Find the contours that lie within `basins`, boxes int32 [N, 4] of holes: boxes, first, last.
 
     Components that reach the edge of such a box are not enclosed, so they are listed already.
     """
-    found = []
+    parts = []
     for i in range(len(basins)):
         x0, y0, x1, y1 = basins[i]
         stride = 1
@@ -413,13 +461,13 @@ def _enclosed(
                 first[kept], last[kept] = first[k], last[k]
                 kept += 1
         if kept:
-            found.append((boxes[:kept], first[:kept], last[:kept]))
-    return found
+            parts.append((boxes[:kept], first[:kept], last[:kept]))
+    return parts
 
 
 def _basins(holes: np.ndarray, map_size: int) -> np.ndarray:
-    """Where contours in holes can be: boxes of the holes with room, or one around them all if
-    that is less to look at."""
+    """Return where contours in holes can be: boxes of the holes with room for one, or a box
+    around them all if that has fewer pixels."""
     roomy = holes[(holes[:, 2:] - holes[:, :2] >= 2).all(axis=1)]
     if (roomy[:, 2:] - roomy[:, :2] + 1).prod(axis=1).sum() <= map_size:
         return roomy
@@ -427,7 +475,7 @@ def _basins(holes: np.ndarray, map_size: int) -> np.ndarray:
 
 
 def level_boxes(levels: np.ndarray) -> LevelBoxes:
-    """Every contour's box at every level, exactly as OpenCV's contours at each level give them.
+    """Find every contour's box at every level, exactly as OpenCV's contours at each level.
 
     levels: uint8 [H, W]. A hole's box includes the pixels around the hole, on which its contour
     lies. Raises ValueError for other arrays.
@@ -435,34 +483,36 @@ def level_boxes(levels: np.ndarray) -> LevelBoxes:
     if levels.dtype != np.uint8 or levels.ndim != 2 or not levels.size:
         raise ValueError(
             f"levels are {levels.dtype} {list(levels.shape)}; they must be uint8 [H, W] with at "
-            "least one pixel: thresholds would mean nothing; use quantize on each map."
+            "least one pixel; use quantize on each map."
         )
     framed = _framed(levels)
     filled = _fill_holes(framed)
-    boxes, first, last, _, largest = _components(filled, JOINS_8, GAINS)
-    found = [(boxes, first, last)]
+    outer = _components(filled, JOINS_8, GAINS)
+    parts = [(outer.boxes, outer.first, outer.last)]
     in_holes = filled > framed
     if in_holes.any():
-        upside_down = np.where(in_holes, 255 - framed, 0).astype(np.uint8)
-        boxes, low, high, pixels, _ = _components(upside_down, JOINS_4, GAINS)
-        gone = filled.ravel()[pixels].astype(np.int16) - 1  # from there the hole is outside
-        grown = boxes + np.array([-1, -1, 1, 1], np.int32)
-        found.append((grown, 254 - high, np.minimum(254 - low, gone)))
-        basins = _basins(boxes[low == 0], levels.size)
+        upside_down = np.where(in_holes, ~framed, np.uint8(0))
+        holes = _components(upside_down, JOINS_4, GAINS)
+        # Below the level of the filled map the hole is part of the outside.
+        last = np.minimum(254 - holes.first, filled.ravel()[holes.pixel].astype(np.int16) - 1)
+        around = holes.boxes + np.array([-1, -1, 1, 1], np.int32)
+        parts.append((around, 254 - holes.last, last))
+        basins = _basins(holes.boxes[holes.first == 0], levels.size)
         if len(basins):
-            found += _enclosed(levels, basins, JOINS_8, GAINS)
+            parts += _enclosed(levels, basins, JOINS_8, GAINS)
+    boxes, first, last = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     return LevelBoxes(
-        boxes=np.concatenate([rows[0] for rows in found]),
-        first=np.concatenate([rows[1] for rows in found]),
-        last=np.concatenate([rows[2] for rows in found]),
-        largest=largest,
+        boxes=boxes,
+        first=first,
+        last=last,
+        largest=outer.largest,
         maximum=int(levels.max()),
     )
 
 
 @njit(cache=True)
 def _iou(box: np.ndarray, truths: np.ndarray, plus: int) -> float:
-    """The best IoU of a box over truths; 0 where both are empty."""
+    """Return the best IoU of a box over truths; 0 where both are empty."""
     best = 0.0
     area = (box[2] - box[0] + plus) * (box[3] - box[1] + plus)
     for k in range(len(truths)):
@@ -486,9 +536,10 @@ def _level_ious(
     plus: int,
     empty: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    one = np.empty(LEVELS, np.float64)
+    of_largest = np.empty(LEVELS, np.float64)
     each = np.empty(len(boxes), np.float64)
-    # Row k holds maxima over 2 ** k levels: a span of levels is two entries, passed down at last.
+    # Row k has maxima over 2 ** k levels: a span of levels is two entries, which may overlap. The
+    # maxima are passed down to row 0 at the end.
     spans = np.zeros((9, LEVELS), np.float64)
     for i in range(len(boxes)):
         value = each[i] = _iou(boxes[i], truths, plus)
@@ -507,26 +558,27 @@ def _level_ious(
     nothing = _iou(empty, truths, plus)
     for t in range(LEVELS):
         if largest[t] >= 0:
-            one[t] = each[largest[t]]
+            of_largest[t] = each[largest[t]]
         else:
-            one[t] = spans[0, t] = nothing
-    return one, spans[0].copy()
+            of_largest[t] = spans[0, t] = nothing
+    return of_largest, spans[0].copy()
 
 
 def level_ious(
-    found: LevelBoxes, boxes: np.ndarray, truths: np.ndarray, plus: int, empty: np.ndarray
+    level_boxes: LevelBoxes, boxes: np.ndarray, truths: np.ndarray, plus: int, empty: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """IoU with the true boxes at each level: of the largest contour's box, and the best of all.
+    """Return the IoU with the true boxes at each level: of the largest contour's box, and the best
+    of all contours'; float64 [256] in [0, 1] each.
 
-    boxes: [C, 4], `found.boxes` in the coordinates of truths; truths: [T, 4], the best counts;
-    plus: 1 where coordinates are inclusive pixels, else 0; empty: [4], the box that stands for
-    "nothing found". Returns two float64 [256] in [0, 1].
+    boxes: [C, 4], `level_boxes.boxes` in the coordinates of truths; truths: [T, 4], the best
+    counts; plus: 1 where coordinates are inclusive pixels, else 0; empty: [4], the box that stands
+    for a level without contours.
     """
     return _level_ious(
         np.ascontiguousarray(boxes, np.float64),
-        found.first,
-        found.last,
-        found.largest,
+        level_boxes.first,
+        level_boxes.last,
+        level_boxes.largest,
         np.ascontiguousarray(truths, np.float64),
         plus,
         np.ascontiguousarray(empty, np.float64),
@@ -544,33 +596,9 @@ def add_counts(counts: np.ndarray, ious: np.ndarray, levels: np.ndarray) -> None
     """Count one image in place: at each threshold, how many IoUs of IOU_GRID its own reaches.
 
     counts: int64 [T, 20]; ious: float64 [256], by level; levels: int [T], `threshold_levels`.
-    Counts of parts of a data set add up to the counts of the whole.
+    The counts of a data set are the sum of the counts of its parts.
     """
     _add_counts(counts, ious, levels, IOU_GRID)
-
-
-def _right(counts: np.ndarray, iou: float) -> np.ndarray:
-    """Images whose IoU is at least `iou` (of IOU_GRID), by threshold: int64 [T]."""
-    return counts[:, int(np.flatnonzero(iou == IOU_GRID)[0]) + 1 :].sum(axis=1)
-
-
-def max_box_acc(counts: np.ndarray, images: int) -> tuple[float, float]:
-    """MaxBoxAcc: the best share of right images (IoU .5) over the thresholds, and its threshold.
-
-    counts: int64 [T, 20] of the largest contours (`add_counts`), T = len(thresholds()). Of equal
-    thresholds the smallest.
-    """
-    right = _right(counts, MAX_BOX_ACC_IOU)
-    best = int(right.argmax())
-    return int(right[best]) / images, float(thresholds()[best])
-
-
-def max_box_acc_v2(counts: np.ndarray, images: int) -> float:
-    """MaxBoxAccV2: the mean over IoU .3, .5, .7 of the best share over the thresholds of each.
-
-    counts: int64 [T, 20] of the best of all contours (`add_counts`).
-    """
-    return sum(int(_right(counts, iou).max()) for iou in V2_IOUS) / (len(V2_IOUS) * images)
 
 
 @njit(cache=True)
@@ -583,10 +611,10 @@ def _histograms(levels: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
 
 def pixel_auc(levels: np.ndarray, inside: np.ndarray) -> float:
-    """The probability that a pixel inside scores above one outside, equal scores counted half.
+    """Return the probability that a pixel inside scores above one outside, ties counted half.
 
-    levels: uint8 [H, W]; inside: bool [H, W]. From integer counts, rounded once. NaN where there
-    is nothing inside or nothing outside.
+    levels: uint8 [H, W]; inside: bool [H, W]. From integer counts, rounded once. NaN where nothing
+    is inside or nothing outside.
     """
     outside, within = _histograms(levels, inside)
     pairs = int(outside.sum()) * int(within.sum())
@@ -597,7 +625,7 @@ def pixel_auc(levels: np.ndarray, inside: np.ndarray) -> float:
 
 
 def pixel_auc_boxes(levels: np.ndarray, boxes: np.ndarray) -> float:
-    """`pixel_auc` of the union of boxes: int [T, 4], inclusive pixels within the map."""
+    """Return `pixel_auc` of the union of boxes: int [T, 4], inclusive pixels within the map."""
     inside = np.zeros(levels.shape, bool)
     for x0, y0, x1, y1 in boxes.tolist():
         inside[y0 : y1 + 1, x0 : x1 + 1] = True

@@ -22,8 +22,7 @@ from pipeline.evaluation.metrics import (
     sweep_figures,
     top_k,
 )
-from pipeline.evaluation.protocols import best_iou
-from pipeline.evaluation.sweep import IOU_GRID, thresholds
+from pipeline.evaluation.protocols import IOU_GRID, best_iou, thresholds
 
 
 def outcomes(ious: Any, top1: Any = None, **more: Any) -> Outcomes:

@@ -9,19 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from pipeline.evaluation.metrics import max_box_acc, max_box_acc_v2
+from pipeline.evaluation.protocols import IOU_GRID, thresholds
 from pipeline.evaluation.sweep import (
-    IOU_GRID,
     add_counts,
     level_boxes,
     level_ious,
-    max_box_acc,
-    max_box_acc_v2,
     pixel_auc,
     pixel_auc_boxes,
     quantize,
     stretch,
     threshold_levels,
-    thresholds,
 )
 
 Box = tuple[int, int, int, int]
