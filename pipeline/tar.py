@@ -58,10 +58,10 @@ def parse_header(block: bytes) -> Header:
     checksum = block[148:156]  # counts its own eight bytes as blanks
     if _number(checksum) != sum(block) - sum(checksum) + 8 * ord(" "):
         raise ValueError("no header, by its checksum")
-    name = _text(block[:100])
+    name = text(block[:100])
     if block[345] and block[257:263] == b"ustar\0":
-        name = f"{_text(block[345:500])}/{name}"
-    return Header(name, _number(block[124:136]), block[156:157], _text(block[157:257]))
+        name = f"{text(block[345:500])}/{name}"
+    return Header(name, _number(block[124:136]), block[156:157], text(block[157:257]))
 
 
 def _number(field: bytes) -> int:
@@ -72,5 +72,6 @@ def _number(field: bytes) -> int:
     return int(field.rstrip(b"\0 ") or b"0", 8)
 
 
-def _text(field: bytes) -> str:
+def text(field: bytes) -> str:
+    """Return a header's text: up to the first zero, UTF-8 or escaped."""
     return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.sources.files import SourceFiles
+from pipeline.tar import BLOCK, Header, padded, parse_header, text
 
-BLOCK = 512
 REGULAR, LINKS = (b"0", b"\0", b"7"), (b"1", b"2")
 OTHERS = (b"3", b"4", b"5", b"6")  # devices, folders and pipes, which have no content
 GNU_NAME, GNU_LINK, PAX, PAX_GLOBAL = b"L", b"K", b"x", b"g"
@@ -35,15 +35,6 @@ class Member(NamedTuple):
     offset: int
     size: int
     link: str | None = None
-
-
-class _Header(NamedTuple):
-    """A member's header. size: bytes of content; link: the target where `kind` is one of LINKS."""
-
-    name: str
-    size: int
-    kind: bytes
-    link: str
 
 
 def is_archive(name: str) -> bool:
@@ -130,10 +121,10 @@ def _members(read: Read, location: str, start: int, end: int | None) -> Iterator
                     "write it again with `tar --format=pax`."
                 )
             extended = {}
-        at = offset + -(-size // BLOCK) * BLOCK
+        at = offset + padded(size)
 
 
-def _read_header(read: Read, location: str, at: int) -> _Header | None:
+def _read_header(read: Read, location: str, at: int) -> Header | None:
     """Read the header at byte `at`; None for the zero block that ends an archive."""
     block = read(at, BLOCK)
     if not block:
@@ -141,41 +132,17 @@ def _read_header(read: Read, location: str, at: int) -> _Header | None:
     if block == bytes(BLOCK):
         return None
     try:
-        # The checksum counts its own eight bytes as blanks.
-        checksum = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
-        if len(block) == BLOCK and _number(block[148:156]) == checksum:
-            return _Header(
-                _name(block), _number(block[124:136]), block[156:157], _text(block[157:257])
-            )
-    except ValueError:
-        pass
-    raise UserError(f"{location} has no tar header at byte {at}; {AGAIN}")
-
-
-def _number(field: bytes) -> int:
-    if field[0] & 0x80:  # GNU: base 256, for what octal digits cannot hold
-        if field[0] != 0x80:
-            raise ValueError("negative")
-        return int.from_bytes(field[1:], "big")
-    return int(field.rstrip(b"\0 ") or b"0", 8)
-
-
-def _name(block: bytes) -> str:
-    name = _text(block[:100])
-    prefixed = block[345] and block[257:263] == b"ustar\0"
-    return f"{_text(block[345:500])}/{name}" if prefixed else name
-
-
-def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+        return parse_header(block)
+    except ValueError as error:
+        raise UserError(f"{location} has no tar header at byte {at}; {AGAIN}") from error
 
 
 def _extension(kind: bytes, content: bytes, location: str, at: int) -> dict[str, str]:
     """Return the fields that the content of an extension gives the next member."""
     if kind == GNU_NAME:
-        return {"path": _text(content)}
+        return {"path": text(content)}
     if kind == GNU_LINK:
-        return {"linkpath": _text(content)}
+        return {"linkpath": text(content)}
     return _pax(content, location, at) if kind == PAX else {}  # global ones name no member
 
 
@@ -189,5 +156,5 @@ def _pax(content: bytes, location: str, at: int) -> dict[str, str]:
         key, separator, value = record.removesuffix(b"\n").partition(b"=")
         if not separator or (key == b"size" and not (value.isdigit() and len(value) < 19)):
             raise UserError(f"{location} has a damaged PAX header at byte {at}; {AGAIN}")
-        fields[_text(key)] = value.decode("utf-8", "surrogateescape")
+        fields[text(key)] = value.decode("utf-8", "surrogateescape")
     return fields
