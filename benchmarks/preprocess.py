@@ -1,4 +1,4 @@
-"""Preprocessing: its stages alone, one process, the job, a naive script and Ray Data, side by side.
+"""Preprocessing: the job, one process, a naive script and Ray Data, side by side.
 
 `python -m benchmarks.preprocess --data FOLDER`, where FOLDER holds imagenet-samples.tar and
 tiny-imagenet-20.tar.gz (in part, or neither: images are generated then). Each way of doing the work
@@ -12,16 +12,11 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from importlib.util import find_spec
 from io import BytesIO
-from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +25,10 @@ import ray
 
 from benchmarks.machine import hardware, quiet
 from jobs import cli
-from pipeline.shards.format import Sample, pack_shard, write_shard
-from pipeline.shards.images import read_image
 from pipeline.shards.make import preprocess
-from pipeline.shards.plan import Plan, PreprocessConfig, make_plan
+from pipeline.shards.plan import PreprocessConfig, make_plan
 from pipeline.shards.shard import make_shard
 from pipeline.shards.superpixels import superpixels
-from pipeline.sources.files import SourceFiles
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 ARCHIVES = {
@@ -44,7 +36,6 @@ ARCHIVES = {
     "Tiny ImageNet-20": "tiny-imagenet-20.tar.gz",
 }
 CORES = 2
-STAGE_IMAGES = 600
 NAIVE_SHARE = 4  # the naive script, the slowest by far, makes one image in so many
 
 
@@ -112,72 +103,19 @@ def spread(images: list[Path], folder: Path, count: int) -> Path:
     return folder
 
 
-def stages(work: Work, scratch: Path, rounds: int) -> dict[str, float]:
-    """Seconds per image of each stage alone, in this process, in its fastest of some rounds."""
-    plan = make_plan(work.config(scratch / "stages", 1))
-    paths = [row["path"] for task in plan.tasks for row in plan.images(task).to_pylist()]
-    scratch.mkdir(exist_ok=True)
-    best: dict[str, float] = {}
-    for _ in range(rounds + 1):  # the first round compiles
-        for name, seconds in _stages_once(work, plan, paths[:STAGE_IMAGES], scratch).items():
-            best[name] = min(best.get(name, seconds), seconds)
-    return best
-
-
-def _stages_once(work: Work, plan: Plan, paths: list[str], scratch: Path) -> dict[str, float]:
-    spent: dict[str, float] = defaultdict(float)
-    samples = []
-    with SourceFiles(plan.source) as files:
-        for row, path in enumerate(paths):
-            times = [time.perf_counter()]
-            data = files.read(path)
-            times.append(time.perf_counter())
-            pixels = read_image(data, work.size, work.size).pixels
-            times.append(time.perf_counter())
-            segments = superpixels(pixels, work.superpixels)
-            times.append(time.perf_counter())
-            names = ("read", "decode and resize", "superpixels")
-            for name, (start, stop) in zip(names, pairwise(times), strict=True):
-                spent[name] += stop - start
-            samples.append(
-                Sample(key=f"a-{row}", row=row, label=0, image=pixels, segments=segments, meta={})
-            )
-    started = time.perf_counter()
-    packed = pack_shard(samples, "rgb")
-    spent["encode and pack"] = time.perf_counter() - started
-    started = time.perf_counter()
-    write_shard(scratch / "stage.tar", packed)
-    spent["hash, write and sync"] = time.perf_counter() - started
-    return {name: seconds / len(samples) for name, seconds in spent.items()}
-
-
-def make_all(plan: Plan, config: PreprocessConfig, first: int = 0, step: int = 1) -> None:
-    """Every `step`-th shard, in this process."""
-    for task in plan.tasks[first::step]:
-        make_shard(task, plan.images(task), plan.source, plan.output, config)
-
-
 def one_process(work: Work, output: Path) -> float:
-    """Seconds of make_shard over all shards, without Ray: the floor."""
+    """Seconds of make_shard over all shards, without Ray."""
     config = work.config(output, 1)
     plan = make_plan(config)
     started = time.perf_counter()
-    make_all(plan, config)
+    for task in plan.tasks:
+        make_shard(task, plan.images(task), plan.source, plan.output, config)
     return time.perf_counter() - started
 
 
-def plain_processes(work: Work, output: Path, pool: ProcessPoolExecutor) -> float:
-    """Seconds of the same in CORES processes without Ray: what the machine can do at best."""
-    config = work.config(output, 1)
-    plan = make_plan(config)
-    started = time.perf_counter()
-    list(pool.map(partial(make_all, plan, config, step=CORES), range(CORES)))
-    return time.perf_counter() - started
-
-
-def job(work: Work, output: Path, workers: int | None) -> float:
+def job(work: Work, output: Path) -> float:
     """Seconds of the job from its first task to its last, as it counts itself."""
-    return preprocess(work.config(output, workers), quiet, cli.connect_ray).progress.seconds
+    return preprocess(work.config(output, None), quiet, cli.connect_ray).progress.seconds
 
 
 def naive(work: Work, output: Path) -> float:
@@ -217,50 +155,22 @@ def ray_data(work: Work, output: Path) -> float:
 
 
 def measure(work: Work, scratch: Path, rounds: int) -> dict[str, float]:
-    """Seconds of each way in its fastest round; the ways take turns."""
-    best: dict[str, float] = {}
-    with ProcessPoolExecutor(CORES, mp_context=get_context("spawn")) as pool:
-        list(pool.map(_warm, range(4 * CORES)))
-        ways: dict[str, Callable[[Path], float]] = {
-            "one process": partial(one_process, work),
-            f"{CORES} plain processes": lambda path: plain_processes(work, path, pool),
-            "job, 1 in flight": partial(job, work, workers=1),
-            f"job, {CORES} workers": partial(job, work, workers=None),
-            "Ray Data": partial(ray_data, work),
-        }
-        if find_spec("skimage"):
-            ways["naive script"] = partial(naive, work)
-        for round_number in range(rounds):
-            for name, way in ways.items():
-                path = scratch / f"{name}-{round_number}".replace(" ", "-")
-                seconds = way(path)
-                best[name] = min(best.get(name, seconds), seconds)
-                shutil.rmtree(path)
-                os.sync()  # what this one left to write would be charged to the next
-    return best
-
-
-def _warm(_: int) -> None:
-    """Imports what a shard needs, in a process of the pool."""
-    superpixels(np.zeros((64, 64, 3), np.uint8), 100)
-
-
-def ratios(best: dict[str, float]) -> dict[str, float | None]:
-    """How many times as fast as others the job is."""
-    full = best[f"job, {CORES} workers"]
-    naive_seconds = best.get("naive script")
-    return {
-        f"job on {CORES} / {CORES} x one process": best["one process"] / (CORES * full),
-        "job, 1 in flight / one process": best["one process"] / best["job, 1 in flight"],
-        f"{CORES} plain processes / {CORES} x one process": best["one process"]
-        / (CORES * best[f"{CORES} plain processes"]),
-        f"job on {CORES} / {CORES} plain processes": best[f"{CORES} plain processes"] / full,
-        f"job on {CORES} / Ray Data": best["Ray Data"] / full,
-        f"job on {CORES} / naive script": naive_seconds / full if naive_seconds else None,
-        "one process / naive script": (
-            naive_seconds / best["one process"] if naive_seconds else None
-        ),
+    """Images per second of each way in its fastest round; the ways take turns."""
+    ways: dict[str, Callable[[Work, Path], float]] = {
+        f"the job, {CORES} workers": job,
+        "one process without Ray": one_process,
+        "Ray Data": ray_data,
     }
+    if find_spec("skimage"):
+        ways["naive script"] = naive
+    best = dict.fromkeys(ways, 0.0)
+    for round_number in range(rounds):
+        for name, way in ways.items():
+            path = scratch / f"{name}-{round_number}".replace(" ", "-")
+            best[name] = max(best[name], work.images / way(work, path))
+            shutil.rmtree(path)
+            os.sync()  # what this one left to write would be charged to the next
+    return best
 
 
 def main() -> None:
@@ -284,39 +194,15 @@ def main() -> None:
                     superpixels=count,
                 )
                 scratch = Path(name) / "scratch"
-                micro = {k: 1e6 * v for k, v in stages(work, scratch, config.rounds).items()}
-                best = measure(work, scratch, config.rounds)
-                rates = {k: work.images / v for k, v in best.items()}
-                compared = ratios(best)
-                results[work.name] = {
-                    "stage_microseconds": micro,
-                    "images_per_second": rates,
-                    "ratios": compared,
-                }
-                show(work.name, micro, rates, compared)
-    content = {"hardware": hardware(), "ray_start_seconds": start_up, "work": results}
+                rates = results[work.name] = measure(work, scratch, config.rounds)
+                rows = [[way, f"{rate:.0f}"] for way, rate in rates.items()]
+                print(cli.table([work.name, "images/s"], rows), flush=True)
+    content = {"hardware": hardware(), "ray_start_seconds": start_up, "images_per_second": results}
     content["images"] = config.images
     config.output.mkdir(parents=True, exist_ok=True)
     path = config.output / f"{date.today().isoformat()}-preprocess.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(f"starting Ray: {start_up:.1f} s\nwritten to {path}")
-
-
-def show(
-    name: str,
-    micro: dict[str, float],
-    rates: dict[str, float],
-    compared: dict[str, float | None],
-) -> None:
-    """Print one collection's three tables."""
-    print(f"\n{name}")
-    print(cli.table(["stage", "us/image"], [[k, f"{v:.1f}"] for k, v in micro.items()]))
-    print(cli.table(["way", "images/s"], [[k, f"{v:.0f}"] for k, v in rates.items()]))
-    shown = [
-        [k, f"{v:.2f}" if v else "skipped: scikit-image is not installed"]
-        for k, v in compared.items()
-    ]
-    print(cli.table(["ratio", ""], shown), flush=True)
 
 
 if __name__ == "__main__":

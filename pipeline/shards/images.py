@@ -14,7 +14,7 @@ MAX_PIXELS = 2**26  # 67 million: above any ILSVRC image, and 200 MB once decode
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 DECODE_FACTOR = 2  # JPEGs are decoded to at least this many times the stored size, then averaged
 # Of the eighths in which JPEGs can be decoded. The others have no vectorized transform: 3/8 takes
-# as long as 4/8, and 5/8 to 7/8 longer than the whole (benchmarks/image_stages.py).
+# as long as 4/8, and 5/8 to 7/8 longer than the whole.
 EIGHTHS = (1, 2, 4, 8)
 
 # Images are spread over processes; threads inside one would only fight for the same cores.

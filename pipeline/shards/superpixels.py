@@ -10,7 +10,7 @@ MIN_PIXELS = 4  # per superpixel; below 1 fast-slic ends the process with SIGFPE
 MAX_COUNT = 65533  # fast-slic refuses more; labels are uint16
 # Ten iterations and a quarter are fast-slic's own. With a tenth, more pieces that lie apart stay
 # superpixels instead of joining a neighbour of another colour, and the count comes nearer to what
-# was asked for: so fewer iterations explain no less variance (benchmarks/image_stages.py).
+# was asked for: so fewer iterations explain no less variance.
 ITERATIONS = 6
 MIN_SIZE = 0.1  # of a superpixel's mean size, below which a piece joins its neighbour
 
