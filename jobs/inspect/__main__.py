@@ -42,10 +42,6 @@ class InspectConfig(LoadingConfig):
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="auto: cuda where there is one")
     seconds: float = option(5.0, low=0, help="how long to measure the rate")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        cli.check_bounds(self)
-
 
 def load(config: InspectConfig, manifest: Manifest) -> "Iterator[Batch]":
     """Yield the split's batches: endless ones of the train split, one pass over another split."""

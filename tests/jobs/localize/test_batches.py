@@ -2,6 +2,7 @@
 
 import io
 import os
+from dataclasses import astuple
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -11,7 +12,15 @@ import torch
 from PIL import Image
 
 from jobs.cli import parse
-from jobs.localize.batches import Job, LocalizeConfig, Prepared, locate, prepare, process_batch
+from jobs.localize.batches import (
+    Job,
+    LocalizeConfig,
+    Located,
+    Prepared,
+    locate,
+    prepare,
+    process_batch,
+)
 from jobs.runs import Nets, colour_statistics, load_nets, save_nets
 from model.localization import RULES, localize
 from model.masking import mask_map, normalize
@@ -47,6 +56,10 @@ def random_images(nets: Nets, count: int) -> list[Prepared]:
     return images
 
 
+def maps_of(results: list[Located]) -> np.ndarray:
+    return np.stack([result.map for result in results])
+
+
 def test_an_image_is_located_as_from_its_shard(small_set: Path, nets: Nets) -> None:
     config, manifest = nets.config, read_manifest(small_set)
     paths = read_ledger(small_set, "val", ["path"])["path"].to_pylist()
@@ -54,22 +67,23 @@ def test_an_image_is_located_as_from_its_shard(small_set: Path, nets: Nets) -> N
     prepared = [
         prepare(config, (small_set.parent / "images" / path).read_bytes()) for path in paths[:8]
     ]
-    found = locate(nets, prepared, batch_size=8)
-    for sample, one, image in zip(samples, found, prepared, strict=True):
+    results = locate(nets, prepared, batch_size=8)
+    for sample, result, image in zip(samples, results, prepared, strict=True):
         x = torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None].contiguous()
         x = normalize(x, *colour_statistics(config, x.device))
         segments = torch.from_numpy(sample.segments.astype(np.int64))[None]
         with torch.no_grad():
             values = mask_map(nets.corruption, x, segments, manifest.max_superpixels).numpy()
             scores = torch.softmax(nets.clean_classifier(x), dim=1)[0].numpy()
-        np.testing.assert_allclose(one.map, values[0], atol=1e-6)
+        np.testing.assert_allclose(result.map, values[0], atol=1e-6)
         size = np.array([[sample.meta["height"], sample.meta["width"]]])
         assert (image.height, image.width) == tuple(size[0])
         box = scale_boxes(localize(values)[0], np.array((SIZE, SIZE)), size)
-        assert [one.box] == box.tolist()
+        assert [result.box] == box.tolist()
         best = np.argsort(-scores)[:5]
-        assert [wnid for wnid, _, _ in one.top5] == [config.classes[c] for c in best]
-        assert [score for *_, score in one.top5] == pytest.approx(scores[best].tolist(), rel=1e-5)
+        assert [wnid for wnid, _, _ in result.top5] == [config.classes[c] for c in best]
+        given = [score for *_, score in result.top5]
+        assert given == pytest.approx(scores[best].tolist(), rel=1e-5)
 
 
 def test_an_images_result_does_not_depend_on_its_batch_to_the_last_bit(nets: Nets) -> None:
@@ -77,19 +91,18 @@ def test_an_images_result_does_not_depend_on_its_batch_to_the_last_bit(nets: Net
     whole = locate(nets, images, batch_size=20)
     alone = [locate(nets, [image], batch_size=20)[0] for image in images]
     turned = locate(nets, images[::-1], batch_size=20)[::-1]
-    for one, two, three in zip(whole, alone, turned, strict=True):
-        assert one.map.tobytes() == two.map.tobytes() == three.map.tobytes()
-        assert (one.box, one.found, one.top5) == (two.box, two.found, two.top5)
-        assert (one.box, one.found, one.top5) == (three.box, three.found, three.top5)
+    for results in zip(whole, alone, turned, strict=True):
+        maps, *others = zip(*map(astuple, results), strict=True)
+        assert len({values.tobytes() for values in maps}) == 1
+        assert all(values.count(values[0]) == 3 for values in others), "box, found, top5"
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_batch_sizes_agree_to_rounding(nets: Nets, batch_size: int) -> None:
     images = random_images(nets, batch_size)
-    expected = locate(nets, images, batch_size=32)
-    for one, two in zip(locate(nets, images, batch_size=batch_size), expected, strict=True):
-        np.testing.assert_allclose(one.map, two.map, atol=1e-6)
-        assert one.box == two.box
+    results, expected = (locate(nets, images, batch_size=size) for size in (batch_size, 32))
+    np.testing.assert_allclose(maps_of(results), maps_of(expected), atol=1e-6)
+    assert [result.box for result in results] == [result.box for result in expected]
 
 
 @pytest.mark.gpu
@@ -99,19 +112,19 @@ def test_a_gpu_finds_what_the_cpu_finds(nets: Nets) -> None:
     expected = locate(nets, images, batch_size=32)
     for net in (nets.corruption, nets.clean_classifier):
         net.to("cuda")
-    for one, two in zip(locate(nets, images, batch_size=32), expected, strict=True):
-        np.testing.assert_allclose(one.map, two.map, atol=5e-3)  # TF32 convolutions
+    results = locate(nets, images, batch_size=32)
+    np.testing.assert_allclose(maps_of(results), maps_of(expected), atol=5e-3)  # TF32
 
 
 def test_each_rule_gives_its_own_box_of_the_same_map(nets: Nets) -> None:
     images = random_images(nets, 8)
     boxes = {}
     for rule in ("paper", "mean", "quantile"):
-        found = locate(nets, images, batch_size=8, rule=rule)
-        maps = np.stack([one.map for one in found])
+        results = locate(nets, images, batch_size=8, rule=rule)
         sizes = np.array([(image.height, image.width) for image in images])
-        expected = scale_boxes(localize(maps, rule)[0], np.array((SIZE, SIZE)), sizes)
-        boxes[rule] = [one.box for one in found]
+        of_maps = localize(maps_of(results), rule)[0]
+        expected = scale_boxes(of_maps, np.array((SIZE, SIZE)), sizes)
+        boxes[rule] = [result.box for result in results]
         assert boxes[rule] == expected.tolist()
     assert boxes["paper"] != boxes["mean"] != boxes["quantile"]
 
@@ -119,8 +132,8 @@ def test_each_rule_gives_its_own_box_of_the_same_map(nets: Nets) -> None:
 def test_a_flat_map_is_the_whole_image_and_not_found(nets: Nets) -> None:
     with torch.no_grad():
         nets.corruption.output.weight.zero_()
-    (one,) = locate(nets, random_images(nets, 1), batch_size=4)
-    assert (one.box, one.found) == ([0, 0, 89, 39], False)
+    (result,) = locate(nets, random_images(nets, 1), batch_size=4)
+    assert (result.box, result.found) == ([0, 0, 89, 39], False)
 
 
 def test_every_kind_of_image_is_located_in_its_stored_pixels(
@@ -138,7 +151,7 @@ def test_every_kind_of_image_is_located_in_its_stored_pixels(
         "grey16.png": Image.fromarray(colours[..., 0].astype(np.uint16) * 257),
         "palette.png": picture.convert("P"),
         "cmyk.tif": picture.convert("CMYK"),
-        "one.png": picture.crop((0, 0, 1, 1)),
+        "pixel.png": picture.crop((0, 0, 1, 1)),
     }
     for name, image in kinds.items():
         image.save(tmp_path / name)
@@ -153,15 +166,15 @@ def test_every_kind_of_image_is_located_in_its_stored_pixels(
     entries = process_batch(nets, config, jobs)
     assert [entry["image"] for entry in entries] == [str(path) for path in paths]
     for entry in entries:
-        size = (1, 1) if entry["image"].endswith("one.png") else (80, 48)
+        size = (1, 1) if entry["image"].endswith("pixel.png") else (80, 48)
         assert (entry["status"], entry["width"], entry["height"]) == ("ok", *size)
         for kind, mode in (("overlay", "RGB"), ("mask", "L")):
             with Image.open(config.output / entry[kind]) as image:
                 assert (image.size, image.mode) == (size, mode)
-    found = {name: (e["box"], e["top5"]) for name, e in zip(kinds, entries, strict=False)}
-    assert found["plain.png"] == found["alpha.png"] == found["turned.png"]
-    assert found["grey.png"] == found["grey16.png"]
-    assert (entries[-1]["box"], entries[-1]["top5"]) == found["plain.png"]
+    results = {name: (e["box"], e["top5"]) for name, e in zip(kinds, entries, strict=False)}
+    assert results["plain.png"] == results["alpha.png"] == results["turned.png"]
+    assert results["grey.png"] == results["grey16.png"]
+    assert (entries[-1]["box"], entries[-1]["top5"]) == results["plain.png"]
 
 
 def test_a_mask_of_an_image_of_the_nets_size_is_its_map(
@@ -174,9 +187,10 @@ def test_a_mask_of_an_image_of_the_nets_size_is_its_map(
     )
     job = Job(path=tmp_path / "a.png", overlay="a.png", mask="masks/a.png")
     (entry,) = process_batch(nets, config, [job])
-    (one,) = locate(nets, [prepare(nets.config, png(pixels))], batch_size=config.batch_size)
+    image = prepare(nets.config, png(pixels))
+    (result,) = locate(nets, [image], batch_size=config.batch_size)
     with Image.open(tmp_path / "out" / "masks" / "a.png") as mask:
-        assert (np.asarray(mask) == np.rint(one.map * 255)).all()
+        assert (np.asarray(mask) == np.rint(result.map * 255)).all()
     assert "overlay" not in entry
     assert not (tmp_path / "out" / "a.png").exists()
 

@@ -134,7 +134,7 @@ def test_the_number_of_threads_changes_no_byte(random_run: Path, tmp_path: Path)
     for threads in ("1", "5"):
         flags = ("--threads", threads, "--batch-size", "3", "--masks")
         run(random_run, tmp_path / threads, folder, flags=flags)
-    one, five = (
+    few, many = (
         {
             path.relative_to(tmp_path / threads): path.read_bytes()
             for path in sorted((tmp_path / threads).rglob("*"))
@@ -142,8 +142,8 @@ def test_the_number_of_threads_changes_no_byte(random_run: Path, tmp_path: Path)
         }
         for threads in ("1", "5")
     )
-    assert len(one) == 81  # overlays, masks, progress.jsonl
-    assert one == five
+    assert len(few) == 81  # overlays, masks, progress.jsonl
+    assert few == many
     assert read_entries(tmp_path / "1") == read_entries(tmp_path / "5")
 
 
@@ -288,9 +288,9 @@ def test_folders_are_searched_once_through_links_without_hidden_files(
     output = pictures / "out"  # results of an earlier run among the images
     output.mkdir()
     (output / "a.png").touch()
-    found = [job.path.relative_to(pictures) for job in find_images([pictures], output)]
+    paths = [job.path.relative_to(pictures) for job in find_images([pictures], output)]
     names = ["a.jpg", "broken.jpg", "grey.GIF", "link/c.jpg", "sub/a.png"]
-    assert [path.as_posix() for path in found] == names
+    assert [path.as_posix() for path in paths] == names
 
 
 def test_a_folder_without_images_is_refused(pictures: Path, tmp_path: Path) -> None:

@@ -35,14 +35,15 @@ def test_one_sample_read_alone_is_the_one_among_all(small_set: Path, remote_set:
     manifest = read_manifest(small_set)
     everything = list(read_samples(small_set / "train" / "train-000001.tar", manifest))
     for location in (str(small_set), remote_set):
-        one = read_sample(storage.join(location, "train", "train-000001.tar"), 7, manifest)
-        assert (one.row, one.label, one.meta) == (
-            everything[7].row,
-            everything[7].label,
-            everything[7].meta,
+        path = storage.join(location, "train", "train-000001.tar")
+        sample, expected = read_sample(path, 7, manifest), everything[7]
+        assert (sample.row, sample.label, sample.meta) == (
+            expected.row,
+            expected.label,
+            expected.meta,
         )
-        assert np.array_equal(one.image, everything[7].image)
-        assert np.array_equal(one.segments, everything[7].segments)
+        assert np.array_equal(sample.image, expected.image)
+        assert np.array_equal(sample.segments, expected.segments)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
