@@ -1,8 +1,8 @@
 """Random crops, flips, translations and colours of whole batches, on the device that trains.
 
-What is drawn is a pure function of (seed, epoch, step). Where each output pixel looks is worked
-out here once, in float64 on the host, and the pixels are computed in integers: so a CPU (numba)
-and a GPU (torch) give the same bits.
+The random draws are a pure function of (seed, epoch, step). The coordinates of each output pixel
+in the stored image are computed once, in float64 on the host, and the pixels in integers, so a CPU
+(numba) and a GPU (torch) give the same bits.
 """
 
 from dataclasses import dataclass
@@ -55,13 +55,13 @@ class Augmentation:
 
     @property
     def colours(self) -> bool:
-        """Whether colours change at all."""
+        """Return whether colours change at all."""
         return max(self.brightness, self.contrast, self.saturation) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """What happens to each image of a batch.
+    """The random choices for each image of a batch.
 
     start, end: float64 [B, 2], the crop's corners (y, x) in pixels of the stored image;
     start x > end x means: mirrored. colours: int32 [B, 3, 4], rows of an affine map of RGB in
@@ -75,6 +75,7 @@ class Draw:
     fill: np.ndarray
 
     def part(self, first: int, stop: int) -> "Draw":
+        """Return the choices for images `first` to `stop`, exclusive."""
         colours = None if self.colours is None else self.colours[first:stop]
         return Draw(
             start=self.start[first:stop], end=self.end[first:stop], colours=colours, fill=self.fill
@@ -89,17 +90,17 @@ def draw(
     mean: tuple[float, float, float],
     augmentation: Augmentation,
 ) -> Draw:
-    """What happens to the `total` images of the global batch at `position`.
+    """Draw the crops, flips and colours of the `total` images of the global batch at `position`.
 
     size: height and width in pixels. mean: of the set's pixels, 0..255: the fill colour.
     """
     random = np.random.default_rng([seed, position.epoch, position.step, STREAM])
-    area, aspect, place_y, place_x, mirror = random.random((5, total))
+    area, aspect, y, x, mirror = random.random((5, total))
     area = augmentation.min_area + (1 - augmentation.min_area) * area
     stretch = np.exp(np.log(augmentation.max_aspect) * (2 * aspect - 1)).clip(area, 1 / area)
     shares = np.minimum(np.sqrt([area / stretch, area * stretch]), 1).T  # 1 but for rounding
-    place = np.stack([place_y, place_x], axis=1)
-    start = (1 - shares) * place + augmentation.translation * (2 * place - 1)
+    corner = np.stack([y, x], axis=1)  # 0: at the top or left edge, 1: at the other one
+    start = (1 - shares) * corner + augmentation.translation * (2 * corner - 1)
     start, end = start * np.array(size), (start + shares) * np.array(size)
     mirrored = (mirror < 0.5) & augmentation.flip
     start[mirrored, 1], end[mirrored, 1] = end[mirrored, 1], start[mirrored, 1]
@@ -115,7 +116,7 @@ def draw(
 def _colour_maps(
     uniform: np.ndarray, mean: tuple[float, float, float], augmentation: Augmentation
 ) -> np.ndarray:
-    """Brightness, then contrast, then saturation as one affine map: int32 [B, 3, 4]."""
+    """Return brightness, then contrast, then saturation as an affine map: int32 [B, 3, 4]."""
     ranges = np.array([augmentation.brightness, augmentation.contrast, augmentation.saturation])
     brightness, contrast, saturation = 1 + (2 * uniform - 1) * ranges[:, None]
     grey = (1 - saturation)[:, None, None] * np.tile(LUMA, (3, 1))
@@ -129,7 +130,7 @@ def _colour_maps(
 
 @dataclass(frozen=True, kw_only=True)
 class _Axis:
-    """Where the outputs along one axis look, int32 [B, n] each.
+    """The stored pixels that outputs along one axis are computed from, int32 [B, n] each.
 
     nearest: the stored pixel nearest to the output's centre. low: the pixel below the centre,
     from -1 on; its neighbour is low + 1, and both stand for the edge's pixel where they lie
@@ -189,13 +190,13 @@ def _augment_in_torch(
     left, right = (x[:, None, :] for x in neighbours(columns, width))
     across = sent(columns.weight)[:, None, :, None]
     down = sent(rows.weight)[:, :, None, None]
-    one = 2**WEIGHT_BITS
+    unit = 2**WEIGHT_BITS
 
     def between(row: Tensor) -> Tensor:
         ends = images[batch, row, left].int(), images[batch, row, right].int()
-        return ends[0] * (one - across) + ends[1] * across
+        return ends[0] * (unit - across) + ends[1] * across
 
-    values = between(upper) * (one - down) + between(lower) * down
+    values = between(upper) * (unit - down) + between(lower) * down
     shift = 2 * WEIGHT_BITS - PIXEL_BITS
     values = (values + (1 << (shift - 1))) >> shift
     shift, half = PIXEL_BITS, 1 << (PIXEL_BITS - 1)
@@ -251,19 +252,19 @@ def _augment_batch(  # type: ignore[no-untyped-def]
     count, height, width = segments.shape
     values = 3 * width
     words, blended = np.empty(width + 2, np.uint64), np.empty(width, np.uint64)
-    place, weight = np.empty(width, np.int32), np.empty(width, np.uint64)
+    left, weight = np.empty(width, np.int32), np.empty(width, np.uint64)
     upper, lower = np.empty(values, np.int32), np.empty(values, np.int32)
     fine = np.empty(values, np.int32)
     planar = len(colours) > 0  # channel by channel, so that colours are mixed over whole rows
-    one = np.int32(1 << WEIGHT_BITS)
+    unit = np.int32(1 << WEIGHT_BITS)
     shift = np.int32(2 * WEIGHT_BITS - PIXEL_BITS)
     half = np.int32(1 << (2 * WEIGHT_BITS - PIXEL_BITS - 1))
     both = np.int32(half + (1 << (2 * WEIGHT_BITS - 1)))  # of the roundings to PIXEL_BITS and to 0
     for b in range(count):
         image = images[b].reshape(height, values)
         for x in range(width):
-            place[x], weight[x] = low_x[b, x] + 1, weight_x[b, x]
-        in_upper = in_lower = -1  # which stored rows they hold
+            left[x], weight[x] = low_x[b, x] + 1, weight_x[b, x]
+        in_upper = in_lower = -1  # the stored rows in them
         for y in range(height):
             source, target = segments[b, nearest_y[b, y]], labels[b, y]
             for x in range(width):
@@ -277,13 +278,13 @@ def _augment_batch(  # type: ignore[no-untyped-def]
             if above == in_lower:
                 upper, lower, in_upper, in_lower = lower, upper, in_lower, in_upper
             if above != in_upper:
-                _blend_row(image[above], place, weight, words, blended, planar, upper)
+                _blend_row(image[above], left, weight, words, blended, planar, upper)
                 in_upper = above
             if below != in_lower:
-                _blend_row(image[below], place, weight, words, blended, planar, lower)
+                _blend_row(image[below], left, weight, words, blended, planar, lower)
                 in_lower = below
             down = np.int32(weight_y[b, y])
-            up = np.int32(one - down)
+            up = np.int32(unit - down)
             if planar:
                 for i in range(values):
                     value = np.int32(upper[i] * up) + np.int32(lower[i] * down)
@@ -301,14 +302,14 @@ def _augment_batch(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _blend_row(source, place, weight, words, blended, planar, out):  # type: ignore[no-untyped-def]
+def _blend_row(source, left, weight, words, blended, planar, out):  # type: ignore[no-untyped-def]
     """Interpolate a stored row of RGB triples along itself, in units of 2**-WEIGHT_BITS.
 
-    place, weight: int32 and uint64 [W], the left neighbour, counted with one pixel put before the
+    left, weight: int32 and uint64 [W], the left neighbour, counted with one pixel put before the
     row, and its neighbour's weight. words, blended: uint64 [W + 2], [W] to work in. out: int32
     [3 W], triples, or channel by channel where `planar`.
     """
-    width = len(place)
+    width = len(left)
     green, blue = np.uint64(WORD_BITS), np.uint64(2 * WORD_BITS)
     channel = np.uint64((1 << WORD_BITS) - 1)
     for x in range(width):  # a pixel's channels side by side in a word, so one product mixes all
@@ -320,8 +321,8 @@ def _blend_row(source, place, weight, words, blended, planar, out):  # type: ign
         )
     words[0], words[width + 1] = words[1], words[width]
     for x in range(width):
-        near = words[np.uint32(place[x])]
-        far = words[np.uint32(place[x]) + np.uint32(1)]
+        near = words[np.uint32(left[x])]
+        far = words[np.uint32(left[x]) + np.uint32(1)]
         blended[x] = (near << np.uint64(WEIGHT_BITS)) + (far - near) * weight[x]
     if planar:
         reds, greens, blues = out[:width], out[width : 2 * width], out[2 * width :]

@@ -1,11 +1,12 @@
-"""Shards of a remote set, brought to this machine ahead of use and shared by its processes.
+"""Shards of a remote set, downloaded to this machine before use and shared by its processes.
 
-    FOLDER/<sha256>.tar    a shard whose hash has been checked; .idx, made from it, beside it
-    FOLDER/<sha256>.part   one that is on its way, with its space already taken
-    FOLDER/lock            two bytes per shard to lock, at an offset from its hash: one shared by
-                           the processes that use the shard, one held by who brings it; to evict
-                           it takes both. In it the bytes that all files take, or more where some
-                           were deleted since they were counted
+    FOLDER/<sha256>.tar    a shard whose hash has been checked; .idx, computed from it, beside it
+    FOLDER/<sha256>.part   a shard that is being downloaded, with its space already allocated
+    FOLDER/lock            two bytes per shard to lock, at an offset from its hash: the processes
+                           that use the shard share the first, the process that downloads it locks
+                           the second, and evicting it takes both. The first 8 bytes are an upper
+                           bound on the cache's size: files deleted by hand are subtracted at the
+                           next recount
 
 Files are named by their content, so sets and versions never mix. Locks belong to open files and
 end with their process, however it ends. The folder must be on a file system of this machine.
@@ -36,10 +37,10 @@ DEFAULT_LIMIT = 100.0  # GiB
 INDEX_BYTES = 320  # of a sample's line in the index, at most
 HASH_ATTEMPTS = 2
 COUNT_BYTES = 8
-ROOM_OFFSET = 1 << 62  # of the lock that a process holds while it counts and evicts
+ROOM_OFFSET = 1 << 62  # of the lock for counting and evicting
 ROOM_POLL = 0.2  # seconds between looks whether other shards were released
 ROOM_WAIT = 60.0  # seconds after which `path` gives up
-UPLOAD = "upload it again from the folder that jobs.preprocess wrote."
+UPLOAD = "upload it again."
 CACHED = re.compile(r"[0-9a-f]{64}\.(tar|idx|part)")
 
 
@@ -48,16 +49,16 @@ class NoRoomError(UserError):
 
 
 def default_folder() -> Path:
-    """`shards` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    """Return a folder in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "adversarial-localization" / "shards"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Where shards of a remote set are kept, and the bytes that they may take together.
+    """Folder and size of the cache.
 
-    folder: None for `default_folder` of the node that uses it.
+    folder: None for `default_folder` of the node that uses it. limit_bytes: of all its files.
     """
 
     folder: Path | None = None
@@ -65,7 +66,7 @@ class CacheConfig:
 
 
 def _lock(descriptor: int, kind: int, offset: int, wait: bool = True) -> bool:
-    """Set or drop (F_UNLCK) the lock of one byte; False where another holds it.
+    """Set or drop (F_UNLCK) the lock of one byte. Return False where another process has it.
 
     Open-file-description locks: those of two openings of the file exclude each other even within
     a process, and any number of them needs one descriptor. See fcntl(2).
@@ -84,7 +85,7 @@ def _use_offset(sha256: str) -> int:
     return 2 * int(sha256[:15], 16)
 
 
-def _bring_offset(sha256: str) -> int:
+def _download_offset(sha256: str) -> int:
     return _use_offset(sha256) + 1
 
 
@@ -93,22 +94,22 @@ def _gib(size: int) -> str:
 
 
 class ShardCache:
-    """The shards of one split as local files.
+    """Gives the shards of one split as local files.
 
-    Of a local set those are the files themselves. Of a remote one they are copies in `folder`,
+    The files of a local set are used as they are. Those of a remote set are copied to `folder`,
     whose files together never exceed `limit_bytes`: the least recently used shards that no process
-    uses are evicted first. A shard counts as used from `path` until `release`, or the end of the
-    process. Not meant to be shared by threads, but for its own.
+    uses are evicted first. A shard is in use from `path` until `release`, or the end of the
+    process. Not to be shared by threads.
     """
 
     def __init__(
         self, data: str | Path, manifest: Manifest, split: str, config: CacheConfig
     ) -> None:
         """Raises UserError where the folder cannot be used or the limit holds no shard."""
-        self._ahead: set[str] = set()  # hashes of what `prefetch` was asked for and is not used
-        self._queue: deque[Shard] = deque()  # what its thread has still to bring
+        self._ahead: set[str] = set()  # hashes of shards to prefetch that are not in use yet
+        self._queue: deque[Shard] = deque()  # shards that its thread has still to fetch
         self._thread: threading.Thread | None = None
-        self._mutex = threading.Lock()  # of the three above
+        self._mutex = threading.Lock()  # guards the three above
         self._use = -1  # descriptor that holds the shared locks
         folder = config.folder or default_folder()
         self.data, self.split, self.folder, self.limit = data, split, folder, config.limit_bytes
@@ -121,7 +122,7 @@ class ShardCache:
             self._use = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise UserError(
-                f"the cache folder {folder} cannot be used ({error}); give one with --cache."
+                f"the cache folder {folder} cannot be used ({error}); give another one."
             ) from error
         for number in range(len(self.shards)):
             self.check_limit([number])
@@ -130,7 +131,7 @@ class ShardCache:
         self.close()
 
     def close(self) -> None:
-        """Give up the use of all shards and stop bringing more."""
+        """Release all shards and stop prefetching."""
         with self._mutex:
             self._ahead, self._queue = set(), deque()
         if self._use >= 0:
@@ -143,11 +144,10 @@ class ShardCache:
         _check_limit(self.data, self.split, shards, self.limit)
 
     def path(self, number: int) -> Path:
-        """The local file of the split's shard `number`, its index beside it; waits until it is
-        there, its SHA-256 the manifest's.
+        """Return the local file of the split's shard `number`, with its index beside it.
 
-        Raises UserError where it cannot be brought: lost connection, wrong hash, full disk, no
-        room within the limit.
+        Waits until the file exists and its SHA-256 is the manifest's. Raises UserError where it
+        cannot be fetched: lost connection, wrong hash, full disk, no room within the limit.
         """
         shard = self.shards[number]
         if not self.remote:
@@ -161,7 +161,7 @@ class ShardCache:
                 break
             _lock(self._use, fcntl.F_UNLCK, _use_offset(shard.sha256))
             try:
-                self._bring(shard, kept=())
+                self._fetch(shard, kept=())
             except NoRoomError:  # others may be done with theirs soon
                 if time.monotonic() > deadline:
                     raise
@@ -172,17 +172,19 @@ class ShardCache:
         return path
 
     def release(self, number: int) -> None:
-        """Say that this process no longer uses a shard, so that it may be evicted. Space is freed
-        once nothing maps the file any more."""
+        """End this process's use of a shard, so that it may be evicted.
+
+        Its space is freed once nothing maps the file any more.
+        """
         if self.remote:
             _lock(self._use, fcntl.F_UNLCK, _use_offset(self.shards[number].sha256))
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Start bringing these shards in the background, in this order, in place of those asked
-        for before.
+        """Start fetching these shards in the background, in this order.
 
-        What is brought ahead evicts neither shards in use nor others of `numbers`; where there is
-        no room it waits for a `release`. A failure here is left for `path` to meet and to raise.
+        They replace those of an earlier call. Shards in use and others of `numbers` are not
+        evicted for them; without room the thread waits for a `release`. A failure is not raised
+        here: `path` will meet it again.
         """
         if not self.remote:
             return
@@ -203,7 +205,7 @@ class ShardCache:
                     return
                 shard, kept = self._queue[0], self._ahead.copy()
             try:
-                self._bring(shard, kept)
+                self._fetch(shard, kept)
             except NoRoomError:
                 time.sleep(ROOM_POLL)
                 continue
@@ -217,7 +219,7 @@ class ShardCache:
         return self.folder / f"{shard.sha256}.{extension}"
 
     def _has(self, shard: Shard) -> bool:
-        """Whether the shard is there, whole. Its hash was checked before it got its name."""
+        """Return whether the shard is complete. Its hash was checked before it got its name."""
         try:
             size = self._file(shard, "tar").stat().st_size
         except FileNotFoundError:
@@ -233,13 +235,13 @@ class ShardCache:
         finally:
             os.close(descriptor)  # and with it the lock
 
-    def _bring(self, shard: Shard, kept: Collection[str]) -> None:
-        """Have the shard in the folder; of several processes one downloads, the others wait.
+    def _fetch(self, shard: Shard, kept: Collection[str]) -> None:
+        """Download the shard into the folder; of several processes one does, the others wait.
 
         kept: hashes of shards not to be evicted for it.
         """
         part = self._file(shard, "part")
-        with self._locked(_bring_offset(shard.sha256)):
+        with self._locked(_download_offset(shard.sha256)):
             if self._has(shard):
                 return
             try:
@@ -259,16 +261,16 @@ class ShardCache:
                 raise UserError(
                     f"the disk of the cache folder {self.folder} is full, and no unused shard is "
                     f"left to evict: {shard.name} needs {_gib(cached_bytes(shard))}. Free space "
-                    "or give another folder with --cache."
+                    "or give another folder."
                 ) from error
             finally:
                 part.unlink(missing_ok=True)
 
     def _reserve(self, file: BinaryIO, shard: Shard, kept: Collection[str]) -> None:
-        """Take the disk space for a shard, so that nobody else counts on it, evicting others."""
+        """Allocate the disk space of a shard; evict others to stay within the limit and disk."""
         needed, unused = cached_bytes(shard), None
         with self._locked(ROOM_OFFSET) as lock:
-            count = os.pread(lock, COUNT_BYTES, 0)  # at least what all files take
+            count = os.pread(lock, COUNT_BYTES, 0)  # at least the bytes of all files
             used = int.from_bytes(count, "little") if count else self.limit
             if used + needed > self.limit:
                 used, unused = self._unused(kept)
@@ -276,8 +278,8 @@ class ShardCache:
                 if not unused:
                     raise NoRoomError(
                         f"no room for {shard.name} in the cache {self.folder}: shards of "
-                        f"{_gib(used)} are in use, --cache-limit is {_gib(self.limit)}; give a "
-                        f"limit of at least {_gib(used + needed)}."
+                        f"{_gib(used)} are in use, its limit is {_gib(self.limit)}; give a limit "
+                        f"of at least {_gib(used + needed)}."
                     )
                 used -= self._evict(unused.pop(0))
             while True:
@@ -296,8 +298,10 @@ class ShardCache:
             os.pwrite(lock, (used + needed).to_bytes(COUNT_BYTES, "little"), 0)
 
     def _unused(self, kept: Collection[str]) -> tuple[int, list[str]]:
-        """Bytes of all files in the cache, and the hashes that may be tried for eviction, the
-        least recently used first."""
+        """Return the bytes of all files in the cache, and the hashes of shards to evict.
+
+        The least recently used comes first; shards that another process uses are among them.
+        """
         used, last = 0, dict[str, int]()
         for entry in os.scandir(self.folder):
             if not CACHED.fullmatch(entry.name):
@@ -305,36 +309,39 @@ class ShardCache:
             try:
                 status = entry.stat()
             except FileNotFoundError:
-                continue  # its process gave it up just now
+                continue  # deleted just now
             sha256 = entry.name.split(".")[0]
             used += status.st_size
             last[sha256] = max(last.get(sha256, 0), status.st_mtime_ns)
         return used, sorted(last.keys() - set(kept), key=lambda sha256: (last[sha256], sha256))
 
     def _evict(self, sha256: str) -> int:
-        """Delete a shard that no process uses, or what a killed one left of it; the bytes won."""
+        """Delete a shard that no process uses, or its unfinished files; return the bytes freed.
+
+        Return 0 where it is in use.
+        """
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         try:
-            for offset in (_bring_offset(sha256), _use_offset(sha256)):
+            for offset in (_download_offset(sha256), _use_offset(sha256)):
                 if not _lock(descriptor, fcntl.F_WRLCK, offset, wait=False):
                     return 0
-            won = 0
+            freed = 0
             for extension in ("tar", "idx", "part"):
                 path = self.folder / f"{sha256}.{extension}"
                 if path.exists():
-                    won += path.stat().st_size
+                    freed += path.stat().st_size
                     path.unlink()
-            return won
+            return freed
         finally:
             os.close(descriptor)
 
     def _download(self, file: BinaryIO, shard: Shard) -> None:
-        place = storage.join(self.data, self.split, shard.name)
+        location = storage.join(self.data, self.split, shard.name)
 
         def copy() -> tuple[int, str]:
             file.seek(0)
             size, digest = 0, hashlib.sha256()
-            for piece in storage.chunks(place):
+            for piece in storage.chunks(location):
                 size += len(piece)
                 if size > shard.bytes:
                     break
@@ -344,22 +351,20 @@ class ShardCache:
 
         for _ in range(HASH_ATTEMPTS):
             try:
-                size, sha256 = storage.attempt(place, copy)
+                size, sha256 = storage.attempt(location, copy)
             except storage.MissingError as error:
                 raise UserError(
-                    f"{place} is missing, but dataset.json names it; {UPLOAD}"
+                    f"{location} is missing, but dataset.json names it; {UPLOAD}"
                 ) from error
             if (size, sha256) == (shard.bytes, shard.sha256):
                 return
-        found = (
-            f"SHA-256 {sha256}"
-            if size == shard.bytes
-            else f"{'over ' * (size > shard.bytes)}{min(size, shard.bytes)} bytes"
-        )
-        expected = f"SHA-256 {shard.sha256}" if size == shard.bytes else f"{shard.bytes} bytes"
+        actual, expected = f"SHA-256 {sha256}", f"SHA-256 {shard.sha256}"
+        if size != shard.bytes:
+            actual = f"{'over ' * (size > shard.bytes)}{min(size, shard.bytes)} bytes"
+            expected = f"{shard.bytes} bytes"
         raise UserError(
-            f"{place} has {found}, dataset.json says {expected} (read {HASH_ATTEMPTS} times): it "
-            f"was damaged or replaced; {UPLOAD}"
+            f"{location} has {actual}, dataset.json says {expected} (read {HASH_ATTEMPTS} times): "
+            f"it was damaged or replaced; {UPLOAD}"
         )
 
 
@@ -367,9 +372,9 @@ def _check_limit(data: str | Path, split: str, shards: Sequence[Shard], limit: i
     needed = sum(cached_bytes(shard) for shard in shards)
     if storage.is_remote(data) and needed > limit:
         raise UserError(
-            f"--cache-limit {_gib(limit)} is too small: {len(shards)} shards of "
+            f"the cache's limit of {_gib(limit)} is too small: {len(shards)} shards of "
             f"{storage.join(data, split)} are needed at once, {_gib(needed)}; give a larger one, "
-            "or copy the set to a local disk and name that as --data."
+            "or copy the set to a local disk and use that."
         )
 
 
@@ -380,11 +385,11 @@ def check_window(
     order: Order,
     ranks: int,
 ) -> None:
-    """Raise UserError where a cache of `limit` bytes, shared by that many ranks, cannot hold all
-    shards of the train split that are in use at once in this order.
+    """Raise UserError where a cache of `limit` bytes is too small for training in this order.
 
-    The ranks are at the same step, but one may still wait for its batch while another holds the
-    shards of the last one that it made ahead. Without room for both, each would wait for the other.
+    It must hold all shards of the train split that are in use at once by its `ranks`. They are at
+    the same step, but a rank may still wait for its batch while another uses the shards of the last
+    batch that it prepared. Without room for both, each would wait for the other.
     """
     shards = split_of(manifest, "train").shards
     if order.window is None or order.window >= len(shards):
@@ -396,5 +401,5 @@ def check_window(
 
 
 def cached_bytes(shard: Shard) -> int:
-    """Bytes that a shard takes in the cache, with its index."""
+    """Return the bytes that a shard and its index take in the cache."""
     return shard.bytes + INDEX_BYTES * shard.images

@@ -315,7 +315,7 @@ def test_shards_in_use_are_never_evicted(data: str, manifest: Manifest, tmp_path
     second.path(1)
     second.path(0)
     first.release(0)
-    with pytest.raises(UserError, match=r"no room for train-000002\.tar .* in use, --cache-limit"):
+    with pytest.raises(UserError, match=r"no room for train-000002\.tar .* in use, its limit is"):
         first.path(2)
     assert cached(tmp_path, manifest) == [0, 1]
     second.close()
@@ -326,7 +326,7 @@ def test_shards_in_use_are_never_evicted(data: str, manifest: Manifest, tmp_path
 def test_a_limit_below_what_is_needed_at_once_is_an_error_up_front(
     data: str, manifest: Manifest, tmp_path: Path, proxy: Proxy
 ) -> None:
-    with pytest.raises(UserError, match=r"--cache-limit .* is too small: 1 shards .* needed"):
+    with pytest.raises(UserError, match=r"limit of .* is too small: 1 shards .* needed"):
         new_cache(data, manifest, tmp_path, space(manifest, 0) - 1)
     shards = new_cache(data, manifest, tmp_path, space(manifest, 0, 1, 2))
     shards.check_limit([0, 1, 2, 1])
@@ -378,7 +378,9 @@ def test_a_full_disk_evicts_what_is_unused_and_is_then_an_error(
         shards.path(1)
         shards.path(2)
         assert cached(tmp_path, manifest) == [1, 2]
-        with pytest.raises(UserError, match=r"the disk of .* is full.*train-000000.* --cache"):
+        with pytest.raises(
+            UserError, match=r"the disk of .* is full.*train-000000.* another folder"
+        ):
             shards.path(0)
         assert cached(tmp_path, manifest) == [1, 2]
         assert not any(name.endswith(".part") for name in names(tmp_path))
@@ -404,7 +406,7 @@ def test_a_folder_that_cannot_be_made_names_the_flag(
     data: str, manifest: Manifest, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="give one with --cache"):
+    with pytest.raises(UserError, match="give another one"):
         new_cache(data, manifest, tmp_path / "file" / "cache")
 
 
