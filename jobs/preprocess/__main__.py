@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs import cli
 from jobs.cli import option
-from jobs.preprocess.preview import write_previews
+from jobs.preprocess.preview import PREVIEW_NAME, write_previews
 from pipeline.errors import UserError
 from pipeline.shards.make import Outcome, Progress, preprocess
 from pipeline.shards.plan import PreprocessConfig
@@ -91,7 +91,7 @@ def check(config: JobConfig) -> None:
     verification = verify(config.output, config.workers, printer(checking), cli.connect_ray)
     _check_flags(config, verification.fingerprint["configuration"])
     print(verification_table(verification))
-    for name in verification.unknown:
+    for name in (x for x in verification.unknown if not x.endswith(f"/{PREVIEW_NAME}")):
         print(f"not part of the set: {name}")
     if verification.is_sound:
         print(f"{verification.output} is sound.")

@@ -27,8 +27,11 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
-    """pixels: uint8 [H, W, 3], RGB, at the size asked for. height, width: the file's own, in
-    pixels as stored (no EXIF rotation). note: harmless damage that was met, or None."""
+    """A decoded image.
+
+    pixels: uint8 [H, W, 3], RGB, at the size asked for. height, width: the file's own, in pixels
+    as stored (no EXIF rotation). note: harmless damage, or None.
+    """
 
     pixels: np.ndarray
     height: int
@@ -55,8 +58,10 @@ def read_image(data: bytes, height: int, width: int) -> DecodedImage:
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [h, w, 3] -> uint8 [height, width, 3]: areas averaged where an axis shrinks, linear
-    interpolation where it grows."""
+    """Resize uint8 [h, w, 3] to uint8 [height, width, 3].
+
+    Areas are averaged where an axis shrinks, and interpolated linearly where it grows.
+    """
     from pipeline.shards.pixels import shrink
 
     h, w = pixels.shape[:2]
@@ -84,8 +89,10 @@ def _decode(data: bytes, height: int, width: int) -> tuple[np.ndarray, int, int,
 
 
 def decoded_size(full: tuple[int, int], stored: tuple[int, int]) -> tuple[int, int]:
-    """Height and width at which a JPEG of the size `full` is decoded to be stored at `stored`: the
-    smallest of its EIGHTHS that is DECODE_FACTOR times as large, or the whole."""
+    """Return height and width at which to decode a JPEG of the size `full`, to store at `stored`.
+
+    It is the smallest of its EIGHTHS that is DECODE_FACTOR times as large, or the whole.
+    """
     wanted = [8 * DECODE_FACTOR * side for side in stored]
     fits = (n for n in EIGHTHS if n * full[0] >= wanted[0] and n * full[1] >= wanted[1])
     eighths = next(fits, EIGHTHS[-1])

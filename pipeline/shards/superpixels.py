@@ -1,5 +1,8 @@
-"""RGB -> superpixel label map. The only importer of fast_slic, and only once labels are made:
-drivers check their configuration here."""
+"""RGB -> superpixel label map.
+
+fast_slic is imported here alone, and only once labels are made: drivers check their configuration
+here.
+"""
 
 import functools
 from typing import Any
@@ -27,7 +30,7 @@ def check_superpixels(height: int, width: int, count: int) -> None:
 
 
 def label_dtype(count: int) -> np.dtype:
-    """uint8 where the labels of `count` superpixels fit, else uint16."""
+    """Return uint8 where the labels of `count` superpixels fit, else uint16."""
     return np.dtype(np.uint8 if count <= 256 else np.uint16)
 
 
@@ -55,13 +58,14 @@ def superpixels(
         num_components=count, compactness=compactness, min_size_factor=min_size, num_threads=1
     )
     labels = slic.iterate(np.ascontiguousarray(image), iterations)
-    return labels.view(np.uint16).astype(label_dtype(count))  # int16 is but fast-slic's wrapping
+    return labels.view(np.uint16).astype(label_dtype(count))  # fast-slic wraps them in int16
 
 
 @functools.cache
 def _fastest_slic() -> Any:
-    """SlicAvx2 where fast-slic was compiled on a CPU that has it, else the plain class; the labels
-    are the same, bit for bit."""
+    """Return SlicAvx2 where fast-slic was compiled on a CPU that has it, else the plain class.
+
+    The labels are the same, bit for bit."""
     try:
         from fast_slic.avx2 import SlicAvx2
     except ImportError:

@@ -23,6 +23,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.shards.format import (
     MANIFEST_NAME,
+    Index,
     Manifest,
     Shard,
     decode_sample,
@@ -46,9 +47,6 @@ from pipeline.shards.manifest import differences, make_manifest
 from pipeline.shards.output import PLAN_NAME, read_fingerprint
 from pipeline.shards.plan import ShardTask, location_of, shard_tasks
 from pipeline.tasks import Failure, run_tasks
-
-DECODED = 8  # samples of each shard that are decoded: first, last and even steps between
-PREVIEW_NAME = "preview.html"  # beside the shards of a split, for people to look at
 
 Members = dict[str, bytes]  # by extension
 
@@ -191,30 +189,21 @@ def check_shard(
     totals.add(table)
     if recorded is None:
         return ShardCheck(problems=(), facts=facts, totals=totals)
+    location = storage.with_suffix(record, ".tar")
     try:
-        content = _read(storage.with_suffix(record, ".tar"))
-        index = _read(storage.with_suffix(record, ".idx")).tobytes()
+        content = storage.read_bytes(location)
+        index = storage.read_bytes(storage.with_suffix(record, ".idx"))
     except storage.MissingError as error:
         return ShardCheck(problems=(str(error),), facts=facts, totals=totals)
-    accepted = table.filter(pc.field("status") == OK)
-    chosen = np.linspace(0, accepted.num_rows - 1, DECODED).round().astype(int).tolist()
+    rows = table.filter(pc.field("status") == OK).to_pylist()
+    problems = list(_shard_problems(content, index, recorded, manifest, rows))
     return ShardCheck(
-        problems=tuple(_shard_problems(content, index, recorded, manifest, accepted, {*chosen})),
+        problems=tuple(f"{storage.name(location)}: {text}" for text in problems),
         facts=facts,
         totals=totals,
         bytes=len(content),
-        decoded=len({*chosen}),
+        decoded=0 if problems else len(rows),
     )
-
-
-def _read(location: str) -> np.ndarray:
-    """Return a file's bytes, uint8 [N]: mapped where it is local."""
-    if storage.is_remote(location):
-        return np.frombuffer(storage.read_bytes(location), np.uint8)
-    path = storage.local_path(location)
-    if not path.is_file():
-        raise storage.MissingError(f"{path.name}: is missing")
-    return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
 
 
 def _ledger_group(output: str, group: int) -> pa.Table:
@@ -246,101 +235,64 @@ def _record_problems(task: ShardTask, table: pa.Table) -> Iterator[str]:
 
 
 def _shard_problems(
-    content: np.ndarray,
-    index: bytes,
-    recorded: Shard,
-    manifest: Manifest,
-    accepted: pa.Table,
-    chosen: set[int],
+    content: bytes, index: bytes, recorded: Shard, manifest: Manifest, rows: list[LedgerRow]
 ) -> Iterator[str]:
-    """Yield what is wrong with a shard or its index.
-
-    content: the shard's bytes, uint8 [N]. accepted: the ledger's rows of its samples. chosen: the
-    samples to decode.
-    """
-    same_size = len(content) == recorded.bytes
-    if not same_size or hashlib.sha256(content.data).hexdigest() != recorded.sha256:
-        yield f"{recorded.name}: its SHA-256 is not the one in {MANIFEST_NAME}"
+    """Yield what is wrong with a shard or its index, beside the ledger's rows of its samples."""
+    if hashlib.sha256(content).hexdigest() != recorded.sha256:
+        yield f"its SHA-256 is not the one in {MANIFEST_NAME}"
         return
     try:
-        whole = index == index_content(content)
-    except ValueError as error:
-        yield f"{recorded.name}: it is no tar of samples ({error})"
-        return
-    if not whole:
-        yield f"{storage.with_suffix(recorded.name, '.idx')}: is not the shard's index"
-        return
-    try:
-        samples = _own_samples(content, index, manifest)
-    except ValueError as error:
-        yield f"{storage.with_suffix(recorded.name, '.idx')}: {error}"
-        return
-    rows = accepted.to_pylist()
-    for number, (own, other, row) in enumerate(
-        zip_longest(samples, _webdataset_samples(content), rows)
-    ):
-        if own is None or other is None or row is None:
-            yield f"{recorded.name}: it has not the ledger's {len(rows)} samples"
+        if index != index_content(np.frombuffer(content, np.uint8)):
+            yield "its index is not the shard's index"
             return
-        if own != other or own[0] != row["key"]:
-            yield f"{recorded.name}: {row['key']}: webdataset reads other keys or bytes"
-        elif number in chosen:
-            problems = _sample_problems(own[0], own[1], row, manifest)
-            yield from (f"{recorded.name}: {row['key']}: {text}" for text in problems)
-        else:
-            yield from (f"{recorded.name}: {text}" for text in _number_problems(own[1], row))
+        samples = _own_samples(content, parse_index(index, manifest), extensions(manifest))
+    except ValueError as error:
+        yield f"it or its index cannot be read ({error})"
+        return
+    for own, other, row in zip_longest(samples, _webdataset_samples(content), rows):
+        if own is None or other is None or row is None:
+            yield f"it has not the ledger's {len(rows)} samples, by our reader or by webdataset"
+            return
+        if own != other:
+            yield f"{own[0]}: webdataset reads other bytes, or another key"
+        yield from (f"{own[0]}: {text}" for text in _sample_problems(own, row, manifest))
 
 
 def _own_samples(
-    content: np.ndarray, index: bytes, manifest: Manifest
+    content: bytes, index: Index, names: tuple[str, ...]
 ) -> Iterator[tuple[str, Members]]:
-    """Return key and members of each sample, read as our loader does. Raises ValueError."""
-    entries, names = parse_index(index, manifest), extensions(manifest)
-    return (
-        (
-            entries.names[n][0].split(".")[0],
-            {
-                name: content[offset : offset + size].tobytes()
-                for name, offset, size in zip(
-                    names, entries.offsets[n], entries.sizes[n], strict=True
-                )
-            },
-        )
-        for n in range(len(entries.names))
-    )
+    """Yield key and members of each sample, read as our loader does."""
+    for keyed, offsets, sizes in zip(index.names, index.offsets, index.sizes, strict=True):
+        members = zip(names, offsets, offsets + sizes, strict=True)
+        yield keyed[0].split(".")[0], {name: content[low:high] for name, low, high in members}
 
 
-def _webdataset_samples(content: np.ndarray) -> Iterator[tuple[str, Members]]:
+def _webdataset_samples(content: bytes) -> Iterator[tuple[str, Members]]:
     """Yield key and members of each sample as the `webdataset` library reads them."""
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-    files = tar_file_iterator(io.BytesIO(content.data))
+    files = tar_file_iterator(io.BytesIO(content))
     for sample in group_by_keys({**file, "__url__": ""} for file in files):
         members = {name: data for name, data in sample.items() if not name.startswith("__")}
         yield sample["__key__"], members
 
 
-def _number_problems(members: Members, row: LedgerRow) -> Iterator[str]:
-    for name, column in (("row", "row"), ("cls", "label")):
-        if int.from_bytes(members[name], "little", signed=True) != row[column]:
-            yield f"its samples' {name} is not the ledger's {column}"
-
-
 def _sample_problems(
-    key: str, members: Members, row: LedgerRow, manifest: Manifest
+    keyed: tuple[str, Members], row: LedgerRow, manifest: Manifest
 ) -> Iterator[str]:
     """Yield what is wrong with a sample, decoded, beside its ledger row."""
-    yield from _number_problems(members, row)
     try:
-        sample = decode_sample(key, members, manifest)
+        sample = decode_sample(*keyed, manifest)
     except (KeyError, ValueError) as error:
         yield f"cannot be decoded ({error!r})"
         return
+    if (sample.key, sample.row, sample.label) != (row["key"], row["row"], row["label"]):
+        yield "its key, row or label is not that of the ledger"
     if sample.image.shape != (manifest.height, manifest.width, 3):
         yield f"its image has shape {sample.image.shape}"
-    labels = np.unique(sample.segments)
-    if len(labels) != row["superpixels"] or labels[-1] + 1 != len(labels):
-        yield f"it has {len(labels)} superpixels, the ledger {row['superpixels']}"
+    pixels = np.bincount(sample.segments.ravel())  # of each superpixel
+    if len(pixels) != row["superpixels"] or not pixels.all():
+        yield f"it has other superpixels than the ledger's 0 to {row['superpixels'] - 1}"
     if sample.meta != {name: row[name] for name in sample.meta}:
         yield "its json is not that of the ledger"
 
@@ -368,9 +320,8 @@ def _manifest_of_records(result: Verification) -> Manifest:
 
 def _unknown_files(result: Verification) -> list[str]:
     """Return the files in the folders of the splits that do not belong to the set."""
-    known = {PREVIEW_NAME}
-    for task in result.tasks:
-        known |= {f"{task.name}{suffix}" for suffix in (".parquet", ".tar", ".idx")}
+    suffixes = (".parquet", ".tar", ".idx")
+    known = {f"{task.name}{suffix}" for task in result.tasks for suffix in suffixes}
     sizes = file_sizes(result.output, result.tasks)
     return sorted(
         f"{split}/{name}" for split, names in sizes.items() for name in names if name not in known

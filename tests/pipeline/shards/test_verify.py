@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from webdataset import tariterators
@@ -110,7 +109,7 @@ def test_a_sound_set_is_sound_and_stays_untouched(output: Path) -> None:
     before = state(output)
     result = check(output)
     assert result.is_sound
-    assert sum(check.decoded for check in result.shards.values()) == 4 * 8
+    assert sum(check.decoded for check in result.shards.values()) == 60 + 20 - 1
     assert sum(c.totals.rejected for c in result.shards.values() if c.totals) == 1
     assert state(output) == before
 
@@ -122,7 +121,7 @@ SHARD_DAMAGE: dict[str, tuple[Damage, str]] = {
         "its SHA-256 is not",
     ),
     "an empty shard": (lambda o: (o / f"{PREFIX}.tar").write_bytes(b""), "its SHA-256 is not"),
-    "no shard": (lambda o: (o / f"{PREFIX}.tar").unlink(), r"train-000001\.tar: is missing"),
+    "no shard": (lambda o: (o / f"{PREFIX}.tar").unlink(), r"train-000001\.tar is missing"),
     "another shard": (
         lambda o: shutil.copy(o / "train/train-000000.tar", o / f"{PREFIX}.tar"),
         "its SHA-256 is not",
@@ -131,7 +130,7 @@ SHARD_DAMAGE: dict[str, tuple[Damage, str]] = {
         lambda o: shutil.copy(o / "train/train-000000.idx", o / f"{PREFIX}.idx"),
         "is not the shard's index",
     ),
-    "no index": (lambda o: (o / f"{PREFIX}.idx").unlink(), r"train-000001\.idx: is missing"),
+    "no index": (lambda o: (o / f"{PREFIX}.idx").unlink(), r"train-000001\.idx is missing"),
     "no record": (lambda o: (o / f"{PREFIX}.parquet").unlink(), r"parquet is missing"),
     "a record cut off": (
         lambda o: (o / f"{PREFIX}.parquet").write_bytes(b"PAR1"),
@@ -209,14 +208,14 @@ def test_a_writer_that_lied_is_found_by_decoding(output: Path) -> None:
 def test_a_shard_that_webdataset_reads_otherwise_is_named(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = np.fromfile(output / f"{PREFIX}.tar", np.uint8)
+    content = (output / f"{PREFIX}.tar").read_bytes()
     record = read_record(output / f"{PREFIX}.parquet")
     index = (output / f"{PREFIX}.idx").read_bytes()
     manifest = read_manifest(output)
     shard = manifest.splits["train"].shards[1]
 
     def problems() -> list[str]:
-        return list(_shard_problems(content, index, shard, manifest, record, {0}))
+        return list(_shard_problems(content, index, shard, manifest, record.to_pylist()))
 
     assert problems() == []
     original = tariterators.tar_file_iterator
