@@ -190,14 +190,6 @@ class ShardPacker:
         )
 
 
-def pack_shard(samples: Iterable[Sample], image_format: str) -> PackedShard:
-    """Pack a shard of these samples, see `ShardPacker`."""
-    packer = ShardPacker(image_format)
-    for sample in samples:
-        packer.add(sample)
-    return packer.finish()
-
-
 def _index_text(samples: list[list[str]]) -> bytes:
     """Return DALI's index of samples, each a list of entries: extension, offset, size and name."""
     lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(entries) for entries in samples)]

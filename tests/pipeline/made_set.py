@@ -1,7 +1,7 @@
 """Small sets of made-up samples, written as shards without any preprocessing."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,10 @@ import torch
 from pipeline.loading.loader import Batch
 from pipeline.shards.format import (
     Manifest,
+    PackedShard,
     Sample,
+    ShardPacker,
     Split,
-    pack_shard,
     read_manifest,
     read_samples,
     write_shard,
@@ -44,6 +45,14 @@ def make_samples(
         )
         for n in range(count)
     ]
+
+
+def pack_shard(samples: Iterable[Sample], image_format: str) -> PackedShard:
+    """Pack a shard of these samples, as preprocessing does."""
+    packer = ShardPacker(image_format)
+    for sample in samples:
+        packer.add(sample)
+    return packer.finish()
 
 
 def write_set(

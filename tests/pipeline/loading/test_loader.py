@@ -163,17 +163,6 @@ def test_a_training_batch_is_the_stored_samples_augmented_as_drawn(
 
 
 @each_format
-def test_without_augmentation_training_gives_the_stored_pixels(
-    sets: dict[str, tuple[Path, Manifest]], image_format: str
-) -> None:
-    data, manifest = sets[image_format]
-    found = list(islice(stream(data, manifest, augmentation=PLAIN), STEPS))
-    stored = np.concatenate([pixels(batch) for batch in evaluated(data, manifest)])
-    for batch in found:
-        assert np.array_equal(pixels(batch), stored[batch.rows.numpy() - 1000])
-
-
-@each_format
 @pytest.mark.parametrize("ranks", [2, 3, 5, 13])
 def test_the_shares_of_any_number_of_ranks_are_one_ranks_batches(
     sets: dict[str, tuple[Path, Manifest]], image_format: str, ranks: int
@@ -376,21 +365,6 @@ def test_a_cache_that_cannot_hold_the_shards_of_every_batch_is_refused_up_front(
 
 
 # Ahead of use, and gone after it.
-
-
-@each_format
-def test_batches_stay_as_they_are_while_later_ones_are_made(
-    sets: dict[str, tuple[Path, Manifest]], image_format: str
-) -> None:
-    for batches in (
-        islice(stream(*sets[image_format]), 20),
-        islice(stream(*sets[image_format], augmentation=PLAIN), 20),
-        iter(evaluated(*sets[image_format], batch_size=3)),
-    ):
-        kept = [(batch, batch.images.clone(), batch.segments.clone()) for batch in batches]
-        for batch, images, segments in kept:
-            assert torch.equal(batch.images, images)
-            assert torch.equal(batch.segments, segments)
 
 
 @each_format

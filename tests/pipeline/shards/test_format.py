@@ -17,7 +17,6 @@ from pipeline.shards.format import (
     Split,
     check_sizes,
     manifest_to_json,
-    pack_shard,
     read_index,
     read_manifest,
     read_samples,
@@ -26,6 +25,7 @@ from pipeline.shards.format import (
     write_shard,
 )
 from pipeline.storage import write_atomically
+from tests.pipeline.made_set import pack_shard
 
 HEIGHT, WIDTH = 6, 8
 

@@ -1,12 +1,8 @@
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +17,6 @@ from PIL import Image
 
 from jobs import cli
 from jobs.preprocess.__main__ import summary
-from jobs.preprocess.preview import write_previews
 from pipeline.errors import UserError
 from pipeline.shards.format import read_manifest, read_sample
 from pipeline.shards.ledger import read_ledger
@@ -29,6 +24,7 @@ from pipeline.shards.make import Outcome, Progress, preprocess
 from pipeline.shards.output import claim_output
 from pipeline.shards.plan import Plan, PreprocessConfig, make_plan
 from pipeline.shards.shard import make_shard
+from tests.e2e.commands import run as run_process
 from tests.pipeline.made_set import stored_samples
 from tests.pipeline.sources.annotation_files import xml
 
@@ -338,60 +334,11 @@ def test_parameters_out_of_range_are_refused(changes: dict[str, Any], message: s
         configured(Path("a"), Path("b"), **changes)
 
 
-def command(source: Path, output: Path, *more: str) -> list[str]:
-    flags = ["--source", source, "--output", output, "--samples-per-shard", "25", "--workers", "2"]
-    return [sys.executable, "-m", "jobs.preprocess", *map(str, flags), *more]
-
-
-def job(source: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(source, output, *more), capture_output=True, text=True, timeout=300
-    )
-
-
-def wait_for_records(output: Path, count: int, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + 200
-    while len(list(output.glob("*/*.parquet"))) < count:
-        assert process.poll() is None, "the job ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_local")
-def test_a_job_killed_midway_goes_on_and_writes_the_same_bytes(tmp_path: Path) -> None:
-    source = write_source(tmp_path / "source", train=2000)
-    output, whole = tmp_path / "killed", tmp_path / "whole"
-    with subprocess.Popen(
-        command(source, output),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        wait_for_records(output, 5, process)
-        os.killpg(process.pid, signal.SIGKILL)
-    kept = {path: path.stat().st_mtime_ns for path in output.glob("*/*.parquet")}
-    assert 5 <= len(kept) < 81
-    assert not (output / "dataset.json").exists()
-    resumed = job(source, output)
-    assert resumed.returncode == 0, resumed.stderr
-    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
-    preprocess(
-        PreprocessConfig(source=str(source), output=str(whole), samples_per_shard=25),
-        quiet,
-        cli.connect_ray,
-    )
-    write_previews(str(whole), read_manifest(whole))
-    assert contents(output) == contents(whole)
-    again = job(source, output)
-    assert again.returncode == 0
-    assert "was finished before: 1999 train images, 8 val images in 3 classes" in again.stdout
-
-
 @pytest.mark.slow
 def test_a_bad_source_gets_one_line_and_exit_code_one(tmp_path: Path) -> None:
     for source, message in ((tmp_path / "no", "does not exist"), (tmp_path, "is an empty folder")):
-        result = job(source, tmp_path.parent / "output-never-made")
+        flags = ("--source", str(source), "--output", str(tmp_path.parent / "output-never-made"))
+        result = run_process("-m", "jobs.preprocess", *flags)
         assert result.returncode == 1
         assert result.stdout == ""
         (line,) = result.stderr.splitlines()
