@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import tasks
 from pipeline.tasks import ATTEMPTS, Failure, run_tasks
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -76,8 +77,11 @@ def fail_or_run_on(folder: Path, item: int, ignore_interrupts: bool) -> None:
 
 
 @pytest.mark.parametrize("ignore_interrupts", [False, True])
-def test_closing_stops_the_tasks_that_run(tmp_path: Path, ignore_interrupts: bool) -> None:
+def test_closing_stops_the_tasks_that_run(
+    tmp_path: Path, ignore_interrupts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even where workers ignore interrupts, as those of a job in a script's background do."""
+    monkeypatch.setattr(tasks, "CANCEL_SECONDS", 1.0 if ignore_interrupts else 60.0)
     submitted = []
 
     def arguments(item: int) -> tuple:
