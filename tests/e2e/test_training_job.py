@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -72,12 +73,19 @@ def test_a_run_logs_every_step_and_leaves_what_evaluation_needs(finished: Path) 
     assert torch.isfinite(weights(finished)).all()
 
 
-def test_a_killed_run_resumes_and_ends_with_the_same_bits(
-    finished: Path, small_set: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
+@pytest.fixture(scope="module")
+def killed(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose processes were all killed past step 10 of 20."""
+    output = tmp_path_factory.mktemp("killed") / "run"
     kill_when(lambda: past_step_10(output), *train(small_set, output))
     assert not (output / "model").exists()
+    return output
+
+
+def test_a_killed_run_resumes_and_ends_with_the_same_bits(
+    finished: Path, killed: Path, small_set: Path, tmp_path: Path
+) -> None:
+    output = shutil.copytree(killed, tmp_path / "run")
     result = run(*train(small_set, output))
     assert result.returncode == 0, result.stderr
     assert "step 1/" not in result.stdout, "started anew"
@@ -104,27 +112,18 @@ def test_after_a_workers_death_the_others_start_again_from_the_last_checkpoint(
     assert torch.equal(weights(output), weights(finished))
 
 
-def test_elastic_workers_take_what_the_machine_has(
-    finished: Path, small_set: Path, tmp_path: Path
+@pytest.mark.parametrize("workers", ["1", "1:12"])
+def test_a_run_goes_on_with_another_number_of_workers_or_what_the_machine_has(
+    finished: Path, killed: Path, small_set: Path, tmp_path: Path, workers: str
 ) -> None:
-    """Twelve would be too many; two cores are left to them, so the bits are those of two."""
-    output = tmp_path / "run"
-    result = run(*train(small_set, output, "--workers", "1:12", "--batch-size", "16"))
+    """Batches, crops and mask samples are the same, so only the rounding of sums may differ.
+    Twelve workers would be too many for this machine."""
+    output = shutil.copytree(killed, tmp_path / "run")
+    result = run(*train(small_set, output, "--workers", workers))
     assert result.returncode == 0, result.stderr
-    torch.testing.assert_close(weights(output), weights(finished), rtol=0.2, atol=0.02)
-
-
-def test_a_run_goes_on_with_another_number_of_workers(
-    finished: Path, small_set: Path, tmp_path: Path
-) -> None:
-    """Batches, crops and mask samples are the same, so only the rounding of sums may differ."""
-    output = tmp_path / "run"
-    kill_when(lambda: past_step_10(output), *train(small_set, output))
-    result = run(*train(small_set, output, "--workers", "1"))
-    assert result.returncode == 0, result.stderr
-    for alone, together in zip(metrics(output)[8:12], metrics(finished)[8:12], strict=True):
-        assert alone["classifier_loss"] == pytest.approx(together["classifier_loss"], rel=1e-3)
-        assert alone["accuracy"] == pytest.approx(together["accuracy"], abs=0.07)
+    for now, together in zip(metrics(output)[8:12], metrics(finished)[8:12], strict=True):
+        assert now["classifier_loss"] == pytest.approx(together["classifier_loss"], rel=1e-3)
+        assert now["accuracy"] == pytest.approx(together["accuracy"], abs=0.07)
     torch.testing.assert_close(weights(output), weights(finished), rtol=0.2, atol=0.02)
 
 
