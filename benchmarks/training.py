@@ -197,8 +197,8 @@ class Photos(Dataset[tuple[Tensor, Tensor, int]]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, place: int) -> tuple[Tensor, Tensor, int]:
-        image = cv2.imread(str(self.paths[place]))
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        image = cv2.imread(str(self.paths[index]))
         assert image is not None
         image, random = image[..., ::-1], np.random.default_rng()
         side = min(image.shape[:2])
@@ -210,7 +210,7 @@ class Photos(Dataset[tuple[Tensor, Tensor, int]]):
         image = np.ascontiguousarray(image)
         segments = superpixels(image, SUPERPIXELS, 10.0).astype(np.int64)
         pixels = torch.from_numpy(image).permute(2, 0, 1)
-        return pixels, torch.from_numpy(segments), self.labels[place]
+        return pixels, torch.from_numpy(segments), self.labels[index]
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[list[Tensor]]:

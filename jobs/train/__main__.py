@@ -69,19 +69,19 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         by_flag({k: v for k, v in run["configuration"].items() if k not in FREE_TO_CHANGE})
         for run in (before, now)
     )
-    found = [
+    words = [
         f"{name} (there {old.get(name)}, now {value})"
         for name, value in new.items()
         if name not in FREE_TO_CHANGE and old.get(name) != value
     ]
     if before["data_sha256"] != now["data_sha256"]:
-        found.append("the data set (its dataset.json is another)")
+        words.append("the data set (its dataset.json is another)")
     if before["shuffle_window"] != now["shuffle_window"]:
-        found.append(
+        words.append(
             f"the shards shuffled together (there {before['shuffle_window'] or 'all'}, "
             f"now {now['shuffle_window'] or 'all'}, which follows from --cache-limit)"
         )
-    return found
+    return words
 
 
 def claim_output(output: Path, content: dict[str, Any]) -> None:

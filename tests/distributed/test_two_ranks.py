@@ -41,12 +41,12 @@ def _enter(rank: int, ranks: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each function below returns on every rank, each a process of one gloo group."""
-    found = {}
+    by_ranks = {}
     for ranks in SPLITS:
         folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
         mp.start_processes(_enter, (ranks, str(folder)), nprocs=ranks, start_method="spawn")
-        found[ranks] = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
-    return found
+        by_ranks[ranks] = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    return by_ranks
 
 
 def two_steps(rank: int, ranks: int) -> dict[str, Any]:

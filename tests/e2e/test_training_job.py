@@ -55,10 +55,10 @@ def finished(small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_logs_every_step_and_leaves_what_evaluation_needs(finished: Path) -> None:
-    found = metrics(finished)
-    assert [values["step"] for values in found] == list(range(1, 21))
-    assert {values["phase"] for values in found} == {"warmup", "adversarial"}
-    last = found[-1]
+    lines = metrics(finished)
+    assert [values["step"] for values in lines] == list(range(1, 21))
+    assert {values["phase"] for values in lines} == {"warmup", "adversarial"}
+    last = lines[-1]
     needed = {"corruption_loss", "classifier_loss", "accuracy", "area_weight", "area", "phase"}
     assert needed | {"joint_share", "images_per_second", "waiting", "eta_seconds"} <= set(last)
     assert {"clean_accuracy", "context_accuracy", "corruption_rate"} <= set(last)

@@ -19,8 +19,8 @@ def some_tensors(value: float = 0.0) -> dict[str, torch.Tensor]:
 def test_tensors_and_numbers_come_back_to_the_last_bit(tmp_path: Path) -> None:
     content = {"lambda": 0.1 + 0.2, "list": [1, None, "\u00e9"], "tiny": 5e-324}
     write_weights(tmp_path / "a" / "x.json", some_tensors(), content)
-    tensors, found = read_weights(tmp_path / "a" / "x.json")
-    assert {name: found[name] for name in content} == content
+    tensors, read = read_weights(tmp_path / "a" / "x.json")
+    assert {name: read[name] for name in content} == content
     assert tensors.keys() == some_tensors().keys()
     assert all(torch.equal(tensors[name], value) for name, value in some_tensors().items())
 
@@ -49,10 +49,10 @@ def test_no_byte_of_the_json_may_change(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_weights(path, some_tensors(), {"step": 1})
     whole = path.read_bytes()
-    for place in range(len(whole)):
-        if not chr(whole[place]).isspace():
+    for position in range(len(whole)):
+        if not chr(whole[position]).isspace():
             changed = bytearray(whole)
-            changed[place] ^= 1
+            changed[position] ^= 1
             path.write_bytes(changed)
             with pytest.raises(DamagedError):
                 read_weights(path)
@@ -95,9 +95,9 @@ def test_a_checkpoint_whose_writing_was_cut_off_is_as_if_it_were_not_there(tmp_p
     write_checkpoint(tmp_path, 5, some_tensors(), {"step": 5}, keep=2)
     write_checkpoint(tmp_path, 6, some_tensors(), {"step": 6}, keep=2)
     (tmp_path / "checkpoints" / "step-000000006" / "state.json").unlink()
-    found = read_checkpoint(tmp_path)
-    assert found is not None
-    assert (found.numbers, found.damaged) == ({"step": 5}, ())
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint.numbers, checkpoint.damaged) == ({"step": 5}, ())
     write_checkpoint(tmp_path, 7, some_tensors(), {"step": 7}, keep=2)
     assert steps_kept(tmp_path) == [5, 7], "leftovers go"
 
@@ -119,9 +119,9 @@ def test_where_there_is_no_room_the_older_checkpoint_stays(tmp_path: Path) -> No
     with no_room(), pytest.raises(OSError, match="too large"):
         write_checkpoint(tmp_path, 6, some_tensors(), {"step": 6}, keep=2)
     assert steps_kept(tmp_path) == [5]
-    found = read_checkpoint(tmp_path)
-    assert found is not None
-    assert found.numbers == {"step": 5}
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.numbers == {"step": 5}
     assert not list(tmp_path.rglob("*.tmp"))
 
 

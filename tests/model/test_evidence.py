@@ -29,7 +29,7 @@ def test_evidence_adds_the_layers_maps_on_one_scale(
     """By NumPy, superpixel by superpixel."""
     _, images, labels, segments = setting
     classifier = Classifier(3, 8, residual_blocks=blocks).requires_grad_(False)
-    found = evidence(classifier, images, labels, segments, SUPERPIXELS)
+    result = evidence(classifier, images, labels, segments, SUPERPIXELS)
     maps = layer_cams(classifier, images, labels, enlargement=ENLARGEMENT)
     assert len(maps) == 2 + 2 * blocks
     for i, of in enumerate(segments.numpy()):
@@ -39,7 +39,7 @@ def test_evidence_adds_the_layers_maps_on_one_scale(
             for number in np.unique(of):
                 level[of == number] = values[of == number].mean()
             total += (level - level.mean()) / level.std()
-        np.testing.assert_allclose(found[i], (total - total.mean()) / total.std(), atol=5e-3)
+        np.testing.assert_allclose(result[i], (total - total.mean()) / total.std(), atol=5e-3)
 
 
 def test_evidence_is_of_the_label_and_leaves_no_gradient(
@@ -47,10 +47,10 @@ def test_evidence_is_of_the_label_and_leaves_no_gradient(
 ) -> None:
     classifier, images, labels, segments = setting
     classifier.requires_grad_(True)
-    found = evidence(classifier, images, labels, segments, SUPERPIXELS)
+    values = evidence(classifier, images, labels, segments, SUPERPIXELS)
     other = evidence(classifier, images, (labels + 1) % 3, segments, SUPERPIXELS)
-    assert not torch.allclose(found, other, atol=0.1)
-    assert not found.requires_grad
+    assert not torch.allclose(values, other, atol=0.1)
+    assert not values.requires_grad
 
 
 def test_evidence_in_bfloat16_is_that_of_float32_but_for_rounding(
@@ -59,10 +59,10 @@ def test_evidence_in_bfloat16_is_that_of_float32_but_for_rounding(
     classifier, images, labels, segments = setting
     exact = evidence(classifier, images, labels, segments, SUPERPIXELS)
     with torch.autocast("cpu", torch.bfloat16):
-        found = evidence(classifier, images, labels, segments, SUPERPIXELS)
-    assert found.dtype == torch.float32
-    assert torch.corrcoef(torch.stack([found.flatten(), exact.flatten()]))[0, 1] > 0.99
-    assert not torch.equal(found, exact)
+        values = evidence(classifier, images, labels, segments, SUPERPIXELS)
+    assert values.dtype == torch.float32
+    assert torch.corrcoef(torch.stack([values.flatten(), exact.flatten()]))[0, 1] > 0.99
+    assert not torch.equal(values, exact)
 
 
 def test_maps_that_are_level_say_nothing(
@@ -82,19 +82,19 @@ def test_a_net_that_imitates_comes_to_mask_what_speaks_for_the_label(
     classifier, images, labels, segments = setting
     net = CorruptionNet((32, 32), 8, 16)
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
-    found = evidence(classifier, images, labels, segments, SUPERPIXELS)
+    values = evidence(classifier, images, labels, segments, SUPERPIXELS)
 
     def masks() -> Tensor:
         return paint(mask_probability(net, images, segments, SUPERPIXELS), segments)
 
     def agreement() -> float:
-        pair = torch.stack([torch.logit(masks().detach()).flatten(), found.flatten()])
+        pair = torch.stack([torch.logit(masks().detach()).flatten(), values.flatten()])
         return torch.corrcoef(pair)[0, 1].item()
 
     before = agreement()
     for _ in range(100):
         optimizer.zero_grad()
-        imitation_loss(masks(), found, Objective()).mean().backward()
+        imitation_loss(masks(), values, Objective()).mean().backward()
         optimizer.step()
     assert before < 0.5
     assert agreement() > 0.95

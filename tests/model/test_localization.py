@@ -146,9 +146,9 @@ def test_each_rule_cuts_at_its_own_threshold(rule: str, box: list[int]) -> None:
     values = np.zeros((4, 4))
     values[1:3, 1:3] = 0.5
     values[1, 1] = 4.0  # mean 5.5 / 16 = .34; the paper's threshold .7 * .34 + .3 * 4 = 1.44
-    found = map_box(values, rule)
-    assert found is not None
-    assert found.tolist() == box
+    actual = map_box(values, rule)
+    assert actual is not None
+    assert actual.tolist() == box
 
 
 def test_quantile_rule_keeps_its_share_of_a_ramp() -> None:
@@ -160,6 +160,6 @@ def test_quantile_rule_keeps_all_of_a_large_plateau_at_the_maximum() -> None:
     values = np.zeros((10, 10))
     values[2:9, 1:9] = 1.0
     values[0, 0] = 0.5
-    found = map_box(values, "quantile")
-    assert found is not None
-    assert found.tolist() == [1, 2, 8, 8]
+    actual = map_box(values, "quantile")
+    assert actual is not None
+    assert actual.tolist() == [1, 2, 8, 8]

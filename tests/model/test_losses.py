@@ -82,8 +82,8 @@ def test_confusion_by_the_true_class_by_hand() -> None:
     shares = np.exp([[3, 1, -1], [0, 2, 4]])
     shares /= shares.sum(axis=1, keepdims=True)
     expected = np.log(shares[[0, 1], [1, 2]] / (1 / 3))
-    found = confusion_loss(logits, labels, "true-log-probability").numpy()
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    losses = confusion_loss(logits, labels, "true-log-probability").numpy()
+    np.testing.assert_allclose(losses, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["top", "true-logit", "true-log-probability"])
@@ -95,11 +95,11 @@ def test_every_confusion_loss_is_zero_where_all_classes_score_alike(kind: str) -
 
 def test_imitation_loss_by_hand() -> None:
     """Average evidence asks for a mask of 1/4, evidence of ln(3)/2 for one of 1/2."""
-    found = torch.tensor([[[0.0, math.log(3) / 2]]])
+    evidence = torch.tensor([[[0.0, math.log(3) / 2]]])
     mask = torch.tensor([[[0.25, 0.2]]])
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     half = -(math.log(0.2) + math.log(0.8)) / 2
-    assert imitation_loss(mask, found, OBJECTIVE).item() == pytest.approx((entropy + half) / 2)
+    assert imitation_loss(mask, evidence, OBJECTIVE).item() == pytest.approx((entropy + half) / 2)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

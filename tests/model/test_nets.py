@@ -120,9 +120,9 @@ def test_ten_crops_are_corners_and_centre_enlarged_each_beside_its_mirror_image(
     images = torch.randn(2, 3, 16, 32)
     crops = list(ten_crops(images))
     pixels = images.permute(0, 2, 3, 1).numpy()
-    places = [(0, 0), (0, 4), (2, 0), (2, 4), (1, 2)]
+    corners = [(0, 0), (0, 4), (2, 0), (2, 4), (1, 2)]
     assert len(crops) == 10
-    for (top, left), crop, mirrored in zip(places, crops[::2], crops[1::2], strict=True):
+    for (top, left), crop, mirrored in zip(corners, crops[::2], crops[1::2], strict=True):
         for image, enlarged in zip(pixels, crop, strict=True):
             cut = np.ascontiguousarray(image[top : top + 14, left : left + 28])
             expected = cv2.resize(cut, (32, 16), interpolation=cv2.INTER_LINEAR)

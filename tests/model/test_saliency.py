@@ -64,8 +64,8 @@ def test_layer_cam_sums_what_each_feature_adds_to_the_logit_where_it_adds(
                 slope = (ends[0] - ends[1]) / (2 * step)
                 expected += max(0.0, float(own[i, channel, corner, corner]) * slope)
             assert expected > 0
-            found = float(maps[number][i, corner, corner])
-            assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
+            value = float(maps[number][i, corner, corner])
+            assert value == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
 def test_layer_cam_of_an_enlarged_image_has_more_cells_brought_to_the_images_size(
@@ -77,8 +77,8 @@ def test_layer_cam_of_an_enlarged_image_has_more_cells_brought_to_the_images_siz
     assert [values.shape[-2:] for values in cells] == [(8, 12), (8, 12)]
     score = classifier.classify(cells[-1])[:, 1].sum()
     slopes = torch.autograd.grad(score, cells)
-    found = layer_cams(classifier, images, classes, enlargement=2.0)
-    for values, own, slope in zip(found, cells, slopes, strict=True):
+    maps = layer_cams(classifier, images, classes, enlargement=2.0)
+    for values, own, slope in zip(maps, cells, slopes, strict=True):
         kept = np.maximum(own.detach().numpy() * slope.numpy(), 0).sum(axis=1)
         for i in range(2):
             expected = cv2.resize(kept[i], (48, 32), interpolation=cv2.INTER_LINEAR)

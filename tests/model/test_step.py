@@ -195,8 +195,8 @@ def test_parts_of_a_batch_sum_to_the_whole(nets: TrainingNets, batch: Inputs) ->
         for part in (slice(0, 2), slice(2, 5))
     )
     results = (everything(step(nets, part)) for part in (batch, first, second))
-    for total, one, two in zip(*results, strict=True):
-        torch.testing.assert_close(total, one + two)
+    for total, first_part, second_part in zip(*results, strict=True):
+        torch.testing.assert_close(total, first_part + second_part)
 
 
 def test_clean_step_is_plain_cross_entropy(nets: TrainingNets, batch: Inputs) -> None:

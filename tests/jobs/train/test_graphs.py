@@ -75,11 +75,11 @@ def test_a_step_is_recorded_once_for_its_settings_and_shapes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without a GPU: a recording that computes as it is replayed stands in for a graph."""
-    made = []
+    recorded = []
 
     class Recording:
         def __init__(self, settings: str, tensors: tuple[torch.Tensor, ...]) -> None:
-            made.append((settings, *(tuple(tensor.shape) for tensor in tensors)))
+            recorded.append((settings, *(tuple(tensor.shape) for tensor in tensors)))
             self.tensors = tuple(torch.zeros_like(tensor) for tensor in tensors)
             self.graph, self.step = self, Step(sums={"sum": torch.zeros(())})
 
@@ -91,7 +91,7 @@ def test_a_step_is_recorded_once_for_its_settings_and_shapes(
     for settings, size, value in (("a", 2, 1.0), ("a", 2, 3.0), ("b", 2, 1.0), ("a", 4, 1.0)):
         step = recordings.compute(settings, (torch.full((size,), value), torch.tensor(0.5)))
         assert float(step.sums["sum"]) == size * value + 0.5
-    assert made == [("a", (2,), ()), ("b", (2,), ()), ("a", (4,), ())]
+    assert recorded == [("a", (2,), ()), ("b", (2,), ()), ("a", (4,), ())]
 
 
 @pytest.fixture(params=[{}, {"guide": True, "imitation_weight": 5.0}])
