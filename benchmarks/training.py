@@ -124,9 +124,11 @@ class Setting:
 
 
 def in_turns(works: dict[str, Callable[[], Any]], images: int) -> dict[str, float]:
-    """Images per second of each work, which handles `images`: the median over rounds in which all
-    take turns, after one that is not counted. Under NAME + CPU_TIME the same by the processor
-    time of this process, which other work on the machine hardly touches."""
+    """Return the images per second of each work, which handles `images`.
+
+    The median over rounds in which all take turns, after one that is not counted. Under NAME +
+    CPU_TIME the same by the processor time of this process, which other work hardly touches.
+    """
     seconds: dict[str, list[float]] = {name + kind: [] for name in works for kind in ("", CPU_TIME)}
     for round_number in range(ROUNDS + 1):
         for name, work in works.items():
@@ -244,7 +246,7 @@ class Peer:
         return classification_loss(both, labels.repeat(2)).mean()
 
     def wrapped_step(self, batch: Batch) -> Tensor:
-        """The same method with one backward pass per net."""
+        """Take a step of the same method with one backward pass per net."""
         x = self.inputs(batch.images)
         for parameter in self.classifier.parameters():
             parameter.requires_grad_(False)
@@ -265,7 +267,7 @@ class Peer:
         return right
 
     def plain_step(self, images: Tensor, segments: Tensor, labels: Tensor) -> float:
-        """A forward and a backward pass over everything for either loss."""
+        """Take a step with a forward and a backward pass over everything for either loss."""
         x = self.inputs(images)
         for number in range(2):
             mask = self.mask(x, segments)
@@ -285,7 +287,7 @@ class Peer:
 
 
 def _enter(rank: int, ranks: int, setting: Setting) -> None:
-    """One worker on one core: ours, DDP and plain in turns; rank 0 writes down the rates."""
+    """Be one worker on one core: ours, DDP and plain in turns; rank 0 writes down the rates."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
     cv2.setNumThreads(1)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from jobs.runs import DamagedError, read_weights, write_weights
+from jobs.train.state import TrainingError
 
 CHECKPOINTS_NAME = "checkpoints"
 STATE_NAME = "state.json"  # state.safetensors holds the tensors
@@ -27,7 +28,7 @@ class Checkpoint:
 
 
 def _folders(run: Path) -> list[Path]:
-    """Complete ones, newest first; one whose writing was cut off has no JSON yet."""
+    """Return complete ones, newest first; one whose writing was cut off has no JSON yet."""
     return sorted(
         (path.parent for path in (run / CHECKPOINTS_NAME).glob(f"step-*/{STATE_NAME}")),
         reverse=True,
@@ -55,8 +56,8 @@ def write_checkpoint(
 
 
 def read_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest sound checkpoint, None where none was written yet. Raises DamagedError where all
-    are damaged."""
+    """Return the newest sound checkpoint, None where none was written yet. Raises TrainingError
+    where all are damaged."""
     damaged: list[str] = []
     for folder in _folders(run):
         try:
@@ -65,7 +66,7 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
             damaged.append(str(error))
             continue
         if content.get("format") != CHECKPOINT_FORMAT:
-            raise DamagedError(
+            raise TrainingError(
                 f"{folder} has format {content.get('format')}; this program reads "
                 f"{CHECKPOINT_FORMAT}"
             )
@@ -73,7 +74,7 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
             folder=folder, tensors=tensors, numbers=content["numbers"], damaged=tuple(damaged)
         )
     if damaged:
-        raise DamagedError(
+        raise TrainingError(
             f"no sound checkpoint is left ({'; '.join(damaged)}); train anew in another --output"
         )
     return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from jobs.runs import DamagedError, ModelConfig, colour_statistics, load_net_tensors
+from jobs.runs import ModelConfig, colour_statistics, load_net_tensors
 from jobs.train.checkpoints import read_checkpoint
 from jobs.train.collectives import reduce_step, reduce_sums
 from jobs.train.config import REMEDIES, TrainConfig
@@ -219,10 +219,7 @@ class Trainer:
     def take_warmup(self, run: Path) -> None:
         """Begin with the clean classifier of another run on the same set. Raises TrainingError
         where that run has none yet."""
-        try:
-            checkpoint = read_checkpoint(run)
-        except DamagedError as error:
-            raise TrainingError(str(error)) from error
+        checkpoint = read_checkpoint(run)
         if checkpoint is None or not checkpoint.numbers["clean_accuracy"]:
             raise TrainingError(
                 f"--warmup-from {run} holds no checkpoint past its warm-up: there is no clean "

@@ -8,7 +8,7 @@ import ray.train.torch
 import torch
 
 from jobs.pictures import encode_png
-from jobs.runs import DamagedError, ModelConfig, save_nets
+from jobs.runs import ModelConfig, save_nets
 from jobs.train.checkpoints import read_checkpoint, write_checkpoint
 from jobs.train.collectives import check_ranks, on_first_rank
 from jobs.train.config import TrainConfig, by_flag
@@ -49,10 +49,7 @@ def resume(trainer: Trainer) -> list[str]:
     Returns notes for the log, none without a checkpoint. All ranks read the same files. Raises
     TrainingError where all are damaged.
     """
-    try:
-        checkpoint = read_checkpoint(trainer.config.output)
-    except DamagedError as error:
-        raise TrainingError(str(error)) from error
+    checkpoint = read_checkpoint(trainer.config.output)
     if checkpoint is None:
         return []
     fill_state(trainer.state, checkpoint.tensors, checkpoint.numbers)

@@ -1,7 +1,9 @@
 """A small training in this process: 2 warm-up and 2 adversarial epochs of 4 steps each."""
 
 import json
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -105,3 +107,15 @@ def assert_same_state(trainer: Trainer, expected: State) -> None:
     assert numbers == expected[1]
     assert tensors.keys() == expected[0].keys()
     assert all(torch.equal(tensors[name], expected[0][name]) for name in tensors)
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """No file of this process, its output too, may grow past 600 bytes: a write fails as on a full
+    disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

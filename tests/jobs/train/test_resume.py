@@ -1,6 +1,5 @@
 """Checkpoints of a training: it goes on as if never interrupted."""
 
-import resource
 from pathlib import Path
 
 import cv2
@@ -21,6 +20,7 @@ from tests.jobs.train.small import (
     config_for,
     equal,
     new_trainer,
+    no_room,
     state_of,
     train_epochs,
     train_logged,
@@ -114,13 +114,9 @@ def test_a_full_disk_stops_training_with_the_earlier_checkpoint_untouched(
     train_steps(trainer, 3)
     write_state(trainer)
     train_steps(trainer, 3)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # no file may grow beyond: a real error
-    try:
-        with pytest.raises(TrainingError, match=r"checkpoint of step 6 cannot .* Make room"):
-            write_state(trainer)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = r"checkpoint of step 6 cannot .* Make room"
+    with no_room(), pytest.raises(TrainingError, match=error):
+        write_state(trainer)
     assert resume(new_trainer(trainer.config))[0].endswith("step 3")
 
 

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.runs import write_weights
+from jobs.train.checkpoints import read_checkpoint, write_checkpoint
+from jobs.train.state import TrainingError
+from tests.jobs.test_runs import damage, some_tensors
+from tests.jobs.train.small import no_room
+
+
+def steps_kept(run: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
+
+
+def test_the_newest_checkpoints_are_kept_and_the_newest_sound_one_is_read(tmp_path: Path) -> None:
+    assert read_checkpoint(tmp_path) is None
+    for step in (5, 10, 1_000_000):
+        write_checkpoint(tmp_path, step, some_tensors(step), {"step": step}, keep=2)
+    assert steps_kept(tmp_path) == [10, 1_000_000]
+    newest = read_checkpoint(tmp_path)
+    assert newest is not None
+    assert (newest.numbers, newest.damaged) == ({"step": 1_000_000}, ())
+    damage(newest.folder / "state.safetensors", "cut off")
+    older = read_checkpoint(tmp_path)
+    assert older is not None
+    assert older.numbers == {"step": 10}
+    assert torch.equal(older.tensors["net.weight"], some_tensors(10)["net.weight"])
+    assert len(older.damaged) == 1
+    assert "step-001000000/state.safetensors has" in older.damaged[0]
+    damage(older.folder / "state.json", "cut off")
+    with pytest.raises(TrainingError, match="no sound checkpoint is left"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_whose_writing_was_cut_off_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 5, some_tensors(), {"step": 5}, keep=2)
+    write_checkpoint(tmp_path, 6, some_tensors(), {"step": 6}, keep=2)
+    (tmp_path / "checkpoints" / "step-000000006" / "state.json").unlink()
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert (checkpoint.numbers, checkpoint.damaged) == ({"step": 5}, ())
+    write_checkpoint(tmp_path, 7, some_tensors(), {"step": 7}, keep=2)
+    assert steps_kept(tmp_path) == [5, 7], "leftovers go"
+
+
+def test_where_there_is_no_room_the_older_checkpoint_stays(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 5, some_tensors(), {"step": 5}, keep=2)
+    with no_room(), pytest.raises(OSError, match="too large"):
+        write_checkpoint(tmp_path, 6, some_tensors(), {"step": 6}, keep=2)
+    assert steps_kept(tmp_path) == [5]
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert checkpoint.numbers == {"step": 5}
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_checkpoint_of_another_format_is_named(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 5, some_tensors(), {}, keep=2)
+    write_weights(folder / "state.json", some_tensors(), {"format": 99})
+    with pytest.raises(TrainingError, match="format 99; this program reads 1"):
+        read_checkpoint(tmp_path)
