@@ -55,28 +55,31 @@ def wait_until(
         time.sleep(0.1)
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL the process with all its children, where they still run."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def descendant(ancestor: int, words: str) -> int:
-    """Process id of a descendant whose command line holds the words."""
+def descendants(ancestor: int) -> dict[int, str]:
+    """The command lines of a process's children and theirs, by process id."""
     parents, lines = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             parents[int(folder.name)] = int(fields[1])
             lines[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+    below: dict[int, str] = {}
     for process, line in lines.items():
         above = process
         while above in parents and above != ancestor:
             above = parents[above]
-        if above == ancestor and words in line:
-            return process
-    raise AssertionError(f"no descendant of {ancestor} is named {words}")
+        if above == ancestor and process != ancestor:
+            below[process] = line
+    return below
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL the process with all its descendants, where they still run. Ray's workers are in
+    groups of their own, and would go on for a moment."""
+    for number in (*descendants(process.pid), process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    process.wait()
 
 
 def kill_when(condition: Callable[[], bool], *arguments: str, timeout: float = 180) -> None:
