@@ -1,139 +1,230 @@
-"""`python -m jobs.evaluate`: every localization figure of a split or of given files, with a page.
+"""`python -m jobs.evaluate`: every localization figure of one source, with a page.
 
-With --data and --run: our nets beside the paper's baselines. With --ground-truth alone: the
-constant boxes, and rows for --score-maps and --predictions of any origin.
+With --data SHARDS: of --run (our nets beside the paper's baselines) or --network. With
+--ground-truth FILES (or --data): of --score-maps or --predictions of any origin. Several
+evaluations are compared by jobs.report.
 """
 
-import json
+import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jobs import cli
-from jobs.evaluate.config import EvaluateConfig, Evaluation, evaluate
-from jobs.evaluate.scoring import Scorer
-from jobs.evaluate.tasks import TOP
-from jobs.report.__main__ import REPORT_NAME, render, report_pictures
+from jobs.evaluate.config import EvaluateConfig
+from jobs.evaluate.inputs import NO_SIZES, Inputs, centred_shares, class_names, read_inputs
+from jobs.evaluate.sources import Source, constant_boxes, read_source
+from model.localization import RULE_TEXTS
 from pipeline.errors import UserError
 from pipeline.evaluation.formats import Guesses, write_guesses
-from pipeline.evaluation.truth import write_metadata
-from pipeline.storage import absolute, write_atomically
+from pipeline.evaluation.metrics import SUBSETS
+from pipeline.evaluation.protocols import PROTOCOLS
+from pipeline.evaluation.results import Evaluation, write_evaluation
+from pipeline.evaluation.scoring import (
+    TOP,
+    Localization,
+    class_lists,
+    classifier_figures,
+    original_boxes,
+    score,
+    truth_lists,
+)
+from pipeline.evaluation.truth import GroundTruth, write_metadata
+from pipeline.shards.format import sha256_file, split_of
 
-PREDICTIONS_NAME = "predictions.parquet"
-METRICS_NAME = "metrics.json"
-_FOLDERS = ("output", "score_maps", "export", "network_weights", "network_classes", "cache")
-COLUMNS = {
+REPORT_NAME = "report.html"
+ROOT = Path(__file__).parents[2]  # of the packages
+COLUMNS = {  # of the printed table, where shares are per cent
     "gt_known": "GT-known",
-    "top1_loc": "top-1 loc",
-    "top5_loc": "top-5 loc",
+    "top1_loc": "top-1",
+    "top5_loc": "top-5",
     "max_box_acc": "MaxBoxAcc",
     "max_box_acc_v2": "V2",
     "mean_iou": "mean IoU",
     "auc_gap": "AUC gap",
 }
+UNITLESS = ("mean_iou", "auc_gap")
+
+
+def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Evaluation:
+    """Evaluate, over Ray where nets are evaluated, and write all files of --output but the page.
+
+    progress: called with the images that are scored, and all. Raises UserError, of one line, for
+    inputs that do not fit each other.
+    """
+    started = time.monotonic()
+    inputs = read_inputs(config)
+    truth = inputs.truth
+    source = read_source(config, inputs, progress)
+    localizations = list(source.localizations)
+    centred = None
+    if inputs.maps is not None:
+        shares, origin = centred_shares(config.data, inputs.manifest, config.centred_box)
+        centred = {"height": shares[0], "width": shares[1], "source": origin}
+        localizations[:0] = constant_boxes(source, inputs.maps, shares)
+    if not localizations:
+        raise UserError(
+            f"{config.ground_truth} holds no image sizes, so no constant box can be scored, and "
+            f"there are no --predictions: nothing to evaluate; {NO_SIZES}."
+        )
+    rows, predictions = score(
+        localizations, source.classes, truth, protocol=config.protocol, seed=config.seed
+    )
+    if config.export is not None:
+        export(config.export, localizations, source.classes, truth)
+    metrics = {
+        **described(config, inputs, source),
+        "centred_box": centred,
+        "seconds": round(time.monotonic() - started, 2),
+        **cli.record(config),
+    }
+    write_evaluation(config.output, metrics, rows, predictions, images_table(inputs, source))
+    return Evaluation(folder=config.output, metrics=metrics, rows=tuple(rows))
+
+
+def described(config: EvaluateConfig, inputs: Inputs, source: Source) -> dict[str, Any]:
+    """Return what metrics.json tells of source, data and protocol."""
+    truth, manifest = inputs.truth, inputs.manifest
+    content: dict[str, Any] = {
+        "source": {"kind": source.kind, "name": source.name},
+        "data": config.data,
+        "split": None if manifest is None else config.split,
+        "images": len(truth.ids),
+        "with_boxes": int((np.diff(truth.starts) > 0).sum()),
+        "rejected": None if manifest is None else split_of(manifest, config.split).rejected,
+        "data_configuration": None if manifest is None else manifest.configuration,
+        "protocol": config.protocol,
+        "protocol_text": PROTOCOLS[config.protocol].text,
+        "rules": RULE_TEXTS,
+        "subsets": SUBSETS,
+        "seed": config.seed,
+        "class_names": class_names(truth),
+        "classifiers": {
+            name: classifier_figures(classes, truth) for name, classes in source.classes.items()
+        },
+    }
+    if config.run is not None:
+        from jobs.runs import MODEL_NAME  # here: it needs torch
+
+        content["model_sha256"] = sha256_file(config.run / MODEL_NAME)
+    return content
+
+
+def images_table(inputs: Inputs, source: Source) -> pa.Table:
+    """Return images.parquet: image, id, label; row, and for shards key and shard; width and
+    height where known; boxes; classes and scores, by classifier, where there are any."""
+    truth = inputs.truth
+    columns: dict[str, Any] = {
+        "image": np.arange(len(truth.ids)),
+        "id": pa.array(truth.ids, pa.string()),
+        "label": truth.labels,
+        **{name: inputs.images[name] for name in inputs.images.column_names},
+        "boxes": truth_lists(truth),
+    }
+    if truth.sizes is not None:
+        columns |= {"height": truth.sizes[:, 0], "width": truth.sizes[:, 1]}
+    for column, values in (("classes", source.classes), ("scores", source.scores)):
+        if values:
+            lists = [class_lists(source.classes[name], values[name]) for name in values]
+            columns[column] = pa.StructArray.from_arrays(lists, list(values))
+    return pa.table(columns)
+
+
+def export(
+    folder: Path,
+    localizations: Sequence[Localization],
+    classes: Mapping[str, np.ndarray],
+    truth: GroundTruth,
+) -> None:
+    """Write the ground truth as wsolevaluation metadata, and the boxes of each map and rule, with
+    the classes of its first row, as Kaggle CSV and Parquet."""
+    write_metadata(folder / "metadata", truth)
+    for localization in localizations:
+        best = classes[localization.classes[0] or ""]
+        labels = np.full((len(truth.ids), TOP), -1)
+        labels[:, : best.shape[1]] = best
+        boxes = np.repeat(original_boxes(localization, truth)[:, None], TOP, axis=1)
+        boxes[labels < 0] = -1
+        words = [localization.map, localization.rule or "paper"]
+        name = "_".join(words).replace(" ", "_").removesuffix("_paper")
+        for suffix in (".csv", ".parquet"):
+            path = folder / "boxes" / f"{name}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_guesses(path, truth, Guesses(labels=labels, boxes=boxes))
 
 
 def _figure(name: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f}" if name in ("mean_iou", "auc_gap") else f"{value:.1%}"
+    return f"{value:.3f}" if name in UNITLESS else f"{100 * value:.1f}"
 
 
-def figures_table(metrics: dict[str, Any]) -> str:
-    """The methods' figures as plain text; n counts the images with known boxes. The last two
-    columns are the paper's Table 1, on ILSVRC val."""
-    rows = []
-    for row in metrics["methods"].values():
-        paper = row["paper"] or {"metric1": None, "metric2": None}
-        rows.append(
-            [row["title"]]
-            + [_figure(name, row[name]) for name in COLUMNS]
-            + [str(row["n"])]
-            + [_figure(name, paper[name]) for name in ("metric1", "metric2")]
-        )
-    return cli.table(["method", *COLUMNS.values(), "n", "paper: 1", "2"], rows)
-
-
-def write_predictions(predictions: pa.Table) -> bytes:
-    """The predictions as a parquet file's bytes."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(predictions, sink)
-    return sink.getvalue().to_pybytes()
-
-
-def export(folder: Path, evaluation: Evaluation) -> None:
-    """Write the ground truth as wsolevaluation metadata, and each source's boxes with the classes
-    of its first row as Kaggle CSV and Parquet."""
-    truth, said = evaluation.truth, evaluation.said
-    write_metadata(folder / "metadata", truth)
-    scorer = Scorer(truth=truth, protocol="devkit")
-    written: set[str] = set()
-    for method in said.methods.values():
-        if method.box in written or method.classes is None:
+def figures_table(evaluation: Evaluation, rule: str) -> str:
+    """Return a line per map as plain text: its first row by the rule, or by the one it has. The
+    last two columns are the paper's Table 1, on ILSVRC val."""
+    rules = {row.row.map: {row.row.rule} for row in evaluation.rows}
+    for row in evaluation.rows:
+        rules[row.row.map].add(row.row.rule)
+    lines: dict[str, list[str]] = {}
+    for row in evaluation.rows:
+        name = row.row.map
+        if name in lines or (rule in rules[name] and row.row.rule != rule):
             continue
-        written.add(method.box)
-        labels = np.full((len(truth.ids), TOP), -1)
-        classes = said.classes[method.classes]
-        labels[:, : classes.shape[1]] = classes
-        boxes = np.repeat(scorer.original(said.boxes[method.box])[:, None], TOP, axis=1)
-        boxes[labels < 0] = -1
-        guesses = Guesses(labels=labels, boxes=boxes)
-        for suffix in (".csv", ".parquet"):
-            path = folder / "boxes" / f"{method.box}{suffix}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_guesses(path, truth, guesses)
+        paper = row.paper or {"metric1": None, "metric2": None}
+        figures = [_figure(column, row.figures[column]) for column in COLUMNS]
+        lines[name] = [row.title, *figures, *(_figure(metric, v) for metric, v in paper.items())]
+    return cli.table(["map", *COLUMNS.values(), "paper 1", "2"], list(lines.values()))
 
 
-def _resolved(config: EvaluateConfig) -> EvaluateConfig:
-    """The configuration with absolute paths: tasks may run in another folder than the driver."""
-    places: dict[str, Any] = {
-        name: getattr(config, name).resolve()
-        for name in _FOLDERS
-        if getattr(config, name) is not None
-    }
-    if config.data is not None:
-        places["data"] = absolute(config.data)
-    return replace(config, run=tuple(run.resolve() for run in config.run), **places)
+def notes(evaluation: Evaluation, rule: str) -> list[str]:
+    """Return what the printed table needs to be read."""
+    metrics = evaluation.metrics
+    lines = [
+        f"{metrics['source']['kind']} {metrics['source']['name']}; "
+        f"n = {metrics['with_boxes']} images with known boxes; shares in %; "
+        "top-1, top-5: localization with the class",
+        f"protocol {metrics['protocol']} ({metrics['protocol_text']}); box rule: "
+        f"{metrics['rules'][rule]}; paper: its Table 1 on ILSVRC val, metrics 1 and 2",
+    ]
+    if metrics["configuration"]["ten_crops"]:
+        lines.append("the nets' classes: from ten crops of each image; maps: from the whole")
+    unknown = metrics["images"] - metrics["with_boxes"]
+    if unknown:
+        lines.append(
+            f"{unknown} of {metrics['images']} images have no known box: they count as class only"
+        )
+    if metrics["centred_box"] is not None:
+        lines.append(f"centred box: {metrics['centred_box']['source']}")
+    return lines
+
+
+def write_page(folder: Path) -> Path:
+    """Have jobs.report write the page. Raises UserError with its error."""
+    page = folder / REPORT_NAME
+    command = [sys.executable, "-m", "jobs.report", str(folder), "--output", str(page)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    if result.returncode:
+        error = (result.stderr.strip().splitlines() or ["no error was printed"])[-1]
+        raise UserError(f"{page} could not be written by jobs.report: {error}")
+    return page
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job with command-line flags (`--help` lists them)."""
-    config = _resolved(cli.parse(EvaluateConfig, argv, __doc__ or ""))
+    config = cli.parse(EvaluateConfig, argv, __doc__ or "").resolved()
     if config.output.exists() and not config.output.is_dir():
         raise UserError(f"--output {config.output} is a file; give a folder.")
     evaluation = evaluate(config, cli.ProgressPrinter().show)
-    metrics = {**evaluation.metrics, **cli.record(config)}
-    pictures = report_pictures(config, evaluation.predictions)
-    report = render(metrics, evaluation.predictions, pictures)
+    print(figures_table(evaluation, config.rule))
+    print("\n".join(notes(evaluation, config.rule)))
     if config.export is not None:
-        export(config.export, evaluation)
         print(f"score maps and boxes in the formats of others: {config.export}")
-    config.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.output / PREDICTIONS_NAME, write_predictions(evaluation.predictions))
-    write_atomically(config.output / REPORT_NAME, report.encode())
-    write_atomically(config.output / METRICS_NAME, (json.dumps(metrics, indent=1) + "\n").encode())
-    print(figures_table(metrics))
-    print(
-        f"protocol {metrics['protocol']} ({metrics['protocol_text']}); box rule: "
-        f"{metrics['box_rule']}; paper: its Table 1 on ILSVRC val, metrics 1 and 2"
-    )
-    if config.ten_crops:
-        print("the nets' classes: from ten crops of each image; maps and boxes: from the whole")
-    unknown = metrics["images"] - metrics["with_boxes"]
-    if unknown:
-        print(
-            f"{unknown} of {metrics['images']} images have no known box: they count as class only"
-        )
-    if "centred_box" in metrics["methods"]:
-        print(f"centred box: {metrics['methods']['centred_box']['source']}")
-    print(f"report: {config.output / REPORT_NAME}")
-    sys.stdout.flush()
+    print(f"report: {write_page(config.output)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,208 +1,164 @@
-"""Score maps -> boxes, sweep counts and AUC, batch by batch; counts of parts add up exactly.
+"""The maps that nets make of images: a new one is a function in model/ and an entry of MAPS."""
 
-Runs in Ray tasks; what the maps are scored against is shared by all of them as plain arrays.
-"""
-
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
+import torch
+from torch import Tensor
 
-from model.localization import localize
-from pipeline.evaluation.metrics import SUBSET_GROUPS, Sweep, subset_masks
-from pipeline.evaluation.protocols import (
-    IOU_GRID,
-    PROTOCOLS,
-    own_boxes,
-    scale_boxes,
-    thresholds,
-    truth_boxes,
-)
-from pipeline.evaluation.sweep import (
-    LevelBoxes,
-    add_counts,
-    level_boxes,
-    level_ious,
-    pixel_auc_boxes,
-    quantize,
-    stretch,
-    threshold_levels,
-)
-from pipeline.evaluation.truth import GroundTruth
+from jobs.evaluate.networks import Network, network_logits, prepare, resized
+from jobs.runs import Nets, colour_statistics
+from model.classifier import class_probabilities
+from model.evidence import evidence
+from model.masking import mask_map, normalize
+from model.relevance import layerwise_relevance
+from model.saliency import blur, class_activation_map, gradient_saliency, gradient_weighted_cam
+
+if TYPE_CHECKING:  # importing it needs DALI, which tasks alone do
+    from pipeline.loading.loader import Batch
+
+MAP_BATCH = 16  # images whose gradients a network holds at once: 3 GB for a ResNet-50 at 224 px
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapTruth:
-    """The ground truth of N images as maps need it.
+class Inputs:
+    """A batch as maps read it.
 
-    rows: int64 [N], ascending, what a batch names its images by (rows of the ledger, or 0..N-1).
-    ids: the images' ids. sizes: int64 [N, 2], original (height, width). boxes: int64 [M, 4],
-    inclusive original pixels, image by image; starts: int64 [N + 1]. partners: int64 [N], the
-    image whose boxes stand for "another image's", -1 where there is none. groups: int64 [N],
-    first axis of `model.metrics.Sweep`, -1 for images without boxes.
+    images: normalized float32 [B, 3, H, W]. labels: int64 [B], the classes that the maps are of.
+    segments: int64 [B, H, W], below `superpixels`.
     """
 
-    rows: np.ndarray
-    ids: pa.Array
-    sizes: np.ndarray
-    boxes: np.ndarray
-    starts: np.ndarray
-    partners: np.ndarray
-    groups: np.ndarray
-    protocol: str
-
-    def of(self, image: int) -> np.ndarray:
-        """The boxes of one image, [T, 4]."""
-        return self.boxes[self.starts[image] : self.starts[image + 1]]
-
-
-def map_truth(truth: GroundTruth, rows: np.ndarray, protocol: str, seed: int) -> MapTruth:
-    """What maps of these images are scored against. Partners form one random cycle of all images
-    with boxes, from `seed` alone, so no image is its own and any sharding pairs the same."""
-    assert truth.sizes is not None
-    known = np.flatnonzero(np.diff(truth.starts) > 0)
-    partners = np.full(len(rows), -1)
-    if len(known) > 1:
-        cycle = np.random.default_rng(seed).permutation(known)
-        partners[cycle] = np.roll(cycle, 1)
-    masks = subset_masks(truth.boxes, truth.starts, truth.sizes)
-    groups = np.full(len(rows), -1)
-    groups[known] = 0
-    for name, members in SUBSET_GROUPS.items():
-        groups[masks[name]] += members[0]
-    return MapTruth(
-        rows=rows,
-        ids=pa.array(truth.ids),
-        sizes=truth.sizes,
-        boxes=truth.boxes,
-        starts=truth.starts,
-        partners=partners,
-        groups=groups,
-        protocol=protocol,
-    )
+    images: Tensor
+    labels: Tensor
+    segments: Tensor
+    superpixels: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapCounts:
-    """What the maps of one method add up to: the sweep's counts, and the sum of their levels
-    (int64 [H, W], 0 to 255 each) with the number of maps."""
+class MapSource:
+    """A map: its title, and how it comes from our nets and from a network from elsewhere, float
+    [B, H, W] each; None where it does not.
 
-    sweep: Sweep
-    levels: np.ndarray
-    maps: int
+    blurred: afterwards by `blur`. paper: its figures in the paper's Table 1 on ILSVRC val, metric
+    1 (GT-known, see docs/method.md) and metric 2 (top-1 localization).
+    """
 
-    def __add__(self, other: "MapCounts") -> "MapCounts":
-        return MapCounts(
-            sweep=Sweep(
-                largest=self.sweep.largest + other.sweep.largest,
-                contours=self.sweep.contours + other.sweep.contours,
-            ),
-            levels=self.levels + other.levels,
-            maps=self.maps + other.maps,
+    title: str
+    of_run: Callable[[Nets, Inputs], Tensor] | None = None
+    of_network: Callable[[Network, Inputs], Tensor] | None = None
+    blurred: bool = False
+    paper: tuple[float | None, float | None] | None = None
+
+
+def _aln(nets: Nets, x: Inputs) -> Tensor:
+    with torch.no_grad():
+        return mask_map(nets.corruption, x.images, x.segments, x.superpixels)
+
+
+MAPS = {  # in the order of the table; our baselines are maps of the clean classifier
+    "gradient": MapSource(
+        title="Gradient saliency",
+        of_run=lambda nets, x: gradient_saliency(nets.clean_classifier, x.images, x.labels),
+        of_network=lambda net, x: gradient_saliency(net.module, x.images, x.labels),
+        blurred=True,
+        paper=(None, 0.387),
+    ),
+    "lrp": MapSource(
+        title="LRP",
+        of_run=lambda nets, x: layerwise_relevance(nets.clean_classifier, x.images, x.labels),
+        of_network=lambda net, x: layerwise_relevance(net.module, x.images, x.labels),
+        blurred=True,
+        paper=(0.422, None),
+    ),
+    "cam": MapSource(  # "Global Average Pooling" in the paper's table
+        title="CAM",
+        of_run=lambda nets, x: class_activation_map(nets.clean_classifier, x.images, x.labels),
+        of_network=lambda net, x: gradient_weighted_cam(net.module, net.layer, x.images, x.labels),
+        paper=(0.519, 0.436),
+    ),
+    "layercam": MapSource(
+        title="LayerCAM of superpixels",
+        of_run=lambda nets, x: evidence(
+            nets.clean_classifier, x.images, x.labels, x.segments, x.superpixels
+        ),
+    ),
+    "aln": MapSource(title="ALN", of_run=_aln, paper=(0.565, 0.455)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSource:
+    """Maps and classes of a run's nets. crops: see `class_probabilities`; baselines: whether all
+    of MAPS, or "aln" alone."""
+
+    nets: Nets
+    superpixels: int
+    baselines: bool
+    crops: bool
+
+    def predict(self, batch: "Batch") -> tuple[dict[str, Tensor], Iterator[tuple[str, np.ndarray]]]:
+        """Return the probabilities of the classes, [B, C] by classifier, and the maps by name,
+        float32 [B, H, W]."""
+        nets = self.nets
+        x = normalize(batch.images, *colour_statistics(nets.config, batch.images.device))
+        x = x.contiguous(memory_format=torch.channels_last)  # on a CPU a quarter faster
+        classifiers = {"clean": nets.clean_classifier, "co-trained": nets.classifier}
+        with torch.no_grad():
+            probabilities = {
+                name: class_probabilities(net, x, crops=self.crops)
+                for name, net in classifiers.items()
+            }
+        inputs = Inputs(
+            images=x, labels=batch.labels, segments=batch.segments, superpixels=self.superpixels
         )
+        return probabilities, self._maps(inputs)
+
+    def _maps(self, inputs: Inputs) -> Iterator[tuple[str, np.ndarray]]:
+        for name, source in MAPS.items():
+            if source.of_run is not None and (self.baselines or name == "aln"):
+                values = source.of_run(self.nets, inputs).cpu().numpy()
+                yield name, blur(values) if source.blurred else values
 
 
-def no_counts(height: int, width: int) -> MapCounts:
-    """The counts of no map of this size."""
-    shape = (4, len(thresholds()), len(IOU_GRID) + 1)
-    return MapCounts(
-        sweep=Sweep(largest=np.zeros(shape, np.int64), contours=np.zeros(shape, np.int64)),
-        levels=np.zeros((height, width), np.int64),
-        maps=0,
-    )
+@dataclass(frozen=True, kw_only=True)
+class NetworkSource:
+    """Maps and classes of a network from elsewhere; superpixels, crops: as of `RunSource`."""
 
+    network: Network
+    superpixels: int
+    crops: bool
 
-@dataclass(kw_only=True)
-class Scored:
-    """What scoring gave so far. columns: by name, an array per batch; counts: by map's name."""
+    def predict(self, batch: "Batch") -> tuple[dict[str, Tensor], Iterator[tuple[str, np.ndarray]]]:
+        """Return the same as `RunSource.predict`.
 
-    columns: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    counts: dict[str, MapCounts] = field(default_factory=dict)
+        Maps are computed at the network's size and resized to that of the images, then those that
+        are blurred are, as those of our own classifier.
+        """
+        with torch.no_grad():
+            probabilities = class_probabilities(
+                lambda views: network_logits(self.network, views),
+                prepare(self.network, batch.images),
+                crops=self.crops,
+            )
+        return {"network": probabilities}, self._maps(batch)
 
-    def add(self, name: str, values: np.ndarray) -> None:
-        """Append a batch's values to a column."""
-        self.columns.setdefault(name, []).append(values)
-
-    def table(self) -> pa.Table:
-        """All batches' columns, see `fixed_lists`."""
-        return pa.table({n: fixed_lists(np.concatenate(v)) for n, v in self.columns.items()})
-
-
-def fixed_lists(values: np.ndarray) -> pa.Array:
-    """Arrays [N] as they are, [N, k] as lists of k; classes and boxes as int32."""
-    if values.dtype == np.int64:
-        values = values.astype(np.int32)
-    if values.ndim == 1:
-        return pa.array(values)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-
-
-def image_aucs(levels: np.ndarray, image: int, truth: MapTruth) -> tuple[float, float]:
-    """Pixel AUC of a map (uint8 [H, W]) against the image's own boxes and its partner's."""
-    shape = np.array(levels.shape)
-
-    def auc(owner: int) -> float:
-        boxes = scale_boxes(truth.of(owner), truth.sizes[owner], shape)
-        return pixel_auc_boxes(levels, boxes)
-
-    if truth.groups[image] < 0 or truth.partners[image] < 0:
-        return np.nan, np.nan
-    return auc(image), auc(int(truth.partners[image]))
-
-
-def sweep_image(
-    found: LevelBoxes, shape: np.ndarray, image: int, truth: MapTruth, sweep: Sweep
-) -> None:
-    """Add one image's map to the counts: at each threshold, by the IoU its boxes reach there."""
-    group = int(truth.groups[image])
-    if group < 0:
-        return
-    size = truth.sizes[image]
-    boxes = truth.of(image)
-    sizes = np.broadcast_to(size, (len(boxes), 2))
-    # Where nothing is above the threshold the reference evaluator's box is [0, 0, 0, 0].
-    largest, contours = level_ious(
-        found,
-        own_boxes(found.boxes, shape, size, truth.protocol),
-        truth_boxes(boxes, sizes, truth.protocol),
-        PROTOCOLS[truth.protocol].plus,
-        np.zeros(4, np.int64),
-    )
-    levels = threshold_levels(found.maximum)
-    add_counts(sweep.largest[group], largest, levels)
-    add_counts(sweep.contours[group], contours, levels)
-
-
-def score_maps(
-    scored: Scored,
-    name: str,
-    maps: np.ndarray,
-    images: np.ndarray,
-    truth: MapTruth,
-    *,
-    rules: tuple[str, ...] = ("paper",),
-    own: bool = True,
-) -> None:
-    """Score one batch of one method's maps into `scored`.
-
-    maps: float [B, H, W]; images: int64 [B], places in `truth`. Adds the columns `X_box` (pixels
-    of the map) and `X_found` by the paper's rule, `X_RULE_box` and `X_RULE_found` by the others of
-    `rules`, and `X_auc` and `X_auc_other`. own: maps of our nets, whose range is each map's own:
-    the sweep stretches each to [0, 1], as the reference evaluator's authors do with theirs. Others'
-    are taken as they are. Raises ValueError for NaN, and for others' maps outside [0, 1].
-    """
-    for rule in rules:
-        boxes, found = localize(maps, rule)
-        source = name if rule == "paper" else f"{name}_{rule}"
-        scored.add(f"{source}_box", boxes)
-        scored.add(f"{source}_found", found)
-    levels = quantize(stretch(maps) if own else maps)
-    counts = no_counts(*maps.shape[1:])
-    aucs = []
-    for values, image in zip(levels, images.tolist(), strict=True):
-        sweep_image(level_boxes(values), np.array(values.shape), image, truth, counts.sweep)
-        aucs.append(image_aucs(values, image, truth))
-    for column, auc in zip(("auc", "auc_other"), np.array(aucs).reshape(-1, 2).T, strict=True):
-        scored.add(f"{name}_{column}", auc)
-    counts = replace(counts, levels=levels.sum(axis=0, dtype=np.int64), maps=len(maps))
-    scored.counts[name] = scored.counts[name] + counts if name in scored.counts else counts
+    def _maps(self, batch: "Batch") -> Iterator[tuple[str, np.ndarray]]:
+        sources = {name: source for name, source in MAPS.items() if source.of_network is not None}
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in sources}
+        outputs = torch.from_numpy(self.network.outputs).to(batch.labels.device)[batch.labels]
+        for first in range(0, len(batch.images), MAP_BATCH):
+            some = slice(first, first + MAP_BATCH)
+            inputs = Inputs(
+                images=prepare(self.network, batch.images[some]),
+                labels=outputs[some],
+                segments=batch.segments[some],
+                superpixels=self.superpixels,
+            )
+            for name, source in sources.items():
+                assert source.of_network is not None
+                values = source.of_network(self.network, inputs).unsqueeze(1)
+                stored = resized(values, batch.images.shape[-2:]).squeeze(1).cpu().numpy()
+                parts[name].append(blur(stored) if source.blurred else stored)
+        yield from ((name, np.concatenate(arrays)) for name, arrays in parts.items())

@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.masking import normalize
-from model.relevance import layerwise_relevance
-from model.saliency import blur, gradient_saliency, gradient_weighted_cam
 from pipeline.errors import UserError
 from pipeline.sources.labels import class_lines
 
 SMALLEST_SIZE = 64  # most networks divide the side by 32: below, one feature is the whole image
-MAP_BATCH = 16  # images whose gradients are held at once: 3 GB for a ResNet-50 at 224 px
 LISTED = 5  # names in an error
 NESTED = ("state_dict", "model")  # where training scripts keep the weights in their checkpoints
 # Densenet's official files name layers norm.1 that are now called norm1.
@@ -244,7 +241,7 @@ def load_network(
     )
 
 
-def _resized(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+def resized(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     """Float [B, C, H, W] at another size, bilinearly: where it shrinks, each pixel is a weighted
     mean of all that lie under it, so that none is skipped; where it grows, none is repeated."""
     if maps.shape[-2:] == torch.Size(size):
@@ -259,33 +256,10 @@ def prepare(network: Network, images: Tensor) -> Tensor:
     mean, std = (
         torch.tensor(values, device=images.device) for values in (network.mean, network.std)
     )
-    return normalize(_resized(images.to(torch.float32), network.size), mean, std)
+    return normalize(resized(images.to(torch.float32), network.size), mean, std)
 
 
 def network_logits(network: Network, x: Tensor) -> Tensor:
     """Prepared images -> logits [B, classes of the data set], in the data set's order."""
     with torch.no_grad():
         return network.module(x)[:, torch.from_numpy(network.outputs).to(x.device)]
-
-
-def network_maps(network: Network, images: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
-    """Maps of a given class of each image: cam, gradient and lrp, see model/saliency.py.
-
-    images: uint8 [B, 3, h, w]; labels: int64 [B], classes of the data set. Returns float32
-    [B, h, w] each: computed at the network's size, resized to that of the images, then, gradient
-    and lrp, blurred as those of our own classifier are.
-    """
-    outputs = torch.from_numpy(network.outputs).to(labels.device)[labels]
-    parts: dict[str, list[np.ndarray]] = {"cam": [], "gradient": [], "lrp": []}
-    for first in range(0, len(images), MAP_BATCH):
-        x = prepare(network, images[first : first + MAP_BATCH])
-        classes = outputs[first : first + MAP_BATCH]
-        maps = {
-            "cam": gradient_weighted_cam(network.module, network.layer, x, classes),
-            "gradient": gradient_saliency(network.module, x, classes),
-            "lrp": layerwise_relevance(network.module, x, classes),
-        }
-        for name, values in maps.items():
-            stored = _resized(values.unsqueeze(1), images.shape[-2:]).squeeze(1).cpu().numpy()
-            parts[name].append(stored if name == "cam" else blur(stored))
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}

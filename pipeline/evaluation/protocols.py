@@ -44,7 +44,7 @@ def thresholds(step: float = THRESHOLD_STEP) -> np.ndarray:
 
 def box_area(boxes: np.ndarray, plus: int = 1) -> np.ndarray:
     """Count the pixels in boxes: [..., 4] -> [...]."""
-    return (boxes[..., 2:] - boxes[..., :2] + plus).prod(axis=-1)
+    return (boxes[..., 2] - boxes[..., 0] + plus) * (boxes[..., 3] - boxes[..., 1] + plus)
 
 
 def iou(boxes: np.ndarray, others: np.ndarray, plus: int = 1) -> np.ndarray:
@@ -53,11 +53,13 @@ def iou(boxes: np.ndarray, others: np.ndarray, plus: int = 1) -> np.ndarray:
     For integer boxes areas are integers and the quotient is rounded once, so comparing it with
     0.5 is exact. 0 where both boxes are empty (plus 0).
     """
-    low, high = (
-        np.maximum(boxes[..., :2], others[..., :2]),
-        np.minimum(boxes[..., 2:], others[..., 2:]),
+    width, height = (
+        np.minimum(boxes[..., axis + 2], others[..., axis + 2])
+        - np.maximum(boxes[..., axis], others[..., axis])
+        + plus
+        for axis in (0, 1)
     )
-    intersection = np.clip(high - low + plus, 0, None).prod(axis=-1)
+    intersection = np.maximum(width, 0) * np.maximum(height, 0)
     union = box_area(boxes, plus) + box_area(others, plus) - intersection
     return np.divide(intersection, union, out=np.zeros(union.shape), where=union > 0)
 

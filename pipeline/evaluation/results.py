@@ -164,7 +164,7 @@ def write_evaluation(
     if (folder / NEW_MAPS_NAME).is_dir():
         (folder / NEW_MAPS_NAME).rename(folder / MAPS_NAME)
     content = {"format": FORMAT, **metrics, "rows": [_row_to_json(row) for row in rows]}
-    write_atomically(folder / METRICS_NAME, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(folder / METRICS_NAME, (json.dumps(content) + "\n").encode())
 
 
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
 
 from pipeline import storage
 from pipeline.errors import UserError
@@ -125,6 +124,8 @@ def extensions(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _members(sample: Sample, image_format: str) -> list[tuple[str, bytes]]:
+    import simplejpeg  # here: whoever reads manifests alone needs none
+
     if image_format == "rgb":
         image = sample.image.tobytes()
     else:
@@ -286,6 +287,8 @@ def index_content(content: np.ndarray) -> bytes:
 
 def decode_sample(key: str, members: dict[str, bytes], manifest: Manifest) -> Sample:
     """Decode a sample from its members' bytes. Raises KeyError or ValueError."""
+    import simplejpeg
+
     shape = (manifest.height, manifest.width)
     if manifest.image_format == "rgb":
         image = np.frombuffer(members["rgb"], np.uint8).reshape(*shape, 3)

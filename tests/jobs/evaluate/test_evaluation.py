@@ -1,56 +1,95 @@
 """Evaluation of a small generated set with random nets, over Ray."""
 
-import itertools
-import json
-import shutil
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
-from ray.exceptions import TaskCancelledError
 
 from jobs.evaluate import __main__ as job
-from jobs.evaluate.config import EvaluateConfig, Evaluation, check_compatible, evaluate
-from jobs.evaluate.scoring import centred_shares, check_coverage, matrix
-from jobs.evaluate.tasks import net_maps, ranges, run_parts
-from jobs.runs import colour_statistics, load_nets, save_nets
+from jobs.evaluate.config import EvaluateConfig
+from jobs.evaluate.inputs import centred_shares, check_compatible
+from jobs.evaluate.maps import RunSource
+from jobs.evaluate.sources import check_coverage
+from jobs.evaluate.tasks import ranges
+from jobs.runs import Nets, colour_statistics, load_nets, read_config, save_nets
 from model.classifier import class_probabilities
 from model.evidence import evidence
 from model.masking import normalize
 from pipeline.errors import UserError
-from pipeline.shards.format import Sample, read_manifest
+from pipeline.evaluation.results import Evaluation, Row, RowFigures, read_evaluation
+from pipeline.loading.loader import Batch
+from pipeline.shards.format import Sample, read_manifest, read_shard, shard_paths
 from pipeline.shards.ledger import read_ledger
 from tests.jobs.kills import one_worker_killed
-from tests.pipeline.made_set import stored_samples
 
 VAL_IMAGES = 24
+RULES = ("paper", "mean", "quantile")
+BASELINES = ("gradient", "lrp", "cam", "layercam")
 
 
-def quiet(done: int, batches: int) -> None:
+def quiet(done: int, total: int) -> None:
     pass
 
 
-def config_for(data: Path, run: Path, **changes: object) -> EvaluateConfig:
-    output = data.parent / "eval"
-    options: dict = {"data": str(data), "run": (run,), "output": output, "batch_size": 3}
-    return EvaluateConfig(**(options | changes))
+def config_for(data: Path, run: Path, output: Path, **changes: object) -> EvaluateConfig:
+    options: dict = {"data": str(data), "run": run, "output": output, "batch_size": 3}
+    return EvaluateConfig(**(options | {"workers": 2} | changes))
 
 
 @pytest.fixture(scope="module")
-def evaluation(small_set: Path, random_run: Path, ray_local: None) -> Evaluation:
-    return evaluate(config_for(small_set, random_run, workers=2, shards=1), quiet)
+def evaluation(
+    small_set: Path, random_run: Path, ray_local: None, tmp_path_factory: pytest.TempPathFactory
+) -> Evaluation:
+    output = tmp_path_factory.mktemp("evaluation")
+    return job.evaluate(config_for(small_set, random_run, output, shards=1), quiet)
 
 
 @pytest.fixture(scope="module")
 def samples(small_set: Path) -> list[Sample]:
-    return stored_samples(small_set, "val")
+    manifest = read_manifest(small_set)
+    paths = shard_paths(small_set, manifest, "val")
+    return [sample for path in paths for sample in read_shard(path, manifest)]
+
+
+def batch_of(samples: list[Sample]) -> Batch:
+    return Batch(
+        images=torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2),
+        segments=torch.from_numpy(np.stack([s.segments for s in samples]).astype(np.int64)),
+        labels=torch.tensor([s.label for s in samples]),
+        rows=torch.tensor([s.row for s in samples]),
+        total=len(samples),
+        offset=0,
+    )
+
+
+def run_maps(nets: Nets, batch: Batch) -> dict[str, np.ndarray]:
+    source = RunSource(nets=nets, superpixels=25, baselines=True, crops=False)
+    return dict(source.predict(batch)[1])
+
+
+def row_of(evaluation: Evaluation, **names: str | None) -> RowFigures:
+    return next(row for row in evaluation.rows if row.row == Row(**names))  # type: ignore[arg-type]
+
+
+def boxes_of(evaluation: Evaluation, name: str, rule: str | None) -> np.ndarray:
+    return np.array(evaluation.predictions(name, rule)["box"].to_pylist())
+
+
+def classes_of(evaluation: Evaluation, column: str, classifier: str) -> np.ndarray:
+    return np.array([row[classifier] for row in evaluation.images()[column].to_pylist()])
+
+
+def assert_same_files(first: Evaluation, second: Evaluation) -> None:
+    assert first.rows == second.rows
+    for name in ("images.parquet", "predictions.parquet"):
+        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
+    every = range(first.metrics["images"])
+    maps, others = first.maps(every), second.maps(every)
+    assert list(maps) == sorted(others) == list(every)
+    assert all((values == others[image]).all() for image, values in maps.items())
 
 
 def component_boxes(above: np.ndarray) -> np.ndarray:
@@ -66,11 +105,11 @@ def component_boxes(above: np.ndarray) -> np.ndarray:
         if (spread == numbers).all():
             break
         numbers = spread
-    found = []
+    boxes = []
     for number in np.unique(numbers[above]):
         ys, xs = np.nonzero(numbers == number)
-        found.append((-len(ys), xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
-    return np.array(sorted(found))[:, 1:]
+        boxes.append((-len(ys), xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+    return np.array(sorted(boxes))[:, 1:]
 
 
 @pytest.mark.parametrize(("batches", "shards"), [(1, 1), (5, 2), (7, 7), (3, 10), (100, 7)])
@@ -84,132 +123,91 @@ def test_ranges_cover_every_batch_once_and_differ_by_one(batches: int, shards: i
 
 
 @pytest.mark.parametrize("shards", [2, 7])
-def test_any_number_of_shards_gives_the_same_figures_to_the_last_digit(
-    small_set: Path, random_run: Path, evaluation: Evaluation, shards: int
+def test_any_number_of_tasks_gives_the_same_figures_to_the_last_digit(
+    small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path, shards: int
 ) -> None:
-    seen = []
-    config = config_for(small_set, random_run, workers=2, shards=shards)
-    other = evaluate(config, lambda done, batches: seen.append((done, batches)))
-    assert other.predictions.equals(evaluation.predictions)
-    assert json.dumps(other.metrics | {"seconds": 0}) == json.dumps(
-        evaluation.metrics | {"seconds": 0}
-    )
-    assert len(seen) == shards  # 24 images are 8 batches
-    assert seen[-1] == (8, 8)
-    assert seen == sorted(seen)
-
-
-def test_ten_crops_change_classes_and_neither_maps_nor_boxes(
-    small_set: Path, random_run: Path, samples: list[Sample], evaluation: Evaluation
-) -> None:
-    cropped = evaluate(config_for(small_set, random_run, workers=2, ten_crops=True), quiet)
-    nets = load_nets(random_run)
-    images = torch.from_numpy(np.stack([sample.image for sample in samples[:8]]))
-    x = normalize(images.permute(0, 3, 1, 2), *colour_statistics(nets.config, images.device))
-    for name in ("classifier", "clean_classifier"):
-        expected = class_probabilities(getattr(nets, name), x, crops=True).amax(dim=1).tolist()
-        scores = cropped.predictions[f"{name}_scores"].to_pylist()
-        assert [best[0] for best in scores[:8]] == pytest.approx(expected, rel=1e-4)
-        assert scores != evaluation.predictions[f"{name}_scores"].to_pylist()
-    for column in ("aln_box", "cam_box", "lrp_box", "layercam_box"):
-        assert cropped.predictions[column].equals(evaluation.predictions[column])
-
-
-def test_ten_crops_without_nets_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--ten-crops .* needs --run or --network"):
-        EvaluateConfig(ground_truth=tmp_path, output=tmp_path, ten_crops=True)
-
-
-def test_the_job_says_where_classes_are_from_ten_crops(
-    small_set: Path,
-    random_run: Path,
-    tmp_path: Path,
-    ray_local: None,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    flags = ["--data", small_set, "--run", random_run, "--no-baselines"]
-    for output, more in ((tmp_path / "whole", []), (tmp_path / "crops", ["--ten-crops"])):
-        job.main([str(flag) for flag in [*flags, "--output", output, *more]])
-        said = "from ten crops of each image" in capsys.readouterr().out
-        page = (output / "report.html").read_text()
-        assert said == ("from ten crops of each image" in page) == bool(more)
+    progress: list[tuple[int, int]] = []
+    config = config_for(small_set, random_run, tmp_path, shards=shards)
+    other = job.evaluate(config, lambda done, total: progress.append((done, total)))
+    assert_same_files(other, evaluation)
+    assert len(progress) == shards  # 24 images are 8 batches
+    assert progress[-1] == (VAL_IMAGES, VAL_IMAGES)
+    assert progress == sorted(progress)
 
 
 def test_a_killed_worker_changes_no_figure(
-    small_set: Path, random_run: Path, evaluation: Evaluation
+    small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path
 ) -> None:
-    with one_worker_killed("predict_range") as killed:
-        again = evaluate(config_for(small_set, random_run, workers=2, shards=8), quiet)
+    with one_worker_killed("score_range") as killed:
+        again = job.evaluate(config_for(small_set, random_run, tmp_path, shards=8), quiet)
     assert len(killed) == 1
-    assert again.predictions.equals(evaluation.predictions)
-    assert json.dumps(again.metrics | {"seconds": 0}) == json.dumps(
-        evaluation.metrics | {"seconds": 0}
-    )
+    assert_same_files(again, evaluation)
 
 
-@pytest.mark.parametrize("deaf", [False, True])
-def test_a_failed_part_stops_the_others_and_its_error_comes_as_it_is(
-    ray_local: None, tmp_path: Path, deaf: bool
+def test_ten_crops_change_classes_and_neither_maps_nor_boxes(
+    small_set: Path,
+    random_run: Path,
+    samples: list[Sample],
+    evaluation: Evaluation,
+    tmp_path: Path,
 ) -> None:
-    """Even where the workers ignore interrupts, as those of a job in the background of a script
-    do, by which Ray cancels."""
-    running = tmp_path / "running"
+    config = config_for(small_set, random_run, tmp_path, ten_crops=True)
+    cropped = job.evaluate(config, quiet)
+    nets = load_nets(random_run)
+    images = batch_of(samples[:8]).images
+    x = normalize(images, *colour_statistics(nets.config, images.device))
+    for name, net in (("co-trained", nets.classifier), ("clean", nets.clean_classifier)):
+        expected = class_probabilities(net, x, crops=True).amax(dim=1).tolist()
+        scores = classes_of(cropped, "scores", name)
+        assert scores[:8, 0].tolist() == pytest.approx(expected, rel=1e-4)
+        assert (scores != classes_of(evaluation, "scores", name)).any()
+    for name in ("aln", *BASELINES):
+        assert cropped.predictions(name, "paper").equals(evaluation.predictions(name, "paper"))
+    (line,) = [line for line in job.notes(cropped, "paper") if "ten crops" in line]
+    assert line not in job.notes(evaluation, "paper")
 
-    @ray.remote(num_cpus=1)
-    def part(first: int) -> None:
-        if first == 0:
-            while not running.exists():
-                time.sleep(0.05)
-            raise UserError("the map of image 3 is missing")
-        if deaf:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        running.touch()
-        while True:  # one long sleep could not be interrupted
-            time.sleep(0.05)
 
-    submitted = []
-
-    def submit(first: int, stop: int) -> ray.ObjectRef:
-        submitted.append(part.remote(first))
-        return submitted[-1]
-
-    with pytest.raises(UserError, match=r"^the map of image 3 is missing$"):
-        run_parts(submit, [(0, 1), (1, 2), (2, 3)], 2, quiet)
-    assert len(submitted) == 2
-    with pytest.raises(TaskCancelledError):
-        ray.get(submitted[1])
+def test_a_failed_task_stops_the_others_and_its_error_comes_as_it_is(
+    small_set: Path, random_run: Path, tmp_path: Path, ray_local: None
+) -> None:
+    nets = load_nets(random_run)
+    with torch.no_grad():
+        nets.corruption.output.weight.fill_(torch.nan)
+    save_nets(tmp_path, nets, {})
+    with pytest.raises(UserError, match=r"^ledger rows \d+ to \d+ of .*NaN") as caught:
+        job.evaluate(config_for(small_set, tmp_path, tmp_path / "out", shards=4), quiet)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_every_image_has_boxes_inside_it_and_best_classes_first(
     small_set: Path, evaluation: Evaluation
 ) -> None:
-    predictions = evaluation.predictions
+    images = evaluation.images()
     ledger = read_ledger(small_set, "val")
-    assert predictions["row"].to_pylist() == ledger["row"].to_pylist()
-    width, height = predictions["width"].to_numpy(), predictions["height"].to_numpy()
-    constant, maps = ("whole_image", "centred_box", "mean_map"), ("cam", "lrp", "gradient")
-    for name in (*constant, *maps, "layercam", "aln"):
-        boxes = matrix(predictions, f"{name}_box")
+    for column in ("row", "id", "key", "label", "width", "height", "boxes"):
+        assert images[column].to_pylist() == ledger[column].to_pylist()
+    assert images["image"].to_pylist() == list(range(VAL_IMAGES))
+    constant = [("whole image", None), ("centred box", None), ("mean map", "paper")]
+    for name, rule in constant + [(m, r) for m in ("aln", *BASELINES) for r in RULES]:
+        boxes = boxes_of(evaluation, name, rule)
         assert (boxes[:, :2] >= 0).all()
         assert (boxes[:, :2] <= boxes[:, 2:]).all()
-        assert (boxes[:, 2] < width).all()
-        assert (boxes[:, 3] < height).all()
-    for net in ("classifier", "clean_classifier"):
-        scores = matrix(predictions, f"{net}_scores")
-        assert (np.diff(scores, axis=1) <= 0).all()
-        classes = matrix(predictions, f"{net}_classes")
-        assert all(len(set(row)) == 5 for row in classes.tolist())
+        assert (boxes[:, 2] < images["width"].to_numpy()).all()
+        assert (boxes[:, 3] < images["height"].to_numpy()).all()
+    for name in ("co-trained", "clean"):
+        assert (np.diff(classes_of(evaluation, "scores", name), axis=1) <= 0).all()
+        assert all(len(set(row)) == 5 for row in classes_of(evaluation, "classes", name).tolist())
 
 
 def test_predictions_equal_the_nets_on_each_image_by_itself(
     random_run: Path, samples: list[Sample], evaluation: Evaluation
 ) -> None:
     nets = load_nets(random_run)
-    classes = matrix(evaluation.predictions, "classifier_classes")
-    scores = matrix(evaluation.predictions, "classifier_scores")
-    boxes = matrix(evaluation.predictions, "aln_box")
+    classes, scores = (classes_of(evaluation, c, "co-trained") for c in ("classes", "scores"))
+    boxes, maps = boxes_of(evaluation, "aln", "paper"), evaluation.maps(range(VAL_IMAGES))
     for i, sample in enumerate(samples):
-        image = torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None].contiguous()
+        image = batch_of([sample]).images.contiguous()
         x = normalize(image, *colour_statistics(nets.config, image.device))
         with torch.no_grad():
             probability = torch.softmax(nets.classifier(x), dim=1)[0].numpy()
@@ -224,51 +222,60 @@ def test_predictions_equal_the_nets_on_each_image_by_itself(
         candidates = component_boxes(above) * ratios
         errors = np.abs(candidates - (boxes[i] + [0, 0, 1, 1])).max(axis=1)
         assert errors[0] <= 0.5  # rounded to the nearest edge
+        stretched = (averaged - averaged.min()) / np.ptp(averaged) * 255
+        assert np.abs(maps[i] - stretched).max() < 1.01  # truncated
 
 
-def test_metrics_follow_from_the_predictions(small_set: Path, evaluation: Evaluation) -> None:
-    """Recomputed from the parquet's columns by plain Python."""
-    metrics = evaluation.metrics
-    assert list(metrics["methods"]) == [
-        "whole_image",
-        "centred_box",
-        "mean_map",
-        *("gradient", "gradient_mean", "gradient_quantile"),
-        *("lrp", "lrp_mean", "lrp_quantile"),
-        *("cam", "cam_mean", "cam_quantile"),
-        *("layercam", "layercam_mean", "layercam_quantile"),
-        *("aln", "aln_mean", "aln_quantile"),
-        *("aln_clean_class", "aln_clean_class_mean", "aln_clean_class_quantile"),
+def test_metrics_follow_from_the_predictions(evaluation: Evaluation) -> None:
+    """Recomputed from the files' columns by plain Python."""
+    written = read_evaluation(evaluation.folder)
+    assert list(written.rows) == list(evaluation.rows)
+    rules: list[tuple[str, str | None]] = [(name, rule) for name in BASELINES for rule in RULES]
+    constant: list[tuple[str, str | None]] = [("whole image", None), ("centred box", None)]
+    assert [row.row for row in evaluation.rows] == [
+        *(Row(map=m, rule=r, classes="clean") for m, r in [*constant, ("mean map", "paper")]),
+        *(Row(map=m, rule=r, classes="clean") for m, r in rules),
+        *(Row(map="aln", rule=r, classes=c) for r in RULES for c in ("co-trained", "clean")),
     ]
-    rows = evaluation.predictions.to_pylist()
-    for name, row in metrics["methods"].items():
-        box = name.replace("_clean_class", "")
-        net = "classifier" if name in ("aln", "aln_mean", "aln_quantile") else "clean_classifier"
+    images = evaluation.images().to_pylist()
+    for row in evaluation.rows:
+        figures = row.figures
         ious = []
-        for image in rows:
-            a, best = image[f"{box}_box"], 0.0
+        for image, a in zip(
+            images, boxes_of(evaluation, row.row.map, row.row.rule).tolist(), strict=True
+        ):
+            best = 0.0
             for b in image["boxes"]:
                 shared = max(0, min(a[2], b[2]) - max(a[0], b[0]) + 1)
                 shared *= max(0, min(a[3], b[3]) - max(a[1], b[1]) + 1)
                 areas = [(c[2] - c[0] + 1) * (c[3] - c[1] + 1) for c in (a, b)]
                 best = max(best, shared / (sum(areas) - shared))
             ious.append(best)
-        right = [image[f"{net}_classes"][0] == image["label"] for image in rows]
+        assert evaluation.predictions(row.row.map, row.row.rule)["iou"].to_pylist() == ious
+        right = [image["classes"][row.row.classes][0] == image["label"] for image in images]
         both = [iou >= 0.5 and r for iou, r in zip(ious, right, strict=True)]
-        assert row["gt_known"] == sum(iou >= 0.5 for iou in ious) / VAL_IMAGES
-        assert row["top1_loc"] == sum(both) / VAL_IMAGES
-        assert row["top1_cls"] == sum(right) / VAL_IMAGES
-        assert row["mean_iou"] == pytest.approx(sum(ious) / VAL_IMAGES, rel=1e-12)
-        assert row["n"] == VAL_IMAGES
-        assert sum(part["n"] for part in row["classes"].values()) == VAL_IMAGES
-        assert sum(row["errors"].values()) == VAL_IMAGES
-        assert row["errors"]["right"] == sum(both)
-        assert row["interval"]["gt_known"][0] <= row["gt_known"] <= row["interval"]["gt_known"][1]
-        assert row["protocols"]["devkit"]["gt_known"] == row["gt_known"]
-        assert row["max_box_acc"] >= (0 if row["from_map"] else row["gt_known"])
-    assert metrics["classifier"]["top1"] == metrics["methods"]["aln"]["top1_cls"]
-    assert metrics["clean_classifier"]["top1"] == metrics["methods"]["cam"]["top1_cls"]
-    assert metrics["classifier"]["top5"] >= metrics["classifier"]["top1"]
+        assert figures["gt_known"] == sum(iou >= 0.5 for iou in ious) / VAL_IMAGES
+        assert figures["top1_loc"] == sum(both) / VAL_IMAGES
+        assert figures["top1_cls"] == sum(right) / VAL_IMAGES
+        assert figures["mean_iou"] == pytest.approx(sum(ious) / VAL_IMAGES, rel=1e-12)
+        assert figures["n"] == VAL_IMAGES
+        assert sum(part["n"] for part in row.by_class.values()) == VAL_IMAGES
+        assert sum(figures["errors"].values()) == VAL_IMAGES
+        assert figures["errors"]["right"] == sum(both)
+        low, high = row.interval["gt_known"] or (1, 0)
+        assert low <= figures["gt_known"] <= high
+        assert row.protocols["devkit"]["gt_known"] == figures["gt_known"]
+        assert figures["max_box_acc"] >= (0 if row.row.rule else figures["gt_known"])
+        assert (row.paper is None) == (
+            (row.row.map, row.row.classes) == ("aln", "clean")
+            or row.row.map in ("centred box", "mean map", "layercam")
+            or row.row.rule not in ("paper", None)
+        )
+    classifiers = evaluation.metrics["classifiers"]
+    for name, classes in (("aln", "co-trained"), ("cam", "clean")):
+        row = row_of(evaluation, map=name, rule="paper", classes=classes)
+        assert classifiers[classes]["top1"] == row.figures["top1_cls"]
+        assert classifiers[classes]["top5"] == row.figures["top5_cls"]
 
 
 def test_the_auc_of_a_map_is_that_of_its_pixels_against_the_boxes(
@@ -276,14 +283,10 @@ def test_the_auc_of_a_map_is_that_of_its_pixels_against_the_boxes(
 ) -> None:
     """By comparing every pixel inside the boxes with every one outside."""
     nets = load_nets(random_run)
+    aucs = evaluation.predictions("cam", "paper")["auc"].to_pylist()
     for i in (0, 7, 23):
         sample = samples[i]
-        image = torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None].contiguous()
-        segments = torch.from_numpy(sample.segments.astype(np.int64))[None]
-        labels = torch.tensor([sample.label])
-        cam = net_maps(nets, image, segments, labels, 25, baselines=True, crops=False)[1]["cam"][
-            0
-        ].astype(np.float64)
+        cam = run_maps(nets, batch_of([sample]))["cam"][0].astype(np.float64)
         levels = np.floor((cam - cam.min()) / (cam.max() - cam.min()) * 255)
         inside = np.zeros((32, 32), bool)
         scale = 32 / np.array([sample.meta["width"], sample.meta["height"]] * 2)
@@ -293,18 +296,29 @@ def test_the_auc_of_a_map_is_that_of_its_pixels_against_the_boxes(
             inside[y0:y1, x0:x1] = True
         a, b = levels[inside][:, None], levels[~inside][None]
         expected = ((a > b) + 0.5 * (a == b)).mean()
-        assert evaluation.predictions["cam_auc"][i].as_py() == pytest.approx(expected, abs=0.002)
+        assert aucs[i] == pytest.approx(expected, abs=0.002)
 
 
-def test_the_centred_box_is_fixed_on_train_boxes_or_said_to_be_half_the_area(
+def test_baseline_maps_are_of_the_given_class(random_run: Path, samples: list[Sample]) -> None:
+    nets, batch = load_nets(random_run), batch_of(samples)
+    zeros = replace(batch, labels=torch.zeros_like(batch.labels))
+    first, second = run_maps(nets, zeros), run_maps(nets, replace(zeros, labels=zeros.labels + 1))
+    np.testing.assert_array_equal(first["aln"], second["aln"])
+    x = normalize(batch.images, *colour_statistics(nets.config, batch.images.device))
+    imitated = evidence(nets.clean_classifier, x, zeros.labels + 1, batch.segments, 25)
+    np.testing.assert_allclose(second["layercam"], imitated, atol=1e-4)
+    for name in BASELINES:
+        assert (first[name] != second[name]).any()
+
+
+def test_the_centred_box_is_fixed_on_train_boxes_or_half_the_area(
     small_set: Path, evaluation: Evaluation
 ) -> None:
     manifest = read_manifest(small_set)
     shares, source = centred_shares(str(small_set), manifest, None)
     assert "train split" in source
-    row = evaluation.metrics["methods"]["centred_box"]
-    assert row["shares"] == {"height": shares[0], "width": shares[1]}
-    assert row["source"] == source
+    expected = {"height": shares[0], "width": shares[1], "source": source}
+    assert evaluation.metrics["centred_box"] == expected
     without_train = replace(manifest, splits={"val": manifest.splits["val"]})
     (height, width), source = centred_shares(str(small_set), without_train, None)
     assert height * width == pytest.approx(0.5)
@@ -314,71 +328,38 @@ def test_the_centred_box_is_fixed_on_train_boxes_or_said_to_be_half_the_area(
 
 
 def test_coverage_names_missing_double_and_unknown_rows() -> None:
-    ledger = pa.table({"row": [4, 5, 6, 7], "id": ["a", "b", "c", "d"]})
-    check_coverage(np.array([7, 4, 6, 5]), ledger)
-    with pytest.raises(UserError, match=r"images missing: 1, ledger rows 5 \(b\)"):
-        check_coverage(np.array([4, 6, 7]), ledger)
-    with pytest.raises(
-        UserError, match=r"images evaluated more than once: 2, ledger rows 4 \(a\), 6 \(c\)"
+    rows, ids = np.array([4, 5, 6, 7]), ("a", "b", "c", "d")
+    check_coverage(np.array([7, 4, 6, 5]), rows, ids)
+    for scored, fact in (
+        ([4, 6, 7], r"images missing: 1, ledger rows 5 \(b\)"),
+        ([4, 4, 5, 6, 6, 7], r"more than once: 2, ledger rows 4 \(a\), 6 \(c\)"),
+        ([4, 5, 6, 7, 9], r"unknown to the ledger: 1, ledger rows 9"),
     ):
-        check_coverage(np.array([4, 4, 5, 6, 6, 7]), ledger)
-    with pytest.raises(UserError, match=r"images unknown to the ledger: 1, ledger rows 9"):
-        check_coverage(np.array([4, 5, 6, 7, 9]), ledger)
-    many = pa.table({"row": range(20), "id": [str(i) for i in range(20)]})
+        with pytest.raises(UserError, match=fact):
+            check_coverage(np.array(scored), rows, ids)
     with pytest.raises(UserError, match="and 15 more"):
-        check_coverage(np.zeros(0, np.int64), many)
+        check_coverage(np.zeros(0, np.int64), np.arange(20), [str(i) for i in range(20)])
 
 
-def test_nets_and_shards_of_different_classes_or_sizes_are_refused_in_one_line(
+def test_nets_and_shards_that_do_not_fit_are_refused_in_one_line(
     small_set: Path, random_run: Path
 ) -> None:
     manifest = read_manifest(small_set)
-    config = load_nets(random_run).config
+    config = read_config(random_run)
+    assert config == load_nets(random_run).config
     check_compatible(random_run, config, str(small_set), manifest)
-    other = replace(config, classes=(*config.classes[1:], "n99999999"))
-    with pytest.raises(UserError, match="checkpoint and shards with different classes") as caught:
-        check_compatible(random_run, other, str(small_set), manifest)
-    assert "7 of them in common" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"trained at 64x32.*holds 32x32"):
-        check_compatible(random_run, replace(config, height=64), str(small_set), manifest)
+    for changes, fact in (
+        ({"classes": (*config.classes[1:], "n99999999")}, "8 classes|7 of them in common"),
+        ({"height": 64}, r"64x32.*32x32.*--image-size 64"),
+        ({"compactness": 1.5}, r"1\.5.*--superpixels 25 --compactness 1\.5"),
+    ):
+        different: Any = replace(config, **changes)
+        with pytest.raises(UserError, match=fact) as caught:
+            check_compatible(random_run, different, str(small_set), manifest)
+        assert "\n" not in str(caught.value)
 
 
-def test_diverged_nets_are_one_clear_error_from_the_task(
-    small_set: Path, random_run: Path, tmp_path: Path, ray_local: None
-) -> None:
-    nets = load_nets(random_run)
-    with torch.no_grad():
-        nets.corruption.output.weight.fill_(torch.nan)
-    save_nets(tmp_path, nets, {})
-    with pytest.raises(UserError, match=r"^ledger rows \d+ to \d+ of .*NaN") as caught:
-        evaluate(config_for(small_set, tmp_path, workers=1, shards=1), quiet)
-    assert "\n" not in str(caught.value)
-
-
-def test_baseline_maps_are_of_the_given_class(random_run: Path, samples: list[Sample]) -> None:
-    nets = load_nets(random_run)
-    images = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)
-    segments = torch.from_numpy(np.stack([s.segments for s in samples]).astype(np.int64))
-    found = {}
-    for label in (0, 1):
-        labels = torch.full((len(samples),), label)
-        found[label] = net_maps(nets, images, segments, labels, 25, baselines=True, crops=False)[1]
-    np.testing.assert_array_equal(found[0]["aln"], found[1]["aln"])
-    x = normalize(images, *colour_statistics(nets.config, images.device))
-    imitated = evidence(nets.clean_classifier, x, labels, segments, 25)
-    np.testing.assert_allclose(found[1]["layercam"], imitated, atol=1e-4)
-    for name in ("cam", "gradient", "lrp", "layercam"):
-        assert (found[0][name] != found[1][name]).any()
-
-
-@pytest.mark.parametrize("field", ["batch_size", "workers", "shards"])
-def test_sizes_below_one_are_refused(field: str) -> None:
-    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} 0 must be at least 1"):
-        config_for(Path("data"), Path("run"), **{field: 0})
-
-
-def test_the_job_writes_table_metrics_predictions_and_report(
+def test_the_job_prints_a_line_per_map_and_writes_files_and_page(
     small_set: Path,
     random_run: Path,
     tmp_path: Path,
@@ -386,112 +367,78 @@ def test_the_job_writes_table_metrics_predictions_and_report(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "new" / "eval"
-    flags = ["--data", small_set, "--run", random_run, "--output", output, "--no-baselines"]
+    flags = ["--data", small_set, "--run", random_run, "--output", output, "--rule", "mean"]
     job.main([str(flag) for flag in flags])
-    assert sorted(p.name for p in output.iterdir()) == [
-        "metrics.json",
-        "predictions.parquet",
-        "report.html",
-    ]
-    metrics = json.loads((output / "metrics.json").read_text())
-    assert (metrics["format"], metrics["split"], metrics["images"]) == (1, "val", VAL_IMAGES)
-    assert metrics["protocol"] == "devkit"
-    assert metrics["configuration"]["baselines"] is False
-    assert list(metrics["methods"]) == [
-        *("whole_image", "centred_box", "mean_map"),
-        *("aln", "aln_mean", "aln_quantile"),
-        *("aln_clean_class", "aln_clean_class_mean", "aln_clean_class_quantile"),
-    ]
-    assert pq.read_table(output / "predictions.parquet").num_rows == VAL_IMAGES
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("method") and "GT-known" in line for line in lines)
+    names = ["images.parquet", "maps", "metrics.json", "predictions.parquet", "report.html"]
+    assert sorted(path.name for path in output.iterdir()) == names
+    evaluation = read_evaluation(output)
+    metrics = evaluation.metrics
+    assert metrics["source"] == {"kind": "run", "name": str(random_run)}
+    assert (metrics["split"], metrics["images"]) == ("val", VAL_IMAGES)
+    assert metrics["configuration"]["rule"] == "mean"
+    out = capsys.readouterr().out
+    lines = out.splitlines()
     assert lines[-1] == f"report: {output / 'report.html'}"
-    aln = metrics["methods"]["aln"]
-    (shown,) = [line.split() for line in lines if line.startswith("ALN  ")]
-    assert shown[1:] == [
-        *(f"{100 * aln[name]:.1f}%" for name in ("gt_known", "top1_loc", "top5_loc")),
-        *(f"{100 * aln[name]:.1f}%" for name in ("max_box_acc", "max_box_acc_v2")),
-        *(f"{aln[name]:.3f}" for name in ("mean_iou", "auc_gap")),
-        str(VAL_IMAGES),
-        *("56.5%", "45.5%"),  # the paper's
+    first = next(i for i, line in enumerate(lines) if "GT-known" in line)
+    table = lines[first : first + 10]
+    assert [len(line) <= 100 for line in table] == [True] * 10
+    titles = [line[:23].strip() for line in table[2:]]
+    assert titles == [
+        *("Whole image", "Centred box", "Mean of all ALN maps"),
+        *("Gradient saliency", "LRP", "CAM", "LayerCAM of superpixels", "ALN"),
     ]
-
-
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [
-        ("--data", "holds no dataset.json"),
-        ("--run", "holds no model/model.json"),
-        ("--split", "has no split"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(
-    small_set: Path, random_run: Path, tmp_path: Path, ray_local: None, flag: str, message: str
-) -> None:
-    output = tmp_path / "eval"
-    flags = {"--data": str(small_set), "--run": str(random_run), "--output": str(output)}
-    flags[flag] = str(tmp_path / "nothing")
-    with pytest.raises(Exception, match=message) as caught:
-        job.main(list(itertools.chain(*flags.items())))
-    assert "\n" not in str(caught.value)
-    assert not output.exists()
-
-
-def test_two_runs_stand_side_by_side_and_the_same_run_twice_is_the_same(
-    small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path
-) -> None:
-    copied = tmp_path / "copied"
-    shutil.copytree(random_run, copied)
-    config = replace(config_for(small_set, random_run, workers=2), run=(random_run, copied))
-    both = evaluate(config, quiet)
-    methods = both.metrics["methods"]
-    assert both.metrics["runs"] == [str(random_run), str(copied)]
-    maps = ("cam", "cam_quantile", "layercam", "gradient", "lrp")
-    for name in ("aln", "aln_mean", "aln_clean_class", *maps):
-        first, second = methods[name], methods[f"{name}_2"]
-        assert (first["run"], second["run"]) == (0, 1)
-        assert first["gt_known"] == evaluation.metrics["methods"][name]["gt_known"]
-        for figure in ("gt_known", "top1_loc", "mean_iou", "max_box_acc_v2", "auc_gap", "errors"):
-            assert first[figure] == second[figure]
-    assert both.predictions["aln_box"].equals(both.predictions["aln_2_box"])
-    assert "whole_image_2" not in methods
+    figures = row_of(evaluation, map="aln", rule="mean", classes="co-trained").figures
+    shares = ("gt_known", "top1_loc", "top5_loc", "max_box_acc", "max_box_acc_v2")
+    assert table[-1].split()[1:] == [
+        *(f"{100 * figures[name]:.1f}" for name in shares),
+        *(f"{figures[name]:.3f}" for name in ("mean_iou", "auc_gap")),
+        *("-", "-"),
+    ]
+    assert table[2].split()[-2:] == ["41.0", "34.3"]  # the paper's
 
 
 def test_exported_boxes_read_back_give_the_same_figures(
-    small_set: Path, random_run: Path, tmp_path: Path, ray_local: None
+    small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path
 ) -> None:
     folder = tmp_path / "exported"
-    flags = ["--data", small_set, "--run", random_run, "--output", tmp_path / "a"]
-    job.main([str(flag) for flag in [*flags, "--export", folder]])
-    ours = json.loads((tmp_path / "a" / "metrics.json").read_text())["methods"]["aln"]
+    config = config_for(small_set, random_run, tmp_path / "a", export=folder, baselines=False)
+    job.evaluate(config, quiet)
     (tmp_path / "classes.txt").write_text("\n".join(read_manifest(small_set).classes) + "\n")
-    for suffix in (".csv", ".parquet"):
-        output = tmp_path / f"b{suffix}"
-        job.main(
-            [
-                *("--ground-truth", str(folder / "metadata")),
-                *("--predictions", str(folder / "boxes" / f"aln{suffix}")),
-                *("--classes", str(tmp_path / "classes.txt")),
-                *("--output", str(output)),
-            ]
+    for rule, name in (("paper", "aln.csv"), ("quantile", "aln_quantile.parquet")):
+        ours = row_of(evaluation, map="aln", rule=rule, classes="co-trained")
+        config = EvaluateConfig(
+            ground_truth=folder / "metadata",
+            predictions=folder / "boxes" / name,
+            classes=tmp_path / "classes.txt",
+            output=tmp_path / name,
         )
-        theirs = json.loads((output / "metrics.json").read_text())["methods"]["predictions"]
+        theirs = job.evaluate(config, quiet).rows[-1]
+        assert theirs.row == Row(map="given", rule=None, classes="boxes")
         for figure in ("gt_known", "top1_loc", "top5_loc", "top1_cls", "mean_iou"):
-            assert theirs[figure] == ours[figure]
-        assert theirs["protocols"]["devkit, first box"] == ours["protocols"]["devkit, first box"]
+            assert theirs.figures[figure] == ours.figures[figure]
+        assert theirs.protocols["devkit, first box"] == ours.protocols["devkit, first box"]
     maps = sorted((folder / "score_maps" / "aln").rglob("*.npy"))
     assert len(maps) == VAL_IMAGES
     assert np.load(maps[0]).shape == (224, 224)
 
 
-def test_another_classifiers_labels_give_their_own_row(
+def test_another_classifiers_labels_give_alns_boxes_a_row(
     small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path
 ) -> None:
-    rows = evaluation.predictions
-    pairs = zip(rows["id"].to_pylist(), rows["label"].to_pylist(), strict=True)
-    lines = [f"{image},{label}" for image, label in pairs]
-    (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
-    config = config_for(small_set, random_run, workers=2, classifier=tmp_path / "labels.csv")
-    row = evaluate(config, quiet).metrics["methods"]["aln_other_class"]
-    assert row["top1_loc"] == row["gt_known"] == evaluation.metrics["methods"]["aln"]["gt_known"]
-    assert row["top1_cls"] == 1.0
+    images = evaluation.images()
+    pairs = zip(images["id"].to_pylist(), images["label"].to_pylist(), strict=True)
+    path = tmp_path / "labels.csv"
+    path.write_text("".join(f"{image},{label}\n" for image, label in pairs))
+    config = config_for(small_set, random_run, tmp_path, classifier=path, baselines=False)
+    again = job.evaluate(config, quiet)
+    assert {row.row.map for row in again.rows if row.row.classes == "file"} == {"aln"}
+    figures = row_of(again, map="aln", rule="paper", classes="file").figures
+    ours = row_of(evaluation, map="aln", rule="paper", classes="co-trained").figures
+    assert figures["top1_loc"] == figures["gt_known"] == ours["gt_known"]
+    assert figures["top1_cls"] == 1.0
+
+
+def test_a_lost_page_is_one_line_with_the_reports_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"report\.html .* metrics\.json") as caught:
+        job.write_page(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,19 +1,24 @@
 """Scoring of boxes from any place: the real ILSVRC ground truth, and small cases by hand."""
 
 import json
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from jobs.evaluate import __main__ as job
-from jobs.evaluate.config import EvaluateConfig, Evaluation, evaluate
+from jobs.evaluate import scorer
+from jobs.evaluate.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.formats import Guesses, write_guesses, write_score_map
+from pipeline.evaluation.results import Evaluation, Row, RowFigures, read_evaluation
 from pipeline.evaluation.truth import GroundTruth, write_metadata
-from tests.jobs.kills import one_worker_killed
 
-DATA = Path(__file__).parents[4] / "shared" / "data" / "ilsvrc-val-boxes"
+ROOT = Path(__file__).parents[3]
+DATA = ROOT.parent / "shared" / "data" / "ilsvrc-val-boxes"
 
 
 def quiet(done: int, total: int) -> None:
@@ -21,8 +26,19 @@ def quiet(done: int, total: int) -> None:
 
 
 def scored(ground_truth: Path, output: Path, **options: object) -> Evaluation:
-    values: dict = {"ground_truth": ground_truth, "output": output} | options
-    return evaluate(EvaluateConfig(**values), quiet)
+    values: dict = {"ground_truth": ground_truth, "output": output / "evaluation"} | options
+    job.evaluate(EvaluateConfig(**values), quiet)
+    return read_evaluation(output / "evaluation")
+
+
+def row_of(evaluation: Evaluation, map: str) -> RowFigures:
+    return next(row for row in evaluation.rows if row.row.map == map)
+
+
+def write_map(folder: Path, image_id: str, values: np.ndarray) -> None:
+    path = folder / f"{image_id}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, values)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="ilsvrc-val-boxes is not in ../shared/data")
@@ -32,17 +48,16 @@ def scored(ground_truth: Path, output: Path, **options: object) -> Evaluation:
 def test_whole_image_boxes_on_the_real_ilsvrc_val_set(
     protocol: str, gt_known: float, tmp_path: Path
 ) -> None:
-    metrics = scored(DATA, tmp_path, protocol=protocol).metrics
-    whole = metrics["methods"]["whole_image"]
-    assert round(100 * whole["gt_known"], 2) == gt_known
-    assert whole["n"] == 50_000
-    assert {n: round(100 * whole["protocols"][n]["gt_known"], 2) for n in whole["protocols"]}[
-        protocol
-    ] == gt_known
+    evaluation = scored(DATA, tmp_path, protocol=protocol)
+    whole = row_of(evaluation, "whole image")
+    assert round(100 * whole.figures["gt_known"], 2) == gt_known
+    assert whole.figures["n"] == 50_000
+    assert whole.protocols[protocol]["gt_known"] == whole.figures["gt_known"]
     if protocol == "devkit":  # a centred box of half the area, and the first box alone
-        assert round(100 * metrics["methods"]["centred_box"]["gt_known"], 1) == 53.7
-        first = whole["protocols"]["devkit, first box"]["gt_known"]
-        assert 0.9 <= 100 * (whole["gt_known"] - first) <= 1.5
+        centred = row_of(evaluation, "centred box").figures["gt_known"]
+        assert round(100 * centred, 1) == 53.7
+        first = whole.protocols["devkit, first box"]["gt_known"]
+        assert 0.9 <= 100 * (whole.figures["gt_known"] - first) <= 1.5
 
 
 @pytest.fixture
@@ -88,9 +103,13 @@ def test_given_predictions_by_the_official_rule(
     )
     path = tmp_path / f"boxes{suffix}"
     write_guesses(path, four, guesses)
-    row = scored(
+    evaluation = scored(
         tmp_path / "meta", tmp_path, predictions=path, classes=tmp_path / "classes.txt"
-    ).metrics["methods"]["predictions"]
+    )
+    assert evaluation.metrics["source"] == {"kind": "boxes", "name": str(path)}
+    given = row_of(evaluation, "given")
+    assert given.row == Row(map="given", rule=None, classes="boxes")
+    row = given.figures
     assert row["gt_known"] == 2 / 4
     assert row["top1_loc"] == 1 / 4
     assert row["top5_loc"] == 3 / 4
@@ -98,37 +117,36 @@ def test_given_predictions_by_the_official_rule(
     assert row["errors"]["class_wrong"] == 1
     assert row["errors"]["too_small"] == 1
     assert row["errors"]["elsewhere"] == 1
-    assert row["protocols"]["devkit, first box"]["top5_loc"] == 2 / 4  # box 2 of image 4 is out
+    assert given.protocols["devkit, first box"]["top5_loc"] == 2 / 4  # box 2 of image 4 is out
 
 
-def test_score_maps_by_hand(four: GroundTruth, tmp_path: Path, ray_local: None) -> None:
+def test_score_maps_by_hand(four: GroundTruth, tmp_path: Path) -> None:
     """Maps that are .8 on a true box and .2 elsewhere, but for the last image: all .2."""
     for i in range(4):
         values = np.full((80, 100), 0.2, np.float32)
         x0, y0, x1, y1 = four.boxes[four.starts[i]]
         if i < 3:
             values[y0 : y1 + 1, x0 : x1 + 1] = 0.8
-        path = tmp_path / "maps" / f"{four.ids[i]}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, values)
-    evaluation = scored(tmp_path / "meta", tmp_path, score_maps=tmp_path / "maps", workers=1)
-    row = evaluation.metrics["methods"]["score_maps"]
+        write_map(tmp_path / "maps", four.ids[i], values)
+    evaluation = scored(tmp_path / "meta", tmp_path, score_maps=tmp_path / "maps")
+    given, lines = row_of(evaluation, "given"), evaluation.predictions("given", "paper")
+    row = given.figures
     # the third map is .8 everywhere and the fourth .2 everywhere: flat, so the box is the image
     assert row["gt_known"] == 3 / 4
     assert row["counts"]["nothing_found"] == 2
-    assert evaluation.predictions["score_maps_found"].to_pylist() == [True, True, False, False]
+    assert lines["found"].to_pylist() == [True, True, False, False]
     # from a threshold of .25 of the maximum, 51 of 204 levels, to 1 the first three are right
     assert row["max_box_acc"] == 3 / 4
     assert row["max_box_acc_threshold"] == 0.25
     assert row["max_box_acc_v2"] == 3 / 4
-    assert evaluation.predictions["score_maps_auc"].to_pylist()[:2] == [1.0, 1.0]
-    assert row["subsets"]["small_boxes"]["n"] == 3
-    assert row["curves"]["corloc"]["0.5"][50] == 3 / 4
+    assert lines["auc"].to_pylist()[:2] == [1.0, 1.0]
+    assert given.subsets["small_boxes"]["n"] == 3
+    assert given.curves["corloc"]["0.5"][50] == 3 / 4
+    levels = evaluation.maps([1])[1]
+    assert np.unique(levels).tolist() == [51, 204]  # as they are, not stretched
 
 
-def test_the_sweep_at_224_pixels_by_hand(
-    four: GroundTruth, tmp_path: Path, ray_local: None
-) -> None:
+def test_the_sweep_at_224_pixels_by_hand(four: GroundTruth, tmp_path: Path) -> None:
     """A map's box is carried as x0, y0, x0 + width, y0 + height, clipped to 223, + 1 as the
     reference evaluator does; the truth is multiplied by 224 / side and truncated."""
     drawn = [
@@ -142,22 +160,15 @@ def test_the_sweep_at_224_pixels_by_hand(
         values = np.zeros((224, 224))
         for x0, y0, x1, y1, level in boxes:
             values[y0 : y1 + 1, x0 : x1 + 1] = level / 255
-        path = tmp_path / "maps" / f"{image_id}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, values)
-    evaluation = scored(
-        tmp_path / "meta",
-        tmp_path,
-        protocol="int224",
-        score_maps=tmp_path / "maps",
-        workers=1,
-    )
-    row = evaluation.metrics["methods"]["score_maps"]
+        write_map(tmp_path / "maps", image_id, values)
+    options: dict = {"protocol": "int224", "score_maps": tmp_path / "maps"}
+    evaluation = scored(tmp_path / "meta", tmp_path, **options)
+    row = row_of(evaluation, "given").figures
     # below 128 / 255 the larger contour of image 1 hides the right one; int(.502 * 255) = 128
     assert row["max_box_acc"] == 3 / 4
     assert row["max_box_acc_threshold"] == 0.502
     assert row["max_box_acc_v2"] == 1.0  # over all contours every image is right, even at IoU .7
-    assert evaluation.predictions["score_maps_iou"].to_pylist()[::2] == [
+    assert evaluation.predictions("given", "paper")["iou"].to_pylist()[::2] == [
         110 * 110 / 111**2,
         222 * 222 / 224**2,
     ]
@@ -170,59 +181,43 @@ def test_a_classifiers_labels_are_those_of_rows_that_have_none(
     path.write_text(
         "".join(f"{name},{label}\n" for name, label in zip(four.ids, "0021", strict=True))
     )
-    metrics = scored(tmp_path / "meta", tmp_path, classifier=path).metrics
-    whole = metrics["methods"]["whole_image"]
-    assert whole["class_from"] == "other"
-    assert (whole["top1_cls"], whole["gt_known"], whole["top1_loc"]) == (3 / 4, 1 / 4, 1 / 4)
-    assert metrics["other"] == {"top1": 3 / 4, "top5": 3 / 4}
+    evaluation = scored(tmp_path / "meta", tmp_path, classifier=path)
+    whole = row_of(evaluation, "whole image")
+    assert whole.row.classes == "file"
+    shares = [whole.figures[name] for name in ("top1_cls", "gt_known", "top1_loc")]
+    assert shares == [3 / 4, 1 / 4, 1 / 4]
+    assert evaluation.metrics["classifiers"] == {"file": {"top1": 3 / 4, "top5": 3 / 4}}
 
 
-def test_any_number_of_shards_scores_maps_alike(
-    four: GroundTruth, tmp_path: Path, ray_local: None
+def test_any_number_of_threads_scores_maps_alike(
+    four: GroundTruth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(scorer, "IMAGES_PER_PART", 1)
     rng = np.random.default_rng(0)
     for image_id in four.ids:
         write_score_map(tmp_path / "maps", image_id, rng.random((20, 20)) ** 3)
-    found = []
-    for shards in (1, 3):
-        evaluation = scored(
-            tmp_path / "meta",
-            tmp_path,
+    evaluations = []
+    progress: list[tuple[int, int]] = []
+    for workers in (1, 3):
+        config = EvaluateConfig(
+            ground_truth=tmp_path / "meta",
+            output=tmp_path / f"evaluation-{workers}",
             protocol="int224",
             score_maps=tmp_path / "maps",
-            workers=2,
-            shards=shards,
+            workers=workers,
         )
-        found.append(json.dumps(evaluation.metrics | {"seconds": 0}))
-    assert found[0] == found[1]
+        evaluations.append(job.evaluate(config, lambda *counts: progress.append(counts)))
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)] * 2
+    first, second = evaluations
+    assert first.rows == second.rows
+    assert first.predictions("given", "paper").equals(second.predictions("given", "paper"))
 
 
-def test_a_killed_worker_changes_no_figure_of_score_maps(
-    four: GroundTruth, tmp_path: Path, ray_local: None
-) -> None:
-    rng = np.random.default_rng(1)
-    for image_id in four.ids:
-        path = tmp_path / "maps" / f"{image_id}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, rng.random((500, 500), np.float32))  # noise takes the sweep longest
-    options: dict = {"score_maps": tmp_path / "maps", "workers": 2, "shards": 4}
-    expected = scored(tmp_path / "meta", tmp_path, **options)
-    with one_worker_killed("score_map_range") as killed:
-        again = scored(tmp_path / "meta", tmp_path, **options)
-    assert len(killed) == 1
-    assert again.predictions.equals(expected.predictions)
-    assert json.dumps(again.metrics | {"seconds": 0}) == json.dumps(
-        expected.metrics | {"seconds": 0}
-    )
-
-
-def test_a_missing_score_map_is_one_line_that_names_it(
-    four: GroundTruth, tmp_path: Path, ray_local: None
-) -> None:
+def test_a_missing_score_map_is_one_line_that_names_it(four: GroundTruth, tmp_path: Path) -> None:
     for image_id in four.ids[:3]:
         write_score_map(tmp_path / "maps", image_id, np.eye(10))
     with pytest.raises(UserError, match=r"image_3\.JPEG\.npy") as caught:
-        scored(tmp_path / "meta", tmp_path, score_maps=tmp_path / "maps", workers=1)
+        scored(tmp_path / "meta", tmp_path, score_maps=tmp_path / "maps")
     assert "\n" not in str(caught.value)
 
 
@@ -231,22 +226,62 @@ def test_the_job_scores_ground_truth_alone(
 ) -> None:
     output = tmp_path / "eval"
     job.main(["--ground-truth", str(tmp_path / "meta"), "--output", str(output)])
-    metrics = json.loads((output / "metrics.json").read_text())
-    assert metrics["methods"]["whole_image"]["gt_known"] == 1 / 4
-    assert metrics["methods"]["whole_image"]["top1_loc"] is None
-    assert list(metrics["methods"]) == ["whole_image", "centred_box"]
+    evaluation = read_evaluation(output)
+    whole = row_of(evaluation, "whole image").figures
+    assert (whole["gt_known"], whole["top1_loc"]) == (1 / 4, None)
+    assert [row.row.map for row in evaluation.rows] == ["whole image", "centred box"]
+    assert evaluation.images()["boxes"].to_pylist()[3] == [[0, 0, 9, 9], [60, 40, 99, 79]]
     assert (output / "report.html").is_file()
     assert "Whole image" in capsys.readouterr().out
 
 
+NEEDED = {"numpy", "numba", "llvmlite", "cv2", "pyarrow", "pipeline", "model", "jobs"}
+PROGRAM = """
+import importlib.abc, json, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in json.loads(sys.argv[1]):
+            raise ModuleNotFoundError(f"{name} is not installed", name=name)
+sys.meta_path.insert(0, Blocked())
+from jobs.evaluate import __main__ as job
+from jobs.evaluate import scorer
+job.evaluate(job.EvaluateConfig(**{
+    name: job.Path(value) for name, value in json.loads(sys.argv[2]).items()
+}), lambda done, total: None)
+"""
+
+
+@pytest.mark.parametrize("source", ["predictions", "score_maps"])
+def test_files_are_scored_with_few_packages(four: GroundTruth, tmp_path: Path, source: str) -> None:
+    """Others are made unimportable, as where they are not installed."""
+    boxes = tmp_path / "boxes.parquet"
+    write_guesses(boxes, four, guesses_of([[0]] * 4, [[[0, 0, 9, 9]]] * 4))
+    for image_id in four.ids:
+        write_score_map(tmp_path / "maps", image_id, np.eye(10))
+    given = {"predictions": boxes, "score_maps": tmp_path / "maps"}[source]
+    options = {"ground_truth": tmp_path / "meta", "output": tmp_path / "out", source: given}
+    blocked = sorted(packages_distributions().keys() - NEEDED)
+    assert {"torch", "ray", "scipy", "pandas"} <= set(blocked)
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(blocked), json.dumps(options, default=str)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert row_of(read_evaluation(tmp_path / "out"), "given").figures["n"] == 4
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({}, "either --data .* or --ground-truth"),
-        ({"data": "a", "ground_truth": Path("b")}, "either --data .* or --ground-truth"),
-        ({"ground_truth": Path("b"), "run": (Path("r"),)}, "--run needs images"),
-        ({"data": "a", "run": (Path("r"),) * 3}, "at most two"),
-        ({"data": "a", "network": "timm:resnet18"}, "--network and --network-weights"),
+        ({}, "--data.*--ground-truth"),
+        ({"data": "a", "ground_truth": Path("b")}, "--data.*--ground-truth"),
+        ({"ground_truth": Path("b"), "run": Path("r")}, "--run.*--data"),
+        ({"data": "a", "run": Path("r"), "network": "n"}, "--run and --network.*jobs.report"),
+        ({"data": "a", "run": Path("r"), "score_maps": Path("s")}, "--run and --score-maps"),
+        ({"data": "a", "network": "timm:resnet18"}, "--network-weights"),
         (
             {
                 "data": "a",
@@ -254,11 +289,17 @@ def test_the_job_scores_ground_truth_alone(
                 "network": "timm:resnet18",
                 "network_weights": Path("w"),
             },
-            "--classifier beside --network needs --run",
+            "--classifier.*--network",
         ),
-        ({"data": "a", "centred_box": (0.5, 1.5)}, r"shares in \(0, 1\]"),
+        ({"data": "a", "export": Path("e")}, "--export.*--run"),
+        ({"ground_truth": Path("b"), "ten_crops": True}, "--ten-crops.*--run or --network"),
+        ({"data": "a", "centred_box": (0.5, 1.5)}, r"--centred-box 1\.5.*at most 1"),
+        ({"data": "a", "centred_box": (0.5, 0.5, 0.5)}, "--centred-box.*one or two"),
+        ({"data": "a", "batch_size": 0}, "--batch-size 0.*at least 1"),
+        ({"data": "a", "workers": 0}, "--workers 0.*at least 1"),
+        ({"data": "a", "cache_limit": 0.0}, "--cache-limit 0.*above 0"),
     ],
 )
-def test_flags_that_do_not_go_together_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_flags_that_do_not_go_together_are_refused(options: dict, facts: str) -> None:
+    with pytest.raises(ValueError, match=facts):
         EvaluateConfig(output=Path("out"), **options)

@@ -9,18 +9,17 @@ from pipeline.evaluation.metrics import (
     ERRORS,
     Outcomes,
     Sweep,
-    bootstrap_intervals,
-    class_figures,
     curves,
     error_kinds,
     figures,
+    figures_by_group,
     intervals,
     largest_shares,
-    share_interval,
     size_figures,
     subset_masks,
     sweep_figures,
     top_k,
+    with_classes,
 )
 from pipeline.evaluation.protocols import IOU_GRID, best_iou, thresholds
 
@@ -93,7 +92,7 @@ def test_class_counts_add_up_to_the_whole() -> None:
     labels = rng.integers(0, 5, 300)
     labels[labels == 3] = 4  # a class without images
     one = outcomes(rng.random(300), rng.random(300) < 0.5)
-    parts = class_figures(one, labels, 5)
+    parts = figures_by_group(one, labels, 5)
     assert [part["n"] for part in parts] == np.bincount(labels, minlength=5).tolist()
     assert parts[3]["gt_known"] is None
     for name, count in figures(one)["counts"].items():
@@ -140,13 +139,13 @@ def test_hard_subsets_by_hand() -> None:
 def test_error_kinds_by_hand(kind: str, box: list[int], truths: list[list[int]]) -> None:
     boxes, starts = boxes_and_starts([truths])
     right = np.array([kind == "right"])
-    found = error_kinds(np.array([box]), np.array([True]), right, None, boxes, starts)
-    assert ERRORS[found[0]] == kind
-    lost = error_kinds(np.array([box]), np.array([False]), right, None, boxes, starts)
+    kinds = error_kinds(np.array([box]), np.array([True]), right, boxes, starts)
+    assert ERRORS[kinds[0]] == kind
+    lost = error_kinds(np.array([box]), np.array([False]), right, boxes, starts)
     assert ERRORS[lost[0]] == ("right" if kind == "right" else "nothing_found")
-    wrong = np.array([False])
-    classed = error_kinds(np.array([box]), np.array([True]), right, wrong, boxes, starts)
-    assert ERRORS[classed[0]] == ("class_wrong" if kind == "right" else kind)
+    assert with_classes(kinds, np.array([True])) == kinds
+    wrong = with_classes(kinds, np.array([False]))
+    assert ERRORS[wrong[0]] == ("class_wrong" if kind == "right" else kind)
 
 
 def test_error_counts_split_the_images_with_boxes_as_the_figures_do() -> None:
@@ -158,8 +157,8 @@ def test_error_counts_split_the_images_with_boxes_as_the_figures_do() -> None:
     ious = best_iou(corners, truths[:390], starts)
     top1 = rng.random(400) < 0.5
     right = np.nan_to_num(ious) >= 0.5
-    kinds = error_kinds(corners, rng.random(400) < 0.9, right, top1, truths[:390], starts)
-    one = Outcomes(ious=ious, errors=kinds, top1=top1)
+    kinds = error_kinds(corners, rng.random(400) < 0.9, right, truths[:390], starts)
+    one = Outcomes(ious=ious, errors=with_classes(kinds, top1), top1=top1)
     all_figures = figures(one)
     counts = all_figures["errors"]
     assert sum(counts.values()) == all_figures["n"] == 390
@@ -167,7 +166,7 @@ def test_error_counts_split_the_images_with_boxes_as_the_figures_do() -> None:
     assert counts["right"] + counts["class_wrong"] == all_figures["counts"]["gt_known"]
     assert min(counts.values()) > 0 or counts["several_instances"] == 0  # one box an image
     labels = rng.integers(0, 3, 400)
-    parts = [part["errors"] for part in class_figures(one, labels, 3)]
+    parts = [part["errors"] for part in figures_by_group(one, labels, 3)]
     assert {kind: sum(part[kind] for part in parts) for kind in ERRORS} == counts
 
 
@@ -195,22 +194,24 @@ def test_max_box_acc_takes_one_threshold_for_all_images_and_v2_one_per_iou() -> 
     ious[1, 150:300] = 0.5
     ious[2, 150:160] = 0.35
     ious[3, 700:] = 0.95
-    found = sweep_figures(made_sweep(ious), np.full(4, 0.1), None)
+    one = outcomes(np.full(4, 0.1), sweep=made_sweep(ious))
+    found = sweep_figures(one, None, np.ones(4, bool))
     assert found["max_box_acc"] == 0.5  # images 0 and 1 between .15 and .2
     assert found["max_box_acc_threshold"] == pytest.approx(0.15)
     # IoU .3: three images at .15; .5: two; .7: one
     assert found["max_box_acc_v2"] == pytest.approx((0.75 + 0.5 + 0.25) / 3, abs=1e-15)
-    off_centre = sweep_figures(made_sweep(ious), np.full(2, 0.1), "off_centre")  # images 2 and 3
+    off_centre = sweep_figures(one, "off_centre", np.array([False, False, True, True]))
     assert off_centre["max_box_acc"] == 0.5
     assert off_centre["max_box_acc_threshold"] == pytest.approx(0.7)
 
 
 def test_a_method_without_maps_has_one_box_at_every_threshold() -> None:
-    found = sweep_figures(None, np.array([0.3, 0.5, 0.7, 0.2, np.nan]), None)
+    found = sweep_figures(outcomes([0.3, 0.5, 0.7, 0.2, np.nan]), None, np.ones(5, bool))
     assert found["max_box_acc"] == 0.5
     assert found["max_box_acc_threshold"] is None
     assert found["max_box_acc_v2"] == pytest.approx((3 / 4 + 2 / 4 + 1 / 4) / 3, abs=1e-15)
-    assert sweep_figures(None, np.array([np.nan]), None)["max_box_acc"] is None
+    unknown = sweep_figures(outcomes([np.nan, 0.9]), None, np.array([True, False]))
+    assert unknown["max_box_acc"] is None
 
 
 def test_curves_by_hand() -> None:
@@ -232,58 +233,26 @@ def test_curves_by_hand() -> None:
     assert curves(outcomes([0.8]))["corloc"] is None
 
 
-def test_interval_of_a_share_is_the_bootstraps() -> None:
-    values = np.zeros((1000, 1))
-    values[:300] = 1
-    resampled = bootstrap_intervals(values, seed=0)[0]
-    np.testing.assert_allclose(share_interval(0.3, 1000), resampled, atol=0.004)
-    # near share -+ 1.96 sqrt(share (1 - share) / n) = .3 -+ .0284
-    np.testing.assert_allclose(share_interval(0.3, 1000), [0.2716, 0.3284], atol=0.001)
-    assert share_interval(1.0, 7) == [1.0, 1.0]
-    assert share_interval(0.0, 7) == [0.0, 0.0]
-
-
-def test_bootstrap_is_paired_repeatable_and_seeded() -> None:
-    rng = np.random.default_rng(3)
-    column = rng.random((400, 1))
-    twice = bootstrap_intervals(np.hstack([column, column]), seed=5)
-    np.testing.assert_array_equal(twice[0], twice[1])
-    np.testing.assert_array_equal(bootstrap_intervals(column, seed=5)[0], twice[0])
-    assert (bootstrap_intervals(column, seed=6)[0] != twice[0]).any()
-    assert twice[0, 0] < column.mean() < twice[0, 1]
-
-
-def test_bootstrap_equals_a_plain_loop_over_the_same_draws() -> None:
-    values = np.random.default_rng(4).random((50, 2))
-    drawn = np.random.default_rng(9).integers(0, 50, (1000, 50))
-    means = np.array([values[rows].mean(axis=0) for rows in drawn])
-    expected = np.quantile(means, [0.025, 0.975], axis=0).T
-    np.testing.assert_allclose(bootstrap_intervals(values, seed=9), expected, atol=1e-8)
-
-
 def test_intervals_hold_every_figure_and_skip_what_is_unknown() -> None:
     rng = np.random.default_rng(6)
     ious = rng.random(50)
     ious[:5] = np.nan
-    methods = {
-        "aln": outcomes(ious, rng.random(50) < 0.7, auc=rng.random(50), auc_other=rng.random(50)),
-        "none": outcomes(np.full(50, np.nan), np.ones(50)),
-    }
-    rows = {n: figures(o) | sweep_figures(o.sweep, o.ious, None) for n, o in methods.items()}
-    found = intervals(methods, rows, seed=0)
-    for figure, interval in found["aln"].items():
-        if rows["aln"][figure] is None:
+    both = [
+        outcomes(ious, rng.random(50) < 0.7, auc=rng.random(50), auc_other=rng.random(50)),
+        outcomes(np.full(50, np.nan), np.ones(50)),
+    ]
+    rows = [figures(one) | sweep_figures(one, None, np.ones(50, bool)) for one in both]
+    known, unknown = intervals(both, rows, seed=0)
+    for figure, interval in known.items():
+        if rows[0][figure] is None:
             assert interval is None
         else:
             assert interval is not None
-            assert interval[0] <= rows["aln"][figure] <= interval[1]
+            assert interval[0] <= rows[0][figure] <= interval[1]
             assert interval[0] < interval[1]
-    assert {"gt_known", "top1_loc", "top1_cls", "mean_iou", "auc_gap", "max_box_acc"} <= set(
-        found["aln"]
-    )
-    assert found["none"]["gt_known"] is None
-    assert found["none"]["mean_iou"] is None
-    assert found["none"]["top1_cls"] == [1.0, 1.0]
+    assert {"gt_known", "top1_loc", "top1_cls", "mean_iou", "auc_gap", "max_box_acc"} <= set(known)
+    assert (unknown["gt_known"], unknown["mean_iou"]) == (None, None)
+    assert unknown["top1_cls"] == [1.0, 1.0]
 
 
 def test_top_k_by_hand() -> None:
