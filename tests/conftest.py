@@ -9,7 +9,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two cores are shared with R
 import pytest
 from hypothesis import HealthCheck, settings
 
+from jobs import cli
 from pipeline.shards import make
+from pipeline.shards.format import read_manifest
 from pipeline.shards.plan import PreprocessConfig
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 from tests import remote
@@ -74,6 +76,30 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(make, "metrics", Mock())  # Ray's
         make.preprocess(config, lambda progress: None, lambda: None)
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def evaluations(small_set: Path, ray_local: None) -> tuple[Path, Path, Path]:
+    """Evaluations of the small set's val images: of two runs of random nets, and of the boxes of
+    the second one's ALN as a file, without shards."""
+    from jobs.evaluate.__main__ import main as evaluate  # here: most tests need no nets
+    from tests.jobs.conftest import write_random_run
+
+    folder = small_set.parent
+    first, second, boxes = (folder / f"evaluation-{name}" for name in ("0", "1", "boxes"))
+    export, classes = folder / "export", folder / "classes.txt"
+    for seed, output in enumerate((first, second)):
+        run = folder / f"run-{seed}"
+        write_random_run(run, small_set, seed)
+        _call(evaluate, data=small_set, run=run, output=output, export=export)
+    classes.write_text("\n".join(read_manifest(small_set).classes))
+    files = {"ground_truth": export / "metadata", "predictions": export / "boxes/aln.csv"}
+    _call(evaluate, **files, classes=classes, output=boxes)
+    return first, second, boxes
+
+
+def _call(main: Callable[[list[str]], None], **flags: Path) -> None:
+    main([word for name, value in flags.items() for word in (cli.flag(name), str(value))])
 
 
 @pytest.fixture(scope="session")

@@ -1,267 +1,177 @@
-"""The report's charts: curves of metrics.json in, SVG coordinates out; the template draws them."""
+"""The report's charts: curves of the rows, drawn by matplotlib as SVG that stands in the page."""
 
-import math
+import io
+import re
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
+import matplotlib
 import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
-from jobs.evaluate.rows import OTHER_RULES
-from jobs.report.tables import CONSTANT, OWN, percent
+from jobs.report.tables import CONSTANT, Line
 from pipeline.evaluation.protocols import IOU_THRESHOLD
 
-VIEW = (380.0, 280.0)  # width and height of a chart's view box, in SVG units
-LEFT, RIGHT, TOP, BOTTOM = 42.0, 372.0, 24.0, 238.0  # the plot's edges in it
-CHARACTER = 5.9  # width of a label's character, and its height, at the labels' font size
-LINE_HEIGHT = 12.0
-CLEARANCE = 4.5  # units that a label's middle keeps from every line but its own
-LABEL_PLACES = 40  # places along a line that are tried for its label
-
-GREY = "grey"
-COLOUR_OF = {
-    "aln": "a",
-    "gradient": "b",
-    "lrp": "c",
-    "cam": "d",
-    "score_maps": "e",
-    "layercam": "f",
+SIZE = (5.0, 3.6)  # inches of 72 SVG units; the page scales the drawing
+PLOT = (0.1, 0.14, 0.87, 0.78)  # left, bottom, width and height of the axes, in shares
+COLOURS = {"aln": "a", "gradient": "b", "lrp": "c", "cam": "d", "given": "e", "layercam": "f"}
+OTHER_COLOUR = "g"  # of maps that are not listed
+VARIABLES = ("soft", "line", *(f"c-{name}" for name in "abcdefg"))  # the page's CSS variables
+# While matplotlib draws, a colour that it has no other use for stands for each variable, so that
+# the drawing is legible on the page's light and its dark ground.
+STAND_INS = {name: f"#a1b2{number:02x}" for number, name in enumerate(VARIABLES)}
+DASHES = ("", "6 2.5", "2 2", "8 2 2 2", "11 3", "5 2 1.5 2 1.5 2")
+WIDTH, STRONG_WIDTH = 1.6, 3.0  # of lines, in SVG units
+OPTIONS = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "report",  # the same file in every run
+    "font.size": 11,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.edgecolor": STAND_INS["soft"],
+    "grid.color": STAND_INS["line"],
+    "axes.spines.left": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
 }
-WRITTEN = {"aln": "ALN", "cam": "CAM", "lrp": "LRP", "layercam": "LayerCAM"}
-COLOURS = ("a", "b", "c", "d", "e", "f", "g")  # classes of the page's line colours; "a" is ALN's
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series:
-    """One line: y values in [0, 1] at the chart's x values. name: for the legend; label: short,
-    beside the line; figure: what the legend says of it; peak: index of a point to mark, or None."""
+class Curve:
+    """A line of a chart. values: float [K] in [0, 1]; spread: the lowest and the highest of several
+    seeds, float [2, K], or None; figure: the legend's number, a share; dash: an SVG dash array;
+    peak: index of the point to mark, or None."""
 
-    name: str
-    label: str
-    values: Sequence[float]
+    line: Line
+    values: np.ndarray
+    spread: np.ndarray | None
+    figure: float
     colour: str
-    figure: str
-    dash: str = ""
-    strong: bool = False
-    peak: int | None = None
+    dash: str
+    peak: int | None
 
-
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """A series in SVG units. label_at: the middle of its label and the label's angle in degrees,
-    None where there is no room for one; peak_at: the marked point."""
-
-    series: Series
-    points: str
-    label_at: tuple[float, float, float] | None = None
-    peak_at: tuple[float, float] | None = None
+    @property
+    def width(self) -> float:
+        """The line's width in SVG units."""
+        return STRONG_WIDTH if self.line.own else WIDTH
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """Lines with their axes. lines: in the order of drawing; legend: in that of the series;
-    ticks: (position, text); mark: x position of a vertical line, and the text at its top."""
+    """A drawing with its title; curves: in the order of the legend."""
 
     title: str
-    x_title: str
-    description: str
-    lines: tuple[Line, ...]
-    legend: tuple[Series, ...]
-    x_ticks: tuple[tuple[float, str], ...]
-    y_ticks: tuple[tuple[float, str], ...]
-    mark: tuple[float, str] | None
+    curves: tuple[Curve, ...]
+    svg: Markup
 
 
-def plot_x(value: float) -> float:
-    """The abscissa of a value in [0, 1], in SVG units."""
-    return LEFT + (RIGHT - LEFT) * value
-
-
-def plot_y(value: float) -> float:
-    """The ordinate of a value in [0, 1], in SVG units, which grow downwards."""
-    return BOTTOM - (BOTTOM - TOP) * value
-
-
-def _label_place(
-    x: np.ndarray, lines: Sequence[np.ndarray], own: int, width: float, taken: list[np.ndarray]
-) -> tuple[float, float, float] | None:
-    best, best_clearance = None, CLEARANCE
-    others = [line for i, line in enumerate(lines) if i != own]
-    for centre in np.linspace(LEFT + width / 2, RIGHT - width / 2, LABEL_PLACES):
-        if not x[0] <= centre <= x[-1]:
-            continue
-        angle, columns = 0.0, np.array([centre])
-        for _ in range(2):  # the steeper the line, the fewer columns its label spans
-            half = width / 2 * math.cos(angle)
-            columns = np.linspace(max(centre - half, x[0]), min(centre + half, x[-1]), 15)
-            heights = np.interp(columns, x, lines[own])
-            slope = (heights[-1] - heights[0]) / (columns[-1] - columns[0])
-            angle = math.atan(slope)
-        bend = np.abs(heights - (heights[0] + slope * (columns - columns[0]))).max()
-        area = np.stack([columns, heights], axis=1)
-        if bend > LINE_HEIGHT / 4 or heights.max() > BOTTOM - LINE_HEIGHT / 2:
-            continue
-        if any(_distance(area, other) < 1.3 * LINE_HEIGHT for other in taken):
-            continue
-        gaps = [np.abs(np.interp(columns, x, line) - heights).min() for line in others]
-        clearance = min(gaps, default=math.inf) * math.cos(angle)
-        if clearance > best_clearance:
-            best, best_clearance = area, clearance
-            place = (float(centre), float(heights.mean()), math.degrees(angle))
-    if best is None:
-        return None
-    taken.append(best)
-    return place
-
-
-def _distance(first: np.ndarray, second: np.ndarray) -> float:
-    """The smallest distance of the points [n, 2] from the points [m, 2]."""
-    return float(np.linalg.norm(first[:, None] - second[None], axis=-1).min())
-
-
-def place_labels(
-    x: np.ndarray, lines: Sequence[np.ndarray], labels: Sequence[str]
-) -> list[tuple[float, float, float] | None]:
-    """Where each line's label stands on its line, as on a contour map: (x, y of its middle, angle
-    in degrees) or None where the line keeps no distance from the others, or is too crooked.
-
-    x, lines: float [K], SVG units. Labels get their places in order, each the one farthest from
-    all other lines that is off the labels before it.
-    """
-    taken: list[np.ndarray] = []
-    return [
-        _label_place(x, lines, i, CHARACTER * len(label), taken) for i, label in enumerate(labels)
-    ]
-
-
-def line_chart(
-    series: Sequence[Series],
-    x: Sequence[float],
-    *,
-    title: str,
-    x_title: str,
-    mark: tuple[float, str] | None = None,
-) -> Chart:
-    """A chart of shares over x, both axes from 0 to 1; x: ascending, in [0, 1].
-
-    mark: x of a vertical line that the text names. Strong series are drawn last, over the others.
-    """
-    ordered = sorted(series, key=lambda s: s.strong)
-    xs = np.array([plot_x(value) for value in x])
-    ys = [np.array([plot_y(value) for value in s.values]) for s in ordered]
-    lines = [
-        Line(
-            series=s,
-            points=" ".join(f"{a:.1f},{b:.1f}" for a, b in zip(xs, y, strict=True)),
-            peak_at=None if s.peak is None else (round(xs[s.peak], 1), round(y[s.peak], 1)),
-        )
-        for s, y in zip(ordered, ys, strict=True)
-    ]
-    places = place_labels(xs, ys[::-1], [s.label for s in ordered[::-1]])[::-1]
-    lines = [replace(line, label_at=at) for line, at in zip(lines, places, strict=True)]
-    ticks = [i / 5 for i in range(6)]
-    return Chart(
-        title=title,
-        x_title=x_title,
-        description=f"{title}: lines for {', '.join(s.name for s in series)}.",
-        lines=tuple(lines),
-        legend=tuple(series),
-        x_ticks=tuple((plot_x(t), f"{t:g}") for t in ticks),
-        y_ticks=tuple((plot_y(t), f"{100 * t:.0f}") for t in ticks),
-        mark=None if mark is None else (plot_x(mark[0]), mark[1]),
-    )
-
-
-def short(name: str) -> str:
-    """A method's name as a chart's label has room for it: aln_mean_2 -> ALN mean (2)."""
-    words = [WRITTEN.get(word, word) for word in name.split("_")]
-    if words[-1] == "2":
-        words[-1] = "(2)"
-    return " ".join(words)
-
-
-def _series(
-    name: str, row: dict[str, Any], values: list[float], position: int, peak: int | None = None
-) -> Series:
-    """Colours follow the method wherever it is drawn; a second run's or network's are dashed."""
-    base = name.removesuffix("_2").removeprefix("network_")
-    if base in CONSTANT:
-        colour, dash = GREY, DASHES[1 + CONSTANT.index(base)]
+def iou_charts(lines: Sequence[Line]) -> list[Chart]:
+    """Draw CorLoc over the IoU. Of one entry: all maps by the paper's box rule, and the main map by
+    every rule. Of several: their main rows side by side, and the maps of each."""
+    known = [line for line in lines if line.r.figures["n"]]
+    main = [line for line in known if line.own]
+    if len(main) > 1:
+        sets = {"Side by side": [line for line in known if line.constant or line.own]}
+        for own in main:
+            sets[f"Maps of {own.entry}"] = [line for line in known if line.entry == own.entry]
     else:
-        colour = COLOUR_OF.get(base, COLOURS[1 + position % (len(COLOURS) - 1)])
-        dash = DASHES[1] if name.endswith("_2") else DASHES[2] if name != base else ""
-    return Series(
-        name=row["title"],
-        label=short(name),
-        values=values,
-        figure=percent(row["gt_known"] if peak is None else values[peak]),
-        colour=colour,
-        dash=dash,
-        strong=base in OWN,
-        peak=peak,
-    )
-
-
-def _iou_chart(metrics: dict[str, Any], names: list[str], title: str) -> Chart:
-    """CorLoc over IoU; rows with the same boxes, so the same curve, are drawn once. The legend is
-    in the order of GT-known."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name in names:
-        row = metrics["methods"][name]
-        if all(row["curves"]["gt_known"] != other["curves"]["gt_known"] for other in rows.values()):
-            rows[name] = row
-    order = sorted(rows, key=lambda name: -rows[name]["gt_known"])
-    return line_chart(
-        [
-            _series(name, rows[name], rows[name]["curves"]["gt_known"], list(rows).index(name))
-            for name in order
-        ],
-        rows[order[0]]["curves"]["iou"],
-        title=title,
-        x_title="IoU asked for",
-        mark=(IOU_THRESHOLD, "GT-known"),
-    )
-
-
-def iou_charts(metrics: dict[str, Any]) -> list[Chart]:
-    """CorLoc over IoU of the rows with figures, in charts that can be read: the methods by the
-    paper's box rule, ALN by all rules, and the second run beside the first one's ALN. The other
-    rows by the other rules are in the table alone."""
-    names = [name for name, row in metrics["methods"].items() if row["gt_known"] is not None]
-    second = [name for name in names if name.endswith("_2")]
-    own = [name for name in names if name.startswith("aln_") and name not in second]
-    other_rules = [
-        name
-        for name in names
-        if name.removesuffix("_2").endswith(OTHER_RULES) and not name.startswith("aln_")
-    ]
-    main = [name for name in names if name not in second + own + other_rules]
-    beside = [name for name in second if name not in other_rules]
-    charts = [(main, "Methods"), (["aln", *own], "ALN by box rule")]
-    charts.append((["aln", *beside], "Run 2, beside ALN of run 1"))
-    drawn = [_iou_chart(metrics, names, title) for names, title in charts if len(names) > 1]
-    return [chart for chart in drawn if len(chart.lines) > 1]
-
-
-def threshold_charts(metrics: dict[str, Any]) -> list[Chart]:
-    """CorLoc over the map's threshold, a chart for each IoU asked for. The best threshold is
-    marked; the legend is in the order of the best values. Rows of one map are drawn once."""
+        sets = {"Methods": [line for line in known if line.primary]}
+        for own in main:
+            of_map = [line for line in known if line.r.row.map == own.r.row.map]
+            sets[f"{own.r.title} by box rule"] = of_map
     charts = []
-    rows = {
-        name: row
-        for name, row in metrics["methods"].items()
-        if row["curves"]["corloc"] is not None and row["gt_known"] is not None
-    }
-    levels = next((list(row["curves"]["corloc"]) for row in rows.values()), [])
-    for level in levels:
-        series: list[Series] = []
-        for name, row in rows.items():
-            values = row["curves"]["corloc"][level]
-            if all(values != other.values for other in series):
-                series.append(_series(name, row, values, len(series), int(np.argmax(values))))
-        series.sort(key=lambda s: -max(s.values))
-        grid = next(iter(rows.values()))["curves"]["thresholds"]
-        title = f"Right at IoU {level}"
-        charts.append(line_chart(series, grid, title=title, x_title="threshold, share of maximum"))
+    for title, shown in sets.items():
+        curves = _curves(shown, None)
+        if len(curves) > 1:
+            charts.append(_draw(curves, shown[0].r.curves["iou"], title, "IoU asked for"))
     return charts
+
+
+def threshold_charts(lines: Sequence[Line]) -> list[Chart]:
+    """Draw CorLoc over the map's threshold, a chart for each IoU asked for, with the best threshold
+    marked: of one entry all maps, of several their main ones."""
+    several = sum(line.own for line in lines) > 1
+    shown = [
+        line
+        for line in lines
+        if line.r.curves["corloc"] and line.r.figures["n"] and (line.own or not several)
+    ]
+    charts = []
+    for level in shown[0].r.curves["corloc"] if shown else []:
+        curves = _curves(shown, level)
+        grid, title = shown[0].r.curves["thresholds"], f"Right at IoU {level}"
+        charts.append(_draw(curves, grid, title, "threshold, share of maximum"))
+    return charts
+
+
+def _curves(lines: Sequence[Line], level: str | None) -> list[Curve]:
+    """Return the lines' curves over the IoU, or over the threshold at an IoU level, the best first.
+    Those with the same values are drawn once."""
+    curves: list[Curve] = []
+    for line in lines:
+        of_members = [member.curves for member in line.members]
+        members = np.array([c["corloc"][level] if level else c["gt_known"] for c in of_members])
+        mean, name = members.mean(axis=0), line.r.row.map
+        if any((mean == other.values).all() for other in curves):
+            continue
+        alike = sum(other.line.r.row.map == name for other in curves)
+        dash = 1 + CONSTANT.index(name) if line.constant else alike % len(DASHES)
+        peak = int(mean.argmax()) if level else None
+        curves.append(
+            Curve(
+                line=line,
+                values=mean,
+                spread=np.stack([members.min(0), members.max(0)]) if len(members) > 1 else None,
+                figure=line.r.figures["gt_known"] if peak is None else float(mean[peak]),
+                colour="soft" if line.constant else f"c-{COLOURS.get(name, OTHER_COLOUR)}",
+                dash=DASHES[dash],
+                peak=peak,
+            )
+        )
+    return sorted(curves, key=lambda curve: -curve.figure)
+
+
+def _draw(curves: Sequence[Curve], x: Sequence[float], title: str, x_title: str) -> Chart:
+    with matplotlib.rc_context(OPTIONS):  # type: ignore[arg-type]
+        figure = Figure(figsize=SIZE)
+        axes = figure.add_axes(PLOT)
+        axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel=x_title)
+        axes.set_yticks(np.arange(6) / 5, [f"{20 * i}" for i in range(6)])
+        axes.set_title("images right, %", loc="left", size=11, x=-0.09)
+        if curves[0].peak is None:  # drawn over the IoU
+            axes.axvline(IOU_THRESHOLD, color=STAND_INS["soft"], linewidth=1, dashes=(2, 3))
+            axes.text(IOU_THRESHOLD + 0.015, 0.95, "GT-known")
+        for curve in sorted(curves, key=lambda curve: curve.line.own):
+            colour = STAND_INS[curve.colour]
+            (drawn,) = axes.plot(x, curve.values, color=colour, linewidth=curve.width)
+            if curve.dash:
+                drawn.set_dashes([float(length) / curve.width for length in curve.dash.split()])
+            if curve.spread is not None:
+                axes.fill_between(x, *curve.spread, color=colour, alpha=0.2, linewidth=0)
+            if curve.peak is not None:
+                peak = x[curve.peak], curve.values[curve.peak]
+                axes.plot(*peak, "o", color=colour, markersize=5.5)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    names = ", ".join(curve.line.name for curve in curves)
+    svg = _for_page(file.getvalue(), f"{title}: lines for {names}")
+    return Chart(title=title, curves=tuple(curves), svg=svg)
+
+
+def _for_page(svg: str, label: str) -> Markup:
+    """Return matplotlib's file as an element of the page: ids that no other chart has, and the
+    page's colours and font."""
+    body = svg[svg.index("<g id=") : svg.rindex("</svg>")]
+    prefix = f"c{zlib.crc32(label.encode()):08x}"
+    body = re.sub(r'( id="|href="#|url\(#)', rf"\1{prefix}-", body)
+    for name, stand_in in STAND_INS.items():
+        body = body.replace(stand_in, f"var(--{name})")
+    body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
+    width, height = (72 * inches for inches in SIZE)
+    start = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">')
+    return start.format(width, height, label) + Markup(body) + Markup("</svg>")

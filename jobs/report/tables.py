@@ -1,19 +1,15 @@
-"""What the report's tables hold: the content of metrics.json, ordered for reading."""
+"""What the report's tables hold: the rows of the evaluations, ordered and named for reading."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-from scipy import stats
+from jobs.report.compare import Entry, Pair, combined
+from pipeline.evaluation.results import CLASSES, RowFigures
 
-from pipeline.evaluation.protocols import IOU_THRESHOLD
-
-OWN = ("aln", "score_maps", "predictions")  # rows that a page is about; the first one present is
-CONSTANT = ("whole_image", "centred_box", "mean_map")  # the same box for every image
-CLASS_METHODS = ("aln_2", "gradient", "cam", "layercam", "centred_box")  # beside the own
+CONSTANT = ("whole image", "centred box", "mean map")  # the same box for every image
 CLASS_ROWS = 25  # worst and best classes shown, where there are more than twice as many
+CLASS_COLUMNS = 5  # other rows that stand beside a class's figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +22,7 @@ class Figure:
     group: str
 
     def text(self, value: float | None) -> str:
-        """The value as the tables print it, without a unit."""
+        """Return the value as the tables print it, without a unit."""
         return number(value) if self.key in UNITLESS else percent(value)
 
 
@@ -94,13 +90,6 @@ GAP = Figure(
     group="",
     meaning="AUC against the own box less the AUC against another image's.",
 )
-CLASS_SOURCES = {  # short name, what it stands for, title
-    "clean_classifier": ("clean", "the classifier trained on clean images", "Clean classifier"),
-    "classifier": ("co-trained", "the one trained against the masks", "Co-trained classifier"),
-    "network": ("network", "the pretrained network given", "Network"),
-    "other": ("other", "the classes given beside it", "Other classes"),
-    "file": ("file", "the guesses' own labels", "Guesses' labels"),
-}
 ERRORS = {  # in the order of the bars; metrics.py decides which one an image has
     "right": ("right", "box right, and the class where the row has one"),
     "class_wrong": ("class wrong", "box right, class wrong"),
@@ -112,6 +101,7 @@ ERRORS = {  # in the order of the bars; metrics.py decides which one an image ha
 }
 SUBSET_TITLES = {"small_boxes": "box under half the image", "off_centre": "off centre"}
 PICTURE_GROUPS = {
+    "differ": "Where the evaluations differ most",
     "best": "Best: largest IoU",
     "worst": "Worst: smallest IoU",
     "random": "Random others",
@@ -119,12 +109,12 @@ PICTURE_GROUPS = {
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as per cent without the sign, or a dash."""
+    """Return a share as per cent without the sign, or a dash."""
     return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
 def number(value: float | None) -> str:
-    """A value from -1 to 1 with three digits, or a dash."""
+    """Return a value from -1 to 1 with three digits, or a dash."""
     if value is None:
         return "–"
     text = f"{value:.3f}"
@@ -132,190 +122,196 @@ def number(value: float | None) -> str:
 
 
 def points(difference: float | None) -> str:
-    """A difference of shares in points (hundredths) with its sign, or a dash."""
+    """Return a difference of shares in points (hundredths) with its sign, or a dash."""
     if difference is None:
         return "–"
     text = f"{100 * difference:+.1f}"
     return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
-def thousands(count: int) -> str:
-    """A count with its thousands apart."""
-    return f"{count:,}"
+def thousands(count: float) -> str:
+    """Return a count with its thousands apart."""
+    return f"{count:,.0f}"
 
 
 def range_text(low: float, high: float) -> str:
-    """A range of shares of the image's area, in per cent."""
+    """Return a range of shares of the image's area, in per cent."""
     return f"{100 * low:g}–{100 * high:g} %"
 
 
-def group_title(group: str, metrics: dict[str, Any]) -> str:
-    """The heading over a group of pictures; an error's tells how many images have it."""
+def group_title(group: str, main: "Line") -> str:
+    """Return the heading over a group of pictures; an error's tells how many images have it."""
     if group in PICTURE_GROUPS:
         return PICTURE_GROUPS[group]
     name, meaning = ERRORS[group]
-    count = metrics["methods"]["aln"]["errors"][group]
+    count = main.members[0].figures["errors"][group]
     return f"Error, {name}: {meaning} ({thousands(count)} images)"
 
 
-def parts(metrics: dict[str, Any], kind: str, key: str) -> dict[str, dict[str, Any]]:
-    """One subset's or protocol's figures of every row, by method name."""
-    return {name: row[kind][key] for name, row in metrics["methods"].items()}
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A row of the page's tables. r: its figures, the mean where `members` are several seeds;
+    entry: the title of its method; note: what tells rows of one title apart; own: the row that its
+    method is about."""
+
+    r: RowFigures
+    members: tuple[RowFigures, ...]
+    entry: str
+    note: str
+    own: bool
+
+    @property
+    def constant(self) -> bool:
+        """Whether the box is the same for every image."""
+        return self.r.row.map in CONSTANT
+
+    @property
+    def primary(self) -> bool:
+        """Whether the box follows by the paper's rule, or by none."""
+        return self.r.row.rule in (None, "paper")
+
+    @property
+    def name(self) -> str:
+        """Title and note in one."""
+        return f"{self.r.title}, {self.note}" if self.note else self.r.title
 
 
-def own_row(metrics: dict[str, Any]) -> str | None:
-    """The name of the row that the page is about; None where all are constant."""
-    return next((name for name in OWN if name in metrics["methods"]), None)
+def page_lines(entries: Sequence[Entry]) -> list[Line]:
+    """Return the rows that the page shows, constant boxes first.
 
-
-def class_from(row: dict[str, Any]) -> str:
-    """Whose class a row's figures are with, as it stands under the row's name."""
-    return f"class: {CLASS_SOURCES[row['class_from'].removesuffix('_2')][0]}"
-
-
-def class_sources(metrics: dict[str, Any]) -> str:
-    """In words, what `class_from`'s names stand for."""
-    used = {(row["class_from"] or "").removesuffix("_2") for row in metrics["methods"].values()}
-    texts = [f"“{s[0]}”, {s[1]}" for source, s in CLASS_SOURCES.items() if source in used]
-    return "; ".join(texts)
-
-
-def classifiers(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """top1 and top5 of each classifier, by title."""
-    found = {}
-    for source, (_, _, title) in CLASS_SOURCES.items():
-        for suffix, run in (
-            ("", " of run 1" if f"{source}_2" in metrics else ""),
-            ("_2", " of run 2"),
-        ):
-            if f"{source}{suffix}" in metrics:
-                found[title + run] = metrics[f"{source}{suffix}"]
-    return found
-
-
-def grouped(metrics: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """Method names in groups with titles: constant boxes first, then by run, then the rest."""
-    groups: dict[str, list[str]] = {}
-    runs = metrics["runs"]
-    for name, row in metrics["methods"].items():
-        if name in CONSTANT:
-            title = "The same for every image"
-        elif row["run"] is None:
-            title = "Without a run"
-        else:
-            number = f" {row['run'] + 1}" if len(runs) > 1 else ""
-            title = f"Run{number}: {runs[row['run']]}"
-        groups.setdefault(title, []).append(name)
-    constants = groups.pop("The same for every image", [])
-    first = [("The same for every image", constants)] if constants else []
-    return first + list(groups.items())
-
-
-def shown_figures(metrics: dict[str, Any]) -> list[Figure]:
-    """The figures that some row has."""
-    rows = metrics["methods"].values()
-    return [figure for figure in FIGURES if any(row[figure.key] is not None for row in rows)]
-
-
-def best_values(rows: dict[str, dict[str, Any]], keys: list[str]) -> dict[str, float | None]:
-    """The largest value of each key over the rows; None where no row has one."""
-    values = {key: [r[key] for r in rows.values() if r.get(key) is not None] for key in keys}
-    return {key: max(found, default=None) for key, found in values.items()}
-
-
-def comparisons(metrics: dict[str, Any]) -> list[dict[str, str]]:
-    """GT-known localization of the page's own rows against the constant rows and the others, those
-    of a second run aside: what is compared, the difference in points, both figures. Of either side
-    its best row counts: maps have a choice of box rules, a constant row has one box. The text names
-    the rows."""
-    name = own_row(metrics)
-    scored = {
-        other: row
-        for other, row in metrics["methods"].items()
-        if row["gt_known"] is not None and row["run"] != 1
-    }
-    if name is None or name not in scored:
-        return []
-    own = max(
-        (row for other, row in scored.items() if other.startswith(name)),
-        key=lambda row: row["gt_known"],
-    )
-    others = {other: row for other, row in scored.items() if not other.startswith(name)}
-    kinds: dict[str, Callable[[str], bool]] = {
-        "Best rule against the best box that ignores the image": lambda other: other in CONSTANT,
-        "Best rule against the best other method": lambda other: other not in CONSTANT,
-    }
-    result = []
-    for title, belongs in kinds.items():
-        of_kind = [row for other, row in others.items() if belongs(other)]
-        if of_kind:
-            best = max(of_kind, key=lambda row: row["gt_known"])
-            text = "; ".join(f"{r['title']}: {percent(r['gt_known'])} %" for r in (own, best))
-            difference = points(own["gt_known"] - best["gt_known"])
-            result.append({"title": title, "value": difference, "text": text})
-    return result
-
-
-def paired_runs(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows that both runs have: title, and for each figure (value of run 1, of run 2, difference
-    in points as text, whether the intervals are disjoint), None where either has no value."""
-    methods = metrics["methods"]
-    result = []
-    for name, row in methods.items():
-        other = methods.get(f"{name}_2")
-        if other is None:
-            continue
-        cells: dict[str, tuple[Any, ...] | None] = {}
-        for figure in (*FIGURES, GAP):
-            pair = row[figure.key], other[figure.key]
-            if None in pair:
-                cells[figure.key] = None
-                continue
-            bounds = row["interval"].get(figure.key), other["interval"].get(figure.key)
-            apart = None not in bounds and (
-                bounds[0][1] < bounds[1][0] or bounds[1][1] < bounds[0][0]
+    Of several entries, those by the paper's box rule, and a constant box once where it does as well
+    for each.
+    """
+    lines: list[Line] = []
+    for entry in entries:
+        for row, members in entry.members.items():
+            line = Line(
+                r=combined(members),
+                members=members,
+                entry=entry.title,
+                note=_note(members[0], entry.title if len(entries) > 1 else ""),
+                own=row == entry.main,
             )
-            cells[figure.key] = (*map(figure.text, pair), points(pair[1] - pair[0]), apart)
-        result.append({"name": name, "title": row["title"], "cells": cells})
+            known = [(x.r.row.map, x.r.figures["gt_known"]) for x in lines if x.constant]
+            again = (row.map, line.r.figures["gt_known"]) in known
+            if len(entries) == 1 or (line.primary and not again):
+                lines.append(line)
+    return sorted(lines, key=lambda line: not line.constant)
+
+
+def _note(figures: RowFigures, entry: str) -> str:
+    row = figures.row
+    rule = "" if row.rule in (None, "paper") else f"by {row.rule}"
+    classes = f"class: {row.classes}" if row.classes else ""
+    return ", ".join(filter(None, (entry, rule, classes)))
+
+
+def groups(lines: Sequence[Line], entries: Sequence[Entry]) -> list[tuple[str, list[Line]]]:
+    """Return the lines under headings: constant boxes, then each entry's."""
+    result = [("The same for every image", [line for line in lines if line.constant])]
+    for entry, title in zip(entries, headings(entries), strict=True):
+        own = [line for line in lines if line.entry == entry.title and not line.constant]
+        result.append((title, own))
+    return [(title, of_group) for title, of_group in result if of_group]
+
+
+def headings(entries: Sequence[Entry]) -> list[str]:
+    """Return what was evaluated by each entry; the title goes before where there are several."""
+    result = []
+    for entry in entries:
+        sources = [evaluation.metrics["source"] for evaluation in entry.evaluations]
+        names = ", ".join(f"{source['kind']} {source['name']}".strip() for source in sources)
+        title = f"{entry.title}: " if len(entries) > 1 else ""
+        seeds = f" (mean of {len(sources)})" if len(sources) > 1 else ""
+        result.append(f"{title}{names}{seeds}")
     return result
 
 
-def agreement(predictions: pa.Table) -> dict[str, Any] | None:
-    """On how many images the boxes of run 1 and run 2 are right, image by image; p_value: of
-    McNemar's exact test that both are right equally often. None with one run or no known box."""
-    if not {"aln_iou", "aln_2_iou"} <= set(predictions.column_names):
-        return None
-    first, second = (predictions[f"{name}_iou"].to_numpy() for name in ("aln", "aln_2"))
-    known = ~np.isnan(first)  # null becomes NaN
-    if not known.any():
-        return None
-    a, b = first[known] >= IOU_THRESHOLD, second[known] >= IOU_THRESHOLD
-    counts = {
-        "both": int((a & b).sum()),
-        "first": int((a & ~b).sum()),
-        "second": int((~a & b).sum()),
-        "neither": int((~a & ~b).sum()),
+def class_sources(lines: Sequence[Line]) -> str:
+    """Return in words what the rows' notes mean by their classes."""
+    used = {line.r.row.classes for line in lines}
+    return "; ".join(f"“{name}”, {text}" for name, text in CLASSES.items() if name in used)
+
+
+def shown_figures(lines: Sequence[Line]) -> list[Figure]:
+    """Return the figures that some row has."""
+    return [f for f in FIGURES if any(line.r.figures[f.key] is not None for line in lines)]
+
+
+def best_values(parts: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, float | None]:
+    """Return the largest value of each key over the rows' figures; None where no row has one."""
+    values = {key: [part[key] for part in parts if part.get(key) is not None] for key in keys}
+    return {key: max(of_key, default=None) for key, of_key in values.items()}
+
+
+def comparisons(lines: Sequence[Line]) -> list[dict[str, str]]:
+    """Return GT-known localization of the page's main map against the constant boxes and against
+    the other maps: what is compared, the difference in points, both figures. Of either side its
+    best row counts: maps have a choice of box rules, a constant box has none."""
+    scored = [line for line in lines if line.r.figures["gt_known"] is not None]
+    main = {line.r.row.map for line in scored if line.own}
+    sides = {
+        "Best rule against the best box that ignores the image": [x for x in scored if x.constant],
+        "Best rule against the best other method": [
+            x for x in scored if not x.constant and x.r.row.map not in main
+        ],
     }
-    unequal = counts["first"] + counts["second"]
-    p_value = stats.binomtest(counts["second"], unequal).pvalue if unequal else 1.0
-    return {**counts, "images": int(known.sum()), "p_value": float(p_value)}
+    result = []
+    for title, others in sides.items():
+        if main and others:
+            own = max((x for x in scored if x.r.row.map in main), key=_gt_known)
+            best = max(others, key=_gt_known)
+            text = "; ".join(f"{x.name}: {percent(_gt_known(x))} %" for x in (own, best))
+            value = points(_gt_known(own) - _gt_known(best))
+            result.append({"title": title, "value": value, "text": text})
+    return result
 
 
-def class_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per class the own row's figures and the others' GT-known, worst first; those without known
-    boxes last. Empty where the classes have no names."""
-    name, methods, names = own_row(metrics), metrics["methods"], metrics.get("class_names")
-    if name is None or not names:
-        return []
-    others = [other for other in CLASS_METHODS if other in methods]
+def _gt_known(line: Line) -> float:
+    return line.r.figures["gt_known"]
+
+
+def class_columns(lines: Sequence[Line]) -> list[Line]:
+    """Return the rows whose GT-known stands beside the first main row's in the table of classes:
+    the other entries' main rows, or of one entry its other maps."""
+    own, *others = [line for line in lines if line.own]
+    if not others:
+        left_out = (own.r.row.map, "whole image", "mean map")
+        by_map: dict[str, Line] = {}
+        for line in lines:
+            if line.primary and line.r.row.map not in left_out:
+                by_map.setdefault(line.r.row.map, line)
+        others = list(by_map.values())
+    return others[:CLASS_COLUMNS]
+
+
+def class_rows(lines: Sequence[Line], names: dict[str, str]) -> list[dict[str, Any]]:
+    """Return each class's figures of the first main row and the GT-known of `class_columns`, worst
+    first; classes without known boxes last. names: by wnid."""
+    own = next(line for line in lines if line.own)
+    others = class_columns(lines)
     rows = [
         {
             "wnid": wnid,
             "name": names[wnid],
             **part,
-            "others": [methods[other]["classes"][wnid]["gt_known"] for other in others],
+            "others": [other.r.by_class[wnid]["gt_known"] for other in others],
         }
-        for wnid, part in methods[name]["classes"].items()
+        for wnid, part in own.r.by_class.items()
     ]
     rows.sort(key=lambda r: (r["gt_known"] is None, r["gt_known"], r["mean_iou"] or 0.0, r["wnid"]))
     return rows
+
+
+def paired_figures(pairs: Sequence[Pair]) -> list[Figure]:
+    """Return the figures that some pair is compared by."""
+    return [f for f in (*FIGURES, GAP) if any(f.key in pair.differences for pair in pairs)]
+
+
+def pair_title(pair: Pair) -> str:
+    """Return the titles of a pair's rows with what tells them apart, once where they are equal."""
+    named = [
+        ", ".join(filter(None, (entry.members[row][0].title, _note(entry.members[row][0], ""))))
+        for entry, row in zip((pair.first, pair.second), pair.rows, strict=True)
+    ]
+    return " against ".join(dict.fromkeys(named[::-1]))

@@ -9,19 +9,23 @@ from pipeline.shards.format import read_manifest
 from tests.jobs.train.small import config_for
 
 
-@pytest.fixture(scope="session")
-def random_run(small_set: Path) -> Path:
-    """A run folder with nets of random weights that fit `small_set`."""
-    manifest = read_manifest(small_set)
-    config = model_config(config_for(small_set), manifest)
-    torch.manual_seed(0)
+def write_random_run(run: Path, data: Path, seed: int) -> None:
+    """Write a run folder with nets of random weights that fit the shards."""
+    config = model_config(config_for(data), read_manifest(data))
+    torch.manual_seed(seed)
     nets = Nets(
         config=config,
         corruption=new_corruption(config),
         classifier=new_classifier(config),
         clean_classifier=new_classifier(config),
     )
-    run = small_set.parent / "random-run"
     run.mkdir()
     save_nets(run, nets, {})
+
+
+@pytest.fixture(scope="session")
+def random_run(small_set: Path) -> Path:
+    """A run folder with nets of random weights that fit `small_set`."""
+    run = small_set.parent / "random-run"
+    write_random_run(run, small_set, 0)
     return run

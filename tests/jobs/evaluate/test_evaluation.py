@@ -21,9 +21,10 @@ from model.masking import normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.results import Evaluation, Row, RowFigures, read_evaluation
 from pipeline.loading.loader import Batch
-from pipeline.shards.format import Sample, read_manifest, read_shard, shard_paths
+from pipeline.shards.format import Sample, read_manifest
 from pipeline.shards.ledger import read_ledger
 from tests.jobs.kills import one_worker_killed
+from tests.pipeline.made_set import stored_samples
 
 VAL_IMAGES = 24
 RULES = ("paper", "mean", "quantile")
@@ -49,9 +50,7 @@ def evaluation(
 
 @pytest.fixture(scope="module")
 def samples(small_set: Path) -> list[Sample]:
-    manifest = read_manifest(small_set)
-    paths = shard_paths(small_set, manifest, "val")
-    return [sample for path in paths for sample in read_shard(path, manifest)]
+    return stored_samples(small_set, "val")
 
 
 def batch_of(samples: list[Sample]) -> Batch:

@@ -1,9 +1,13 @@
-"""The report: which images it shows, that it stands alone, and that it shows the figures."""
+"""The report of real evaluations: that it shows their figures, pictures and differences, and stands
+alone."""
 
 import base64
-import copy
+import json
 import re
-from dataclasses import replace
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import chain
 from pathlib import Path
@@ -12,29 +16,23 @@ from typing import Any
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from jobs.evaluate.config import EvaluateConfig
 from jobs.pictures import heat
-from jobs.report.__main__ import PER_GROUP, Picture, choose, most_different, render, report_pictures
-from jobs.report.charts import (
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    TOP,
-    Series,
-    iou_charts,
-    line_chart,
-    place_labels,
-    short,
-)
-from jobs.report.tables import agreement, class_rows, comparisons, grouped, number, percent, points
-from pipeline.shards.ledger import read_ledger
-from tests.jobs.report.made_metrics import made_metrics, made_predictions
+from jobs.report import tables
+from jobs.report.__main__ import main, render
+from jobs.report.charts import iou_charts
+from jobs.report.compare import Entry, combined, entries_of, pairs
+from jobs.report.pictures import Picture, choose, most_different, report_pictures
+from pipeline.errors import UserError
+from pipeline.evaluation.results import Row, read_evaluation
 
+ROOT = Path(__file__).parents[3]
 VOID = {"meta", "link", "br", "img"}
 HOSTILE = """<script>alert('x')</script>"><img src=x onerror="alert(1)">'&amp;"""
-NOTHING = pa.table({})
+ALN = Row(map="aln", rule="paper", classes="co-trained")
+Evaluations = tuple[Path, Path, Path]
 
 
 class Page(HTMLParser):
@@ -49,14 +47,15 @@ class Page(HTMLParser):
         self.counts: dict[str, int] = {}
         self.text = ""
         self.tables: dict[str, list[list[str]]] = {}  # cells of the rows, by the region's label
-        self.best: list[tuple[int, str]] = []  # column and text of what is marked as the best
+        self.best: list[tuple[int, str]] = []  # column and region of what is marked as the best
         self._region = ""
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.counts[tag] = self.counts.get(tag, 0) + 1
         values = dict(attrs)
-        self.references += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "data")]
+        links = ("src", "href", "xlink:href", "srcset", "data")
+        self.references += [value or "" for name, value in attrs if name in links]
         assert not [name for name in values if name.startswith("on")]
         if tag == "img":
             self.alternatives.append(values.get("alt"))
@@ -87,63 +86,93 @@ class Page(HTMLParser):
             self.tables[self._region][-1][-1] += " " + data.strip()
 
     def row(self, region: str, title: str) -> list[str]:
-        """The one row of a table whose first cell starts with the title, less that cell."""
-        (found,) = [
-            r for r in self.tables[region] if re.match(rf" {re.escape(title)}( class|$)", r[0])
-        ]
-        return [" ".join(cell.split()) for cell in found[1:]]
+        """The one row of a table with this first cell, less that cell."""
+        rows = [[" ".join(cell.split()) for cell in row] for row in self.tables[region]]
+        (cells,) = [row[1:] for row in rows if row[0] == title]
+        return cells
+
+
+def entries(*folders: Path, titles: tuple[str, ...] = ()) -> list[Entry]:
+    return entries_of([read_evaluation(f) for f in folders], titles or [f.name for f in folders])
+
+
+def page(*folders: Path, titles: tuple[str, ...] = ()) -> Page:
+    """The page without pictures."""
+    return Page(render(entries(*folders, titles=titles), {}, "none asked for"))
+
+
+def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of an evaluation whose metrics.json was changed."""
+    shutil.copytree(folder, target)
+    metrics = json.loads((target / "metrics.json").read_text())
+    edit(metrics)
+    (target / "metrics.json").write_text(json.dumps(metrics))
+    return target
 
 
 @pytest.fixture(scope="module")
-def config(small_set: Path, random_run: Path) -> EvaluateConfig:
-    return EvaluateConfig(data=str(small_set), run=(random_run,), output=small_set.parent / "eval")
+def run_page(evaluations: Evaluations) -> Page:
+    return page(evaluations[0])
 
 
 @pytest.fixture(scope="module")
-def predictions(small_set: Path) -> pa.Table:
-    """Invented boxes and classes of two runs for the 24 val images: image i has IoU i / 24 in run
-    1 and, but for the first two, the same in run 2; from 0.5 on every third is of another class."""
-    columns = ["row", "key", "id", "label", "shard", "width", "height", "boxes"]
-    table = read_ledger(small_set, "val", columns)
-    n = table.num_rows
-    labels = table["label"].to_numpy()
-    ious = np.arange(n) / n
-    kinds = [
-        "right" if iou >= 0.5 else "too_small" if i % 2 else "elsewhere"
-        for i, iou in enumerate(ious)
-    ]
-    named = np.where(np.arange(n) % 3 == 0, (labels + 1) % 8, labels)
-    for end, of_run in (
-        ("", ious),
-        ("_2", np.where(np.arange(n) < 2, [0.9, 0.8] * (n // 2), ious)),
-    ):
-        for name, values in {
-            f"aln{end}_box": [[1, 2, 10 + i, 20] for i in range(n)],
-            f"aln{end}_iou": of_run.tolist(),
-            f"aln{end}_found": [True] * n,
-            f"aln{end}_error": kinds,
-            f"classifier{end}_classes": [[c, (c + 2) % 8] for c in named.tolist()],
-            f"classifier{end}_scores": [[0.75, 0.25]] * n,
-        }.items():
-            table = table.append_column(name, pa.array(values))
-    return table
+def pictures(evaluations: Evaluations) -> dict[str, list[Picture]]:
+    return report_pictures(entries(evaluations[0]), 0)
 
 
-@pytest.fixture(scope="module")
-def pictures(config: EvaluateConfig, predictions: pa.Table) -> dict[str, list[Picture]]:
-    return report_pictures(config, predictions)
+def test_the_command_writes_one_page_the_same_each_time(
+    evaluations: Evaluations, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        output = tmp_path / name / "report.html"
+        main([*map(str, evaluations[:2]), "--output", str(output)])
+        assert str(output) in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["report.html"]
+    pages = [(tmp_path / name / "report.html").read_bytes() for name in ("one", "two")]
+    assert pages[0] == pages[1]
 
 
-def page_of(metrics: dict[str, Any], predictions: pa.Table = NOTHING) -> Page:
-    return Page(render(metrics, predictions, {}))
+def test_the_page_of_boxes_needs_no_nets_and_few_packages(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    """As on a machine with numpy, opencv, pyarrow, jinja2 and matplotlib alone."""
+    blocked = ("torch", "ray", "numba", "scipy", "simplejpeg", "safetensors", "nvidia")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); "
+        "from jobs.report.__main__ import main; main(sys.argv[1:])"
+    )
+    boxes = evaluations[2]
+    for number, folders in enumerate([[boxes], [boxes, boxes]]):
+        output = tmp_path / f"{number}.html"
+        command = [sys.executable, "-c", code, *map(str, folders), "--output", str(output)]
+        subprocess.run(command, cwd=ROOT, check=True)
+        assert "pictures" in output.read_text()
 
 
-def test_heat_is_dark_at_zero_and_yellow_at_one_without_stretching() -> None:
-    colours = heat(np.array([[0.0, 1.0, 2.0, 0.5]])).astype(int)
-    assert colours[0, 0].tolist() == [68, 1, 84]  # viridis
-    assert colours[0, 1].tolist() == [253, 231, 37]
-    assert colours[0, 2].tolist() == [253, 231, 37]
-    assert abs(colours[0, 3] - [33, 145, 140]).max() <= 2
+@pytest.mark.parametrize(
+    ("members", "titles"),
+    [((0,), ()), ((2,), ()), ((0, 1), ("ALN", "ALN")), ((0, 1, 2), ()), ((0, 1, 2), "AAB")],
+)
+def test_the_page_stands_alone_and_is_well_formed(
+    evaluations: Evaluations, members: tuple[int, ...], titles: tuple[str, ...]
+) -> None:
+    shown = entries(*(evaluations[i] for i in members), titles=titles)
+    groups = report_pictures(shown, 0) if 0 in members else {}
+    html = render(shown, groups, "")
+    page = Page(html)
+    assert page.open == []
+    assert all(reference.startswith(("data:", "#")) for reference in page.references)
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(set(ids)) == len(ids)
+    assert {r[1:] for r in page.references if r.startswith("#")} <= set(ids)
+    assert "script" not in page.counts
+    assert not re.search(r"@import|https?:|url\((?!#)", html)
+    panels = 3 if len(members) == 1 else 1 + sum(member != 2 for member in members)
+    assert page.counts.get("img", 0) == panels * sum(map(len, groups.values()))
+    assert all(page.alternatives)
+    assert page.counts["caption"] == page.counts["table"]
+    assert page.counts["style"] == 1
+    assert not re.search(r"\b(None|nan)\b", page.text.split("Configuration")[0])
 
 
 def test_best_worst_and_random_are_disjoint_and_in_order() -> None:
@@ -171,342 +200,406 @@ def test_each_kind_of_error_shows_images_of_that_kind_alone() -> None:
 
 
 def test_the_most_different_images_come_in_order_and_equal_or_unknown_ones_never() -> None:
-    first = np.array([0.1, 0.5, np.nan, 0.9, 0.3])
-    second = np.array([0.4, 0.5, np.nan, 0.1, 0.2])
-    assert most_different(first, second, 9) == [3, 0, 4]
-    assert most_different(first, second, 2) == [3, 0]
+    ious = np.array([[0.1, 0.5, np.nan, 0.9, 0.3], [0.4, 0.5, np.nan, 0.1, 0.2], [0.4] * 5])
+    assert most_different(ious[:2], 9) == [3, 0, 4]
+    assert most_different(ious, 2) == [3, 0]
 
 
-def test_pictures_show_the_chosen_images_at_the_stored_size(
-    predictions: pa.Table, pictures: dict[str, list[Picture]]
+def decoded(uri: str) -> np.ndarray:
+    data = np.frombuffer(base64.b64decode(uri.split(",")[1]), np.uint8)
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    assert image is not None
+    return image[..., ::-1]
+
+
+def test_pictures_show_the_chosen_images_with_their_boxes_and_maps(
+    evaluations: Evaluations, pictures: dict[str, list[Picture]]
 ) -> None:
-    rows = {row["id"]: row for row in predictions.to_pylist()}
-    best = sorted((row["aln_iou"] for row in rows.values()), reverse=True)[:PER_GROUP]
+    evaluation = read_evaluation(evaluations[0])
+    images = {row["id"]: row for row in evaluation.images().to_pylist()}
+    boxes = evaluation.predictions("aln", "paper").to_pylist()
+    best = sorted((box["iou"] for box in boxes), reverse=True)[: len(pictures["best"])]
     assert [picture.views[0].iou for picture in pictures["best"]] == best
+    colours = {tuple(colour) for colour in heat(np.arange(256)[None] / 255)[0].tolist()}
     for picture in chain(*pictures.values()):
         (view,) = picture.views
-        row = rows[picture.id]
-        assert (view.box, picture.truths) == (row["aln_box"], row["boxes"])
-        for uri in (picture.image, view.map, view.masked):
-            data = np.frombuffer(base64.b64decode(uri.split(",")[1]), np.uint8)
-            image = cv2.imdecode(data, cv2.IMREAD_COLOR)
-            assert image is not None
-            assert image.shape == (32, 32, 3)
+        row = images[picture.id]
+        box = boxes[row["image"]]
+        assert (view.box, view.iou, picture.truths) == (box["box"], box["iou"], row["boxes"])
+        assert view.map is not None
+        assert picture.covered is not None
+        for uri in (picture.image, view.map, picture.covered):
+            assert decoded(uri).shape == (32, 32, 3)
+        assert {tuple(c) for c in decoded(view.map).reshape(-1, 3).tolist()} <= colours
 
 
-def test_a_map_keeps_the_colours_of_heat_in_its_smaller_file(
-    config: EvaluateConfig, pictures: dict[str, list[Picture]]
+def test_an_images_picture_is_the_stored_one(
+    small_set: Path, pictures: dict[str, list[Picture]]
 ) -> None:
-    view = pictures["best"][0].views[0]
-    data = np.frombuffer(base64.b64decode(view.map.split(",")[1]), np.uint8)
-    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    assert decoded is not None
-    colours = {tuple(colour) for colour in decoded[..., ::-1].reshape(-1, 3).tolist()}
-    assert colours <= {tuple(c) for c in heat(np.arange(256)[None] / 255)[0].tolist()}
+    from pipeline.shards.format import read_manifest, read_shard, shard_paths
+
+    manifest = read_manifest(small_set)
+    stored = {
+        sample.meta["id"]: sample.image
+        for path in shard_paths(small_set, manifest, "val")
+        for sample in read_shard(path, manifest)
+    }
+    for picture in pictures["random"]:
+        difference = decoded(picture.image).astype(int) - stored[picture.id]
+        assert abs(difference).mean() < 10  # JPEG's loss
 
 
 def test_a_right_box_with_a_wrong_class_is_an_error_of_the_class(
-    predictions: pa.Table, pictures: dict[str, list[Picture]]
+    evaluations: Evaluations, tmp_path: Path
 ) -> None:
-    shown = {p.id for p in pictures["class_wrong"]}
-    ids = predictions["id"].to_pylist()
-    assert shown == {ids[i] for i in (12, 15, 18, 21)}
-    assert all(p.views[0].error == "class_wrong" for p in pictures["class_wrong"])
-    assert all(p.views[0].predicted != p.label for p in pictures["class_wrong"])
+    """Of random nets no box is right: here all are."""
+    target = tmp_path / "right"
+    shutil.copytree(evaluations[0], target)
+    boxes = pq.read_table(target / "predictions.parquet").drop_columns("error")
+    boxes = boxes.append_column("error", pa.array(["right"] * len(boxes)))
+    pq.write_table(boxes, target / "predictions.parquet")
+    (entry,) = entries(target)
+    classes = entry.images[0]["classes"].to_pylist()
+    labels = entry.images[0]["label"].to_pylist()
+    wrong = sum(c["co-trained"][0] != label for c, label in zip(classes, labels, strict=True))
+    groups = report_pictures([entry], 0)
+    assert 0 < len(groups["class_wrong"]) == min(6, wrong)
+    assert all(p.views[0].error == "class_wrong" for p in groups["class_wrong"])
+    assert all(p.views[0].predicted != p.label for p in groups["class_wrong"])
 
 
-def test_two_runs_show_both_views_where_they_differ_most(
-    config: EvaluateConfig, predictions: pa.Table
-) -> None:
-    both = replace(config, run=config.run * 2)
-    groups = report_pictures(both, predictions)
-    ids = predictions["id"].to_pylist()
-    assert [p.id for p in groups["differ"]] == ids[:2]
-    assert [[v.iou for v in p.views] for p in groups["differ"]] == [
-        [0.0, 0.9],
-        [pytest.approx(1 / 24), 0.8],
+def test_every_evaluation_is_seen_where_they_differ_most(evaluations: Evaluations) -> None:
+    groups = report_pictures(entries(*evaluations), 0)
+    spreads = [
+        max(v.iou for v in p.views) - min(v.iou for v in p.views)  # type: ignore[type-var, operator]
+        for p in groups["differ"]
     ]
-    assert all(len(p.views) == 1 for p in groups["best"])
-    page = Page(render(made_metrics(runs=2), predictions, groups))
-    assert "Where the runs differ most" in page.text
+    assert spreads == sorted(spreads, reverse=True)
+    assert min(spreads) > 0
+    picture = groups["differ"][0]
+    assert [view.title for view in picture.views] == [folder.name for folder in evaluations]
+    assert [view.map is None for view in picture.views] == [False, False, True]
+    assert picture.views[1].box == picture.views[2].box
 
 
-@pytest.mark.parametrize("changes", [{"data": None}, {"run": ()}])
-def test_without_shards_or_run_there_are_no_pictures(
-    config: EvaluateConfig, changes: dict[str, Any]
+@pytest.mark.parametrize("damage", ["gone", "others"])
+def test_pictures_are_left_out_where_the_shards_are_gone_or_others(
+    evaluations: Evaluations, small_set: Path, tmp_path: Path, damage: str
 ) -> None:
-    without = copy.copy(config)
-    for name, value in changes.items():
-        object.__setattr__(without, name, value)
-    assert report_pictures(without, NOTHING) == {}
+    data = tmp_path / "shards"
+    if damage == "others":
+        shutil.copytree(small_set, data)
+        for shard in (data / "val").iterdir():
+            shutil.copy(small_set / "train" / shard.name.replace("val", "train"), shard)
+    target = edited(evaluations[0], tmp_path / "e", lambda m: m.update(data=str(data)))
+    main([str(target), "--output", str(tmp_path / "report.html")])
+    html = (tmp_path / "report.html").read_text()
+    assert "<img" not in html
+    assert re.search(rf"Left out: .*{data}", html)
 
 
-@pytest.mark.parametrize("runs", [0, 1, 2])
-def test_the_page_stands_alone_and_is_well_formed(
-    runs: int, pictures: dict[str, list[Picture]]
+def test_the_table_shows_every_row_with_its_figures_and_intervals(
+    evaluations: Evaluations, run_page: Page
 ) -> None:
-    shown = pictures if runs else {}
-    html = render(made_metrics(runs=runs), NOTHING, shown)
-    page = Page(html)
-    assert page.open == []
-    assert all(reference.startswith(("data:", "#")) for reference in page.references)
-    ids = re.findall(r' id="([^"]+)"', html)
-    assert len(set(ids)) == len(ids)
-    assert {r[1:] for r in page.references if r.startswith("#")} <= set(ids)
-    assert "script" not in page.counts
-    assert not re.search(r"url\(|@import|https?:", html)
-    assert page.counts.get("img", 0) == 3 * sum(map(len, shown.values()))
-    assert all(page.alternatives)
-    assert page.counts["caption"] == page.counts["table"]
-    assert 'name="viewport"' in html
-    assert "prefers-color-scheme: dark" in html
+    rows = read_evaluation(evaluations[0]).rows
+    shown = [row for row in run_page.tables["All methods"][2:] if len(row) > 1]
+    assert len(shown) == len(rows)
+    for cells, row in zip(
+        shown, sorted(rows, key=lambda r: r.row.map not in tables.CONSTANT), strict=True
+    ):
+        name = " ".join(cells[0].split())
+        assert name.startswith(row.title)
+        assert name.endswith(f"class: {row.row.classes}")
+        assert (f"by {row.row.rule}" in name) == (row.row.rule in ("mean", "quantile"))
+        low, high = row.interval["gt_known"] or [None, None]
+        expected = [row.figures["gt_known"], low, high]
+        numbers = re.findall(r"[\d.]+", cells[1])
+        assert numbers == [tables.percent(value) for value in expected]
+        assert cells[2].split()[0] == tables.number(row.figures["mean_iou"])
+        assert cells[-1].strip() == "24"
 
 
-def test_the_table_shows_every_method_with_its_figures_intervals_and_the_papers() -> None:
-    metrics = made_metrics()
-    metrics["methods"]["aln"] |= {"gt_known": 0.7654, "mean_iou": 0.61749}
-    metrics["methods"]["aln"]["interval"] |= {"gt_known": [0.7, 0.8211], "mean_iou": None}
-    metrics["methods"]["cam"] |= {"max_box_acc": 0.5, "max_box_acc_threshold": 0.07}
-    page = page_of(metrics)
-    titles = {" ".join(row[0].split()) for row in page.tables["All methods"]}
-    for row in metrics["methods"].values():
-        assert any(title.startswith(row["title"]) for title in titles)
-    assert page.row("All methods", "ALN")[:2] == ["76.5 70.0–82.1", "0.617"]
-    assert page.row("All methods", "ALN")[-3:] == ["56.5", "45.5", "500"]
-    assert page.row("All methods", "Whole image")[-3:] == ["41.0", "34.3", "500"]
-    assert page.row("All methods", "CAM")[-3:] == ["", "", "500"]
-    assert page.row("All methods", "CAM")[2].split() == ["50.0", "at", "0.07"]
-    assert "ILSVRC val" in page.text
+def test_the_papers_figures_stand_beside_its_methods(run_page: Page) -> None:
+    assert run_page.row("All methods", "ALN class: co-trained")[-3:-1] == ["56.5", "45.5"]
+    assert run_page.row("All methods", "ALN by mean, class: co-trained")[-3:-1] == ["", ""]
 
 
-def test_the_best_of_each_column_is_marked_and_ties_are_all_marked() -> None:
-    metrics = made_metrics()
-    for i, row in enumerate(metrics["methods"].values()):
-        row["gt_known"] = 0.5 if i in (1, 4) else 0.25
-    page = page_of(metrics)
-    marked = [column for column, region in page.best if region == "All methods"]
-    assert marked.count(1) == 2
-    figures = 8
-    assert set(marked) == set(range(1, figures + 1))
-    for row in (page.row("All methods", "Centred box"), page.row("All methods", "LRP")):
-        assert row[0].startswith("50.0")
+def test_the_best_of_each_column_is_marked_and_ties_are_all_marked(
+    evaluations: Evaluations, run_page: Page
+) -> None:
+    rows = read_evaluation(evaluations[0]).rows
+    marked = [column for column, region in run_page.best if region == "All methods"]
+    for column, key in enumerate(["gt_known", "mean_iou", "max_box_acc", "max_box_acc_v2"], 1):
+        values = [row.figures[key] for row in rows]
+        assert marked.count(column) == values.count(max(values))
 
 
-def test_protocol_subsets_sizes_and_errors_show_their_numbers() -> None:
-    metrics = made_metrics()
-    aln = metrics["methods"]["aln"]
-    aln["protocols"]["int224"] = {"gt_known": 0.1234, "top1_loc": 0.1, "mean_iou": 0.3456}
-    aln["subsets"]["off_centre"] |= {"gt_known": 0.2222, "top1_loc": 0.1111}
-    aln["box_sizes"][0] |= {"gt_known": None, "mean_iou": None, "n": 0}
-    aln["box_sizes"][1] |= {"gt_known": 0.3333, "mean_iou": 0.25}
-    kinds = ("right", "class_wrong", "too_small", "too_large", "several_instances", "elsewhere")
-    aln["errors"] = dict(zip((*kinds, "nothing_found"), (5, 3, 1, 0, 0, 1, 0), strict=True))
-    page = page_of(metrics)
-    assert page.row("Protocols", "ALN")[2] == "12.3 10.0 · 0.346"
-    assert page.row("What the image adds", "ALN")[-1] == "22.2 11.1"
-    assert page.row("What the image adds", "ALN")[:3] == ["0.800", "0.720", "0.080"]
-    assert page.row("By object size", "ALN")[:2] == ["–", "33.3 0.250"]
-    assert page.row("Where boxes fail", "ALN")[1:] == [
-        "50.0",
-        "30.0",
-        "10.0",
-        "0",
-        "0",
-        "10.0",
-        "0",
+def test_other_tables_show_the_rows_figures(evaluations: Evaluations, run_page: Page) -> None:
+    (own,) = [row for row in read_evaluation(evaluations[0]).rows if row.row == ALN]
+    percent, number, name = tables.percent, tables.number, "ALN class: co-trained"
+    part = own.protocols["int224"]
+    cells = run_page.row("Protocols", name)
+    assert cells[list(own.protocols).index("int224")] == (
+        f"{percent(part['gt_known'])} {percent(part['top1_loc'])} · {number(part['mean_iou'])}"
+    )
+    cells = run_page.row("What the image adds", name)
+    off_centre = own.subsets["off_centre"]
+    assert cells[:2] == [number(own.figures["auc"]), number(own.figures["auc_other"])]
+    assert cells[-1] == f"{percent(off_centre['gt_known'])} {percent(off_centre['top1_loc'])}"
+    sizes = [
+        f"{percent(b['gt_known'])} {number(b['mean_iou'])}" if b["n"] else "–"
+        for b in own.box_sizes
     ]
+    assert run_page.row("By object size", name) == sizes
+    errors = own.figures["errors"]
+    shares = [percent(errors[k] / own.figures["n"]) if errors[k] else "0" for k in tables.ERRORS]
+    assert run_page.row("Where boxes fail", name)[1:] == shares
+    classes = run_page.tables["All classes, worst first"][1:]
+    known = [part["gt_known"] for part in own.by_class.values() if part["n"]]
+    assert [row[1].strip() for row in classes][: len(known)] == [percent(v) for v in sorted(known)]
 
 
-def test_stacked_bars_have_the_counts_as_widths() -> None:
-    """A bar of each method, of the own row's size bins, and of its classes."""
-    metrics = made_metrics()
-    html = render(metrics, NOTHING, {})
-    bars = re.findall(r'<span class="stack".*?</span>', html, re.DOTALL)
-    aln = metrics["methods"]["aln"]
-    classes = {row["name"]: row for row in class_rows(metrics)}
-    parts = [*metrics["methods"].values(), *aln["box_sizes"], *classes.values()]
-    assert len(bars) == len(parts)
-    for bar, part in zip(bars, parts, strict=True):
+def test_stacked_bars_have_the_counts_as_widths(evaluations: Evaluations) -> None:
+    html = render(entries(evaluations[0]), {}, "")
+    rows = read_evaluation(evaluations[0]).rows
+    bars = re.findall(r'<span class="stack".*?</span>', html, re.DOTALL)[: len(rows)]
+    for bar, row in zip(
+        bars, sorted(rows, key=lambda r: r.row.map not in tables.CONSTANT), strict=True
+    ):
         widths = [int(width) for width in re.findall(r"flex:(\d+) 0 0", bar)]
-        assert sum(widths) == part["n"]
-        assert sorted(widths) == sorted(filter(None, part["errors"].values()))
+        assert sorted(widths) == sorted(filter(None, row.figures["errors"].values()))
 
 
-def test_two_runs_are_compared_in_points_and_disjoint_intervals_are_marked() -> None:
-    metrics = made_metrics(runs=2)
-    methods = metrics["methods"]
-    methods["aln"] |= {"gt_known": 0.5, "mean_iou": 0.7}
-    methods["aln_2"] |= {"gt_known": 0.6234, "mean_iou": 0.6911, "top5_cls": None}
-    methods["aln"]["interval"] |= {"gt_known": [0.45, 0.55], "mean_iou": [0.65, 0.75]}
-    methods["aln_2"]["interval"] |= {"gt_known": [0.5501, 0.66], "mean_iou": [0.6, 0.72]}
-    page = page_of(metrics)
-    row = page.row("Two runs compared", "ALN")
-    assert row[:2] == ["+12.3 50.0 → 62.3", "−0.9 0.700 → 0.691"]
-    assert row[7] == "–"
-    html = render(metrics, NOTHING, {})
-    assert '<b class="best">+12.3</b>' in html
-    assert '<b class="best">−0.9</b>' not in html
-    assert "Two runs" not in page_of(made_metrics(runs=1)).text
+def test_the_tiles_compare_the_best_row_of_either_side(evaluations: Evaluations) -> None:
+    rows = read_evaluation(evaluations[1]).rows
+    lines = tables.page_lines(entries(evaluations[1]))
+
+    def best(chosen: Callable[[str], bool]) -> float:
+        return max(row.figures["gt_known"] for row in rows if chosen(row.row.map))
+
+    aln, constant = best(lambda name: name == "aln"), best(lambda name: name in tables.CONSTANT)
+    other = best(lambda name: name not in (*tables.CONSTANT, "aln"))
+    shown = [tile["value"] for tile in tables.comparisons(lines)]
+    assert shown == [tables.points(aln - constant), tables.points(aln - other)]
 
 
-def test_agreement_counts_pairs_and_tests_them_exactly() -> None:
-    #        both, only 1, five times only 2, neither twice, unknown
-    first = [0.9, 0.8, 0.1, 0.2, 0.3, 0.4, 0.0, 0.49, 0.1, None]
-    second = [0.5, 0.2, 0.6, 0.6, 0.6, 0.6, 0.6, 0.2, 0.1, None]
-    found = agreement(made_predictions({"aln": first, "aln_2": second}))
-    assert found is not None
-    assert [found[k] for k in ("both", "first", "second", "neither", "images")] == [1, 1, 5, 2, 9]
-    assert found["p_value"] == pytest.approx(2 * (1 + 6) / 2**6)  # McNemar: 1 or fewer of 6 flips
-    same = agreement(made_predictions({"aln": [0.9, 0.1], "aln_2": [0.9, 0.1]}))
-    assert same is not None
-    assert same["p_value"] == 1.0
-    assert agreement(made_predictions({"aln": first})) is None
-    assert agreement(made_predictions({"aln": [None], "aln_2": [None]})) is None
-
-
-def test_the_tiles_compare_the_best_row_of_either_side_within_the_first_run() -> None:
-    metrics = made_metrics(runs=2)
-    shares = {"whole_image": 0.3, "centred_box": 0.45, "gradient": 0.7, "cam": 0.2, "aln": 0.5}
-    shares |= {"aln_mean": 0.6, "aln_quantile": 0.55, "aln_clean_class": 0.5, "mean_map": 0.1}
-    for name, row in metrics["methods"].items():
-        row["gt_known"] = shares.get(name, 0.1 if name in ("lrp", "layercam") else 0.99)
-    found = comparisons(metrics)
-    assert [c["value"] for c in found] == ["+15.0", "−10.0"]
-    assert found[0]["text"] == "ALN, threshold mean: 60.0 %; Centred box: 45.0 %"
-    assert found[1]["text"] == "ALN, threshold mean: 60.0 %; Gradient saliency, blurred: 70.0 %"
-    for name in [name for name in metrics["methods"] if name.startswith("aln")]:
-        del metrics["methods"][name]
-    assert comparisons(metrics) == []
-
-
-def test_curves_of_baselines_are_drawn_by_the_papers_box_rule_alone() -> None:
-    metrics = made_metrics(runs=2)
-    methods = metrics["methods"]
-    for name in ("cam", "cam_2"):
-        other = "cam_quantile" + name.removeprefix("cam")
-        methods[other] = methods["gradient"] | {"title": f"{methods[name]['title']}, by quantile"}
-    drawn = [series.name for chart in iou_charts(metrics) for series in chart.legend]
-    assert {"CAM", "CAM, run 2", "ALN, area quantile"} <= set(drawn)
-    assert not any("by quantile" in name for name in drawn)
-
-
-def test_rows_are_grouped_by_where_they_come_from() -> None:
-    metrics = made_metrics(runs=2)
-    groups = dict(grouped(metrics))
-    assert list(groups) == [
-        "The same for every image",
-        "Run 1: runs/trial-0",
-        "Run 2: runs/trial-1",
+def test_seeds_are_shown_by_mean_and_range(evaluations: Evaluations) -> None:
+    both = [read_evaluation(folder) for folder in evaluations[:2]]
+    shares = [
+        next(row.figures["gt_known"] for row in evaluation.rows if row.row == ALN)
+        for evaluation in both
     ]
-    assert sorted(chain(*groups.values())) == sorted(metrics["methods"])
+    assert shares[0] != shares[1]
+    seeds = page(*evaluations[:2], titles=("ALN", "ALN"))
+    texts = [tables.percent(value) for value in (sum(shares) / 2, min(shares), max(shares))]
+    assert seeds.row("All methods", "ALN class: co-trained")[0] == "{} {}–{}".format(*texts)
+    assert "2 seeds" in seeds.text
+    assert "Image by image" not in seeds.text
 
 
-def test_worst_and_best_classes_are_shown_where_there_are_many() -> None:
-    metrics = made_metrics(classes=1000, images=3000)
-    for i, part in enumerate(metrics["methods"]["aln"]["classes"].values()):
-        part["gt_known"] = i / 1000
-    html = render(metrics, NOTHING, {})
+def test_the_mean_of_a_figure_that_a_seed_lacks_is_unknown(evaluations: Evaluations) -> None:
+    (entry,) = entries(*evaluations[:2], titles=("ALN", "ALN"))
+    first, second = entry.members[ALN]
+    second = type(second)(**vars(second) | {"figures": second.figures | {"gt_known": None}})
+    mean = combined([first, second])
+    assert mean.figures["gt_known"] is None
+    assert mean.interval["gt_known"] is None
+    middle = (first.figures["mean_iou"] + second.figures["mean_iou"]) / 2
+    assert mean.figures["mean_iou"] == pytest.approx(middle)
+    assert mean.figures["n"] == 24
+
+
+def test_two_methods_are_compared_image_by_image(evaluations: Evaluations) -> None:
+    compared = pairs(entries(*evaluations), seed=0)
+    runs, boxes = compared[0], compared[-1]
+    assert runs.rows == (ALN, ALN)
+    assert boxes.rows == (ALN, Row(map="given", classes="boxes"))
+    assert {pair.rows[1].map for pair in compared} >= {"cam", "layercam", "gradient", "lrp"}
+    figures = [
+        next(row.figures for row in read_evaluation(folder).rows if row.row == ALN)
+        for folder in evaluations[:2]
+    ]
+    for name, difference in runs.differences.items():
+        assert difference.first == pytest.approx(figures[0][name])
+        assert difference.second == pytest.approx(figures[1][name])
+        low, high = difference.interval
+        assert low <= difference.second - difference.first <= high
+    assert set(runs.differences) == {"gt_known", "top1_loc", "mean_iou", "auc_gap"}
+    assert set(boxes.differences) == {"gt_known", "top1_loc", "mean_iou"}
+    ious = [
+        read_evaluation(f).predictions("aln", "paper")["iou"].to_numpy() for f in evaluations[:2]
+    ]
+    right = [values >= 0.5 for values in ious]
+    assert runs.counts is not None
+    assert runs.counts[1:3] == ((right[0] & ~right[1]).sum(), (right[1] & ~right[0]).sum())
+    assert sum(runs.counts) == 24
+    # The boxes are those of the second run's ALN.
+    assert boxes.differences["mean_iou"].second == pytest.approx(figures[1]["mean_iou"])
+
+
+def test_pairing_leaves_what_the_images_share_out_of_the_interval(
+    evaluations: Evaluations,
+) -> None:
+    (pair, *_) = pairs(entries(evaluations[1], evaluations[1], titles=("a", "b")), seed=0)
+    assert pair.differences["mean_iou"].interval == (0, 0)
+    own = next(row for row in read_evaluation(evaluations[1]).rows if row.row == ALN)
+    low, high = own.interval["mean_iou"] or (0, 0)
+    assert high - low > 0.01
+
+
+def test_a_comparison_shows_differences_in_points(evaluations: Evaluations) -> None:
+    first, *_, last = pairs(entries(*evaluations), seed=0)
+    shown = page(*evaluations)
+    row = shown.row("Image by image", "ALN, class: co-trained evaluation-1 less evaluation-0")
+    difference = first.differences["gt_known"]
+    assert row[0].split()[0] == tables.points(difference.second - difference.first)
+    assert row[0].split()[1:4:2] == [tables.points(bound) for bound in difference.interval]
+    assert row[-4:] == [str(count) for count in first.counts or ()]
+    assert any(cells[0].startswith(" Given boxes") for cells in shown.tables["All methods"][2:])
+    assert last.second.title == "evaluation-boxes"
+
+
+def remove_an_image(folder: Path) -> None:
+    path = folder / "images.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+
+
+def move_a_box(folder: Path) -> None:
+    path = folder / "images.parquet"
+    images = pq.read_table(path)
+    boxes = [[[0, 0, 1, 1]], *images["boxes"].to_pylist()[1:]]
+    column = pa.array(boxes, images["boxes"].type)
+    pq.write_table(images.drop_columns("boxes").append_column("boxes", column), path)
+
+
+def other_protocol(folder: Path) -> None:
+    path = folder / "metrics.json"
+    path.write_text(path.read_text().replace('"protocol": "devkit"', '"protocol": "int224"'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "fact"),
+    [
+        (remove_an_image, "ILSVRC2012_val_00000001"),
+        (move_a_box, "boxes.*1 image.*ILSVRC2012_val_00000001"),
+        (other_protocol, "devkit and int224"),
+    ],
+)
+def test_evaluations_of_other_ground_truth_are_refused(
+    evaluations: Evaluations, tmp_path: Path, damage: Callable[[Path], None], fact: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(evaluations[1], other)
+    damage(other)
+    with pytest.raises(UserError, match=rf"(?s){evaluations[0]}.*{other}.*{fact}"):
+        entries(evaluations[0], other)
+
+
+def test_one_title_for_other_rows_is_refused(evaluations: Evaluations) -> None:
+    with pytest.raises(UserError, match=f"{evaluations[2]}.*titles"):
+        entries(evaluations[0], evaluations[2], titles=("same", "same"))
+
+
+def test_titles_must_be_as_many_as_evaluations(
+    evaluations: Evaluations, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(evaluations[0]), "--titles", "a", "b", "--output", "unused.html"])
+    assert "--titles" in capsys.readouterr().err
+
+
+def points_of(svg: str, colour: str) -> np.ndarray:
+    """The points of the curve of this colour, in SVG units."""
+    paths = re.findall(r'<path d="([^"]+)"[^>]*style="fill: none; stroke: ([^;]+)', svg)
+    (path,) = [d for d, stroke in paths if stroke == f"var(--{colour})"]
+    return np.array([[float(v) for v in pair] for pair in re.findall(r"[ML] (\S+) (\S+)", path)])
+
+
+def test_a_chart_draws_each_curve_where_its_values_are(evaluations: Evaluations) -> None:
+    lines = tables.page_lines(entries(evaluations[1]))
+    chart = iou_charts(lines)[0]
+    for curve in chart.curves:
+        if curve.line.r.row.map not in ("aln", "lrp"):
+            continue
+        points = points_of(chart.svg, curve.colour)
+        x, y = curve.line.r.curves["iou"], curve.line.r.curves["gt_known"]
+        assert np.corrcoef(points[:, 0], x)[0, 1] == pytest.approx(1)
+        assert np.corrcoef(points[:, 1], y)[0, 1] == pytest.approx(-1)  # SVG's axis points down
+    assert {c.colour for c in chart.curves if c.line.r.row.map == "aln"} == {"c-a"}
+    assert {c.colour for c in chart.curves if c.line.constant} == {"soft"}
+
+
+def test_rows_with_the_same_boxes_are_drawn_once_and_all_others_are(
+    evaluations: Evaluations,
+) -> None:
+    lines = tables.page_lines(entries(evaluations[0]))
+    methods, rules = iou_charts(lines)
+    drawn = [tuple(curve.values) for curve in methods.curves]
+    assert len(set(drawn)) == len(drawn)
+    assert set(drawn) == {tuple(x.r.curves["gt_known"]) for x in lines if x.primary}
+    assert {curve.line.r.row.map for curve in rules.curves} == {"aln"}
+
+
+def test_worst_and_best_classes_are_shown_where_there_are_many(
+    evaluations: Evaluations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "CLASS_ROWS", 3)
+    shown = page(evaluations[1])
+    worst = shown.tables["The 3 worst classes of 8, worst first"][1:]
+    best = shown.tables["The 3 best classes, best first; metrics.json has all"][1:]
+    whole = page(evaluations[1]).tables
+    assert len(worst) == len(best) == 3
+    assert float(worst[0][1]) <= float(worst[2][1]) <= float(best[2][1]) <= float(best[0][1])
+    assert "All classes, worst first" not in whole
+
+
+def test_names_from_the_data_cannot_become_markup(evaluations: Evaluations, tmp_path: Path) -> None:
+    def edit(metrics: dict[str, Any]) -> None:
+        metrics["class_names"] = dict.fromkeys(metrics["class_names"], HOSTILE)
+        metrics["source"]["name"] = metrics["commit"] = metrics["split"] = HOSTILE
+        metrics["configuration"]["data"] = metrics["rows"][5]["title"] = HOSTILE
+
+    hostile = edited(evaluations[0], tmp_path / "hostile", edit)
+    html = render(entries(hostile, hostile, titles=(HOSTILE, "b")), {}, HOSTILE)
     page = Page(html)
-    worst = page.tables["The 25 worst classes of 1000, worst first"]
-    best = page.tables["The 25 best classes, best first; metrics.json has all"]
-    assert [row[0].split()[1] for row in worst[1:]] == [str(i) for i in range(25)]
-    assert [row[0].split()[1] for row in best[1:]] == [str(i) for i in range(999, 974, -1)]
-    assert best[1][1].split() == ["99.9"]
-    assert len(html) < 1_000_000
-
-
-def test_names_from_the_data_cannot_become_markup(pictures: dict[str, list[Picture]]) -> None:
-    metrics = made_metrics(runs=2)
-    metrics["class_names"][next(iter(metrics["class_names"]))] = HOSTILE
-    metrics["runs"][0] = HOSTILE
-    metrics["commit"] = metrics["split"] = HOSTILE
-    metrics["configuration"]["data"] = HOSTILE
-    metrics["methods"]["cam"]["title"] = HOSTILE
-    view = replace(pictures["best"][0].views[0], predicted=HOSTILE)
-    hostile = replace(pictures["best"][0], id=HOSTILE, label=HOSTILE, views=(view,))
-    page = Page(render(metrics, NOTHING, {"best": [hostile]}))
-    assert "script" not in page.counts
-    assert page.counts["img"] == 3
+    assert {"script", "img"}.isdisjoint(page.counts)
     assert page.open == []
-    assert page.text.count("<script>alert('x')</script>") >= 8
-    assert page.alternatives[0] == f"Image {HOSTILE} with the true boxes and the predicted one"
+    assert page.text.count("<script>alert('x')</script>") >= 12
 
 
-def test_a_set_without_known_boxes_still_has_a_page() -> None:
-    metrics = made_metrics()
-    names = ("gt_known", "top1_loc", "top5_loc", "mean_iou", "auc", "auc_other", "auc_gap")
-    sweeps = ("max_box_acc", "max_box_acc_v2", "max_box_acc_threshold")
-    unknown = dict.fromkeys((*names, *sweeps))
-    for row in metrics["methods"].values():
-        row |= unknown | {"n": 0}
-        row["interval"] = {}
-        row["errors"] = dict.fromkeys(row["errors"], 0)
-        parts = row["classes"].values(), row["subsets"].values(), row["protocols"].values()
-        for part in chain(*parts, row["box_sizes"]):
-            part |= dict.fromkeys(name for name in names if name in part) | {"n": 0}
-    page = page_of(metrics)
-    assert not re.search(r"\b(None|nan)\b", page.text.split("Configuration")[0])
-    assert "500 evaluated, each exactly once, of which 0 have known boxes" in page.text
-    assert "svg" not in page.counts
+def test_a_set_without_known_boxes_still_has_a_page(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    def unknown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: 0 if k == "n" else unknown(v) for k, v in value.items()}
+        return None if isinstance(value, float) else value
+
+    def edit(metrics: dict[str, Any]) -> None:
+        metrics["with_boxes"] = 0
+        for row in metrics["rows"]:
+            for part in ("figures", "interval", "subsets", "protocols", "by_class"):
+                row[part] = unknown(row[part])
+            row["interval"] = dict.fromkeys(row["interval"])
+            row["figures"]["errors"] = dict.fromkeys(row["figures"]["errors"], 0)
+            row["box_sizes"] = []
+
+    shown = page(edited(evaluations[0], tmp_path / "e", edit))
+    assert not re.search(r"\b(None|nan)\b", shown.text.split("Configuration")[0])
+    assert "of which 0 have known boxes" in shown.text
+    assert "svg" not in shown.counts
 
 
-def test_ground_truth_alone_gives_a_page_without_classes_and_pictures() -> None:
-    metrics = made_metrics(runs=0)
-    metrics["split"] = None
-    page = page_of(metrics)
-    assert "constant boxes" in page.text
-    assert "Top-1" not in page.text
-    assert "Classes" not in page.text
-    assert "None" not in page.text.split("Configuration")[0]
-    for row in metrics["methods"].values():  # without image sizes no more is known
-        row |= {"subsets": {}, "box_sizes": [], "protocols": {}}
-    assert {"Protocols", "By object size"}.isdisjoint(page_of(metrics).tables)
+def test_the_page_of_boxes_has_neither_maps_nor_pictures(evaluations: Evaluations) -> None:
+    shown = page(evaluations[2])
+    assert "Left out" in shown.text
+    assert shown.row("All methods", "Given boxes class: boxes")[0].split()
+    assert "Right at IoU" not in shown.text
+    assert {"Protocols", "By object size"} <= set(shown.tables)
 
 
 def test_numbers_are_printed_with_a_dash_for_none_and_a_true_minus() -> None:
-    assert [percent(v) for v in (None, 0.0, 0.12345, 1.0)] == ["–", "0.0", "12.3", "100.0"]
-    assert [number(v) for v in (None, -1e-5, -0.0421)] == ["–", "0.000", "−0.042"]
-    assert [points(v) for v in (None, 0.0004, -0.0004, 0.01, -0.5)] == [
-        "–",
-        "0.0",
-        "0.0",
-        "+1.0",
-        "−50.0",
-    ]
-    assert [short(n) for n in ("aln_mean_2", "whole_image")] == ["ALN mean (2)", "whole image"]
-
-
-def test_a_chart_puts_values_where_its_axes_say() -> None:
-    series = Series(
-        name="One", label="one", values=[0.0, 0.5, 1.0], figure="50.0", colour="a", peak=2
-    )
-    chart = line_chart([series], [0.0, 0.5, 1.0], title="T", x_title="x", mark=(0.5, "half"))
-    middle = ((LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2)
-    assert chart.lines[0].points == (
-        f"{LEFT:.1f},{BOTTOM:.1f} {middle[0]:.1f},{middle[1]:.1f} {RIGHT:.1f},{TOP:.1f}"
-    )
-    assert chart.lines[0].peak_at == (RIGHT, TOP)
-    assert chart.mark == (middle[0], "half")
-    assert (chart.x_ticks[0], chart.x_ticks[-1]) == ((LEFT, "0"), (RIGHT, "1"))
-    assert (chart.y_ticks[0], chart.y_ticks[-1]) == ((BOTTOM, "0"), (TOP, "100"))
-
-
-def test_labels_stand_on_their_lines_and_off_all_others() -> None:
-    x = np.linspace(LEFT, RIGHT, 20)
-    lines = [np.full(20, 60.0), np.linspace(80, 200, 20), np.linspace(120, 220, 20)]
-    places = place_labels(x, lines, ["one", "another", "third"])
-    for own, place in enumerate(places):
-        assert place is not None
-        gaps = [abs(float(np.interp(place[0], x, line)) - place[1]) for line in lines]
-        assert gaps[own] < 1
-        assert min(gaps[:own] + gaps[own + 1 :]) > 10
-    assert place_labels(x, [lines[0], lines[0] + 3], ["one", "two"]) == [None, None]
-
-
-def test_every_row_is_drawn_in_some_chart_and_equal_curves_once() -> None:
-    metrics = made_metrics(runs=2)
-    html = render(metrics, NOTHING, {})
-    drawn = set(re.findall(r"<polyline[^>]*><title>([^<]+)</title>", html))
-    same_boxes = {"ALN, clean classifier's class", "ALN, clean classifier's class, run 2"}
-    titles = {row["title"] for row in metrics["methods"].values()}
-    assert {title.replace("&#39;", "'") for title in drawn} == titles - same_boxes
+    assert [tables.percent(v) for v in (None, 0.0, 0.12345, 1.0)] == ["–", "0.0", "12.3", "100.0"]
+    assert [tables.number(v) for v in (None, -1e-5, -0.0421)] == ["–", "0.000", "−0.042"]
+    differences = [tables.points(v) for v in (None, 0.0004, -0.0004, 0.01, -0.5)]
+    assert differences == ["–", "0.0", "0.0", "+1.0", "−50.0"]
