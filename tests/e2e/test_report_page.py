@@ -83,7 +83,7 @@ def entries(
     folder = tmp_path_factory.mktemp("report") / "evaluation"
     shutil.copytree(evaluations[0], folder)
     metrics = json.loads((folder / "metrics.json").read_text())
-    metrics["class_names"] = {wnid: LONG for wnid in metrics["class_names"]}
+    metrics["class_names"] = dict.fromkeys(metrics["class_names"], LONG)
     metrics["source"]["name"] = LONG
     (folder / "metrics.json").write_text(json.dumps(metrics))
     chosen = [read_evaluation(path) for path in (folder, *evaluations[1:])]
