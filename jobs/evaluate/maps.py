@@ -88,6 +88,12 @@ MAPS = {  # in the order of the table; our baselines are maps of the clean class
 }
 
 
+def finished(maps: Tensor, *, blurred: bool) -> np.ndarray:
+    """Return maps [B, H, W] as they are scored."""
+    values = maps.cpu().numpy()
+    return blur(values) if blurred else values
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSource:
     """Maps and classes of a run's nets. crops: see `class_probabilities`; baselines: whether all
@@ -118,8 +124,7 @@ class RunSource:
     def _maps(self, inputs: Inputs) -> Iterator[tuple[str, np.ndarray]]:
         for name, source in MAPS.items():
             if source.of_run is not None and (self.baselines or name == "aln"):
-                values = source.of_run(self.nets, inputs).cpu().numpy()
-                yield name, blur(values) if source.blurred else values
+                yield name, finished(source.of_run(self.nets, inputs), blurred=source.blurred)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +164,6 @@ class NetworkSource:
             for name, source in sources.items():
                 assert source.of_network is not None
                 values = source.of_network(self.network, inputs).unsqueeze(1)
-                stored = resized(values, batch.images.shape[-2:]).squeeze(1).cpu().numpy()
-                parts[name].append(blur(stored) if source.blurred else stored)
+                stored = resized(values, batch.images.shape[-2:]).squeeze(1)
+                parts[name].append(finished(stored, blurred=source.blurred))
         yield from ((name, np.concatenate(arrays)) for name, arrays in parts.items())

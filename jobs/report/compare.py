@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pipeline.evaluation.bootstrap import bootstrap_intervals
 
 from pipeline.errors import UserError
+from pipeline.evaluation.bootstrap import bootstrap_intervals
 from pipeline.evaluation.protocols import IOU_THRESHOLD
 from pipeline.evaluation.results import Evaluation, Row, RowFigures
 

@@ -311,8 +311,9 @@ def test_the_table_shows_every_row_with_its_figures_and_intervals(
         assert name.startswith(row.title)
         assert name.endswith(f"class: {row.row.classes}")
         assert (f"by {row.row.rule}" in name) == (row.row.rule in ("mean", "quantile"))
-        low, high = row.interval["gt_known"] or [None, None]
-        expected = [row.figures["gt_known"], low, high]
+        bounds = row.interval["gt_known"]
+        assert bounds is not None
+        expected = [row.figures["gt_known"], *bounds]
         numbers = re.findall(r"[\d.]+", cells[1])
         assert numbers == [tables.percent(value) for value in expected]
         assert cells[2].split()[0] == tables.number(row.figures["mean_iou"])
