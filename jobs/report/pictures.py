@@ -101,7 +101,7 @@ def report_pictures(entries: Sequence[Entry], seed: int) -> dict[str, list[Pictu
     groups = {"differ": most_different(ious, PER_GROUP)} if len(every) > 1 else {}
     groups |= choose(ious[0], boxes[0]["error"].to_pylist(), PER_GROUP, seed)
     shown = sorted({position for group in groups.values() for position in group})
-    manifest, pixels = _read_images(every, shown)
+    manifest, images, pixels = _read_images(every, shown)
     views: list[list[View]] = [[] for _ in shown]
     covered: list[str | None] = [None] * len(shown)
     for number, ((entry, member), table) in enumerate(zip(every, boxes, strict=True)):
@@ -124,7 +124,7 @@ def report_pictures(entries: Sequence[Entry], seed: int) -> dict[str, list[Pictu
             covered=covered[i],
             views=tuple(views[i]),
         )
-        for i, row in enumerate(entries[0].images[0].take(shown).to_pylist())
+        for i, row in enumerate(images)
     }
     return {name: [pictures[i] for i in positions] for name, positions in groups.items()}
 
@@ -169,17 +169,17 @@ def _boxes(entry: Entry, number: int) -> pa.Table:
 
 def _read_images(
     every: Sequence[tuple[Entry, int]], shown: Sequence[int]
-) -> tuple[Manifest, list[np.ndarray]]:
-    """Return the manifest of the first evaluation that names shards, and the images at these
-    positions, uint8 [H, W, 3]."""
+) -> tuple[Manifest, list[dict[str, Any]], list[np.ndarray]]:
+    """Return the manifest of the first evaluation that names shards, the rows of its images at
+    these positions, and their pixels, uint8 [H, W, 3]."""
     for entry, number in every:
         metrics, images = entry.evaluations[number].metrics, entry.images[number]
         if metrics["data"] is None:
             continue
         manifest = read_manifest(metrics["data"])
         folder = storage.join(metrics["data"], metrics["split"])
-        pixels = []
-        for row in images.take(shown).to_pylist():
+        rows, pixels = images.take(shown).to_pylist(), []
+        for row in rows:
             # A shard's samples are in the order of the ledger's rows.
             before = pc.and_(
                 pc.equal(images["shard"], row["shard"]), pc.less(images["row"], row["row"])
@@ -189,7 +189,7 @@ def _read_images(
             if sample.row != row["row"]:
                 raise UserError(f"{shard} holds other images than those that were evaluated.")
             pixels.append(sample.image)
-        return manifest, pixels
+        return manifest, rows, pixels
     raise UserError("no shards were evaluated, only boxes or score maps.")
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs.report.compare import Entry, Pair, combined
 from pipeline.evaluation.results import CLASSES, RowFigures
@@ -12,84 +12,29 @@ CLASS_ROWS = 25  # worst and best classes shown, where there are more than twice
 CLASS_COLUMNS = 5  # other rows that stand beside a class's figures
 
 
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """A column: key in metrics.json, its title, and in a line what it means."""
+class Figure(NamedTuple):
+    """A column: key in metrics.json, the heading that it stands under, and its title."""
 
     key: str
-    title: str
-    meaning: str
     group: str
+    title: str
 
     def text(self, value: float | None) -> str:
         """Return the value as the tables print it, without a unit."""
-        return number(value) if self.key in UNITLESS else percent(value)
+        return number(value) if self.key in ("mean_iou", "auc_gap") else percent(value)
 
 
-UNITLESS = ("mean_iou", "auc", "auc_other", "auc_gap")
 FIGURES = (
-    Figure(
-        key="gt_known",
-        title="GT-known",
-        group="Box",
-        meaning="Share of images whose box has an IoU of at least 0.5 with one of the image's true "
-        "boxes; the class is given.",
-    ),
-    Figure(
-        key="mean_iou",
-        title="Mean IoU",
-        group="Box",
-        meaning="Mean over images of the box's IoU with the true box that it fits best; from 0 to "
-        "1.",
-    ),
-    Figure(
-        key="max_box_acc",
-        title="MaxBoxAcc",
-        group="Box",
-        meaning="GT-known with the box of the map's largest component at the one threshold, the "
-        "same for all images, that gives the most (below it). It is chosen on these very images: "
-        "an upper bound. Of a row without maps it is the one box.",
-    ),
-    Figure(
-        key="max_box_acc_v2",
-        title="MaxBoxAccV2",
-        group="Box",
-        meaning="As MaxBoxAcc, but any component's box may be right; mean over IoU 0.3, 0.5 and "
-        "0.7, each at its own best threshold.",
-    ),
-    Figure(
-        key="top1_loc",
-        title="Top-1 loc",
-        group="Box and class",
-        meaning="Share of images whose box is right and whose first predicted class is the true "
-        "one, always predicted on the unmasked image.",
-    ),
-    Figure(
-        key="top5_loc",
-        title="Top-5 loc",
-        group="Box and class",
-        meaning="Share with the box right and the true class among the first five: the complement "
-        "of the official ILSVRC localization error.",
-    ),
-    Figure(
-        key="top1_cls",
-        title="Top-1",
-        group="Class",
-        meaning="Share of all images whose first predicted class is the true one.",
-    ),
-    Figure(
-        key="top5_cls",
-        title="Top-5",
-        group="Class",
-        meaning="The same for the first five classes.",
-    ),
+    Figure("gt_known", "Box", "GT-known"),
+    Figure("mean_iou", "Box", "Mean IoU"),
+    Figure("max_box_acc", "Box", "MaxBoxAcc"),
+    Figure("max_box_acc_v2", "Box", "MaxBoxAccV2"),
+    Figure("top1_loc", "Box and class", "Top-1 loc"),
+    Figure("top5_loc", "Box and class", "Top-5 loc"),
+    Figure("top1_cls", "Class", "Top-1"),
+    Figure("top5_cls", "Class", "Top-5"),
 )
-GAP = Figure(
-    key="auc_gap",
-    title="Gap",
-    group="",
-    meaning="AUC against the own box less the AUC against another image's.",
-)
+GAP = Figure("auc_gap", "Pixel AUC", "Gap")
 ERRORS = {  # in the order of the bars; metrics.py decides which one an image has
     "right": ("right", "box right, and the class where the row has one"),
     "class_wrong": ("class wrong", "box right, class wrong"),
@@ -282,7 +227,8 @@ def class_columns(lines: Sequence[Line]) -> list[Line]:
             if line.primary and line.r.row.map not in left_out:
                 by_map.setdefault(line.r.row.map, line)
         others = list(by_map.values())
-    return others[:CLASS_COLUMNS]
+    same_classes = [line for line in others if line.r.by_class.keys() == own.r.by_class.keys()]
+    return same_classes[:CLASS_COLUMNS]
 
 
 def class_rows(lines: Sequence[Line], names: dict[str, str]) -> list[dict[str, Any]]:
@@ -293,7 +239,7 @@ def class_rows(lines: Sequence[Line], names: dict[str, str]) -> list[dict[str, A
     rows = [
         {
             "wnid": wnid,
-            "name": names[wnid],
+            "name": names.get(wnid, wnid),
             **part,
             "others": [other.r.by_class[wnid]["gt_known"] for other in others],
         }
