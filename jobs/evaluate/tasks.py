@@ -148,8 +148,8 @@ def _score_batch(
             raise UserError(
                 f"ledger rows {rows[0]} to {rows[-1]} of {config.data}: {error}"
             ) from None
-        if name == config.main_map:
-            main_levels = levels
+        if name == config.main_map:  # pictures show a mask's probabilities as they are
+            main_levels = quantize(values.clip(0, 1)) if name == "aln" else levels
         if config.export is not None:
             for image, shares in zip(images.tolist(), stretched, strict=True):
                 write_score_map(config.export / name, truth.ids[image], shares)

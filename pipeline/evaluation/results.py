@@ -101,8 +101,10 @@ class Evaluation:
         return pq.read_table(self.folder / IMAGES_NAME)
 
     def maps(self, images: Iterable[int]) -> dict[int, np.ndarray]:
-        """Read the main maps of some images: uint8 [H, W] by image, the map's own minimum at 0
-        and maximum at 255. Images without a map are left out."""
+        """Read the main maps of some images: uint8 [H, W] by image, without those that have none.
+
+        255 stands for 1 in ALN's probabilities and in given maps; another map has its own minimum
+        at 0 and its maximum at 255."""
         wanted = sorted(set(images))
         maps: dict[int, np.ndarray] = {}
         for path in sorted((self.folder / MAPS_NAME).glob("*.parquet")):
