@@ -45,7 +45,7 @@ class View:
 class Picture:
     """One image of the report. width, height: original pixels, in which the boxes are; image,
     covered: data URIs at the stored size, `covered` of a single evaluation with maps; views: of
-    each evaluation."""
+    each evaluation that is shown."""
 
     id: str
     label: str
@@ -91,11 +91,14 @@ def most_different(ious: np.ndarray, count: int) -> list[int]:
 
 def report_pictures(entries: Sequence[Entry], seed: int) -> dict[str, list[Picture]]:
     """Return pictures by group: "differ" where there are several evaluations, then those of
-    `choose` by the first one's main row.
+    `choose` by the first one's main row. Of several entries the first evaluation of each is shown,
+    of one all of its seeds.
 
     Raises UserError where the evaluations name no shards, or these are gone or others.
     """
     every = [(entry, number) for entry in entries for number in range(len(entry.evaluations))]
+    if len(entries) > 1:
+        every = [(entry, 0) for entry in entries]
     boxes = [_boxes(entry, number) for entry, number in every]
     ious = np.stack([table["iou"].to_numpy() for table in boxes])
     groups = {"differ": most_different(ious, PER_GROUP)} if len(every) > 1 else {}
@@ -105,7 +108,7 @@ def report_pictures(entries: Sequence[Entry], seed: int) -> dict[str, list[Pictu
     views: list[list[View]] = [[] for _ in shown]
     covered: list[str | None] = [None] * len(shown)
     for number, ((entry, member), table) in enumerate(zip(every, boxes, strict=True)):
-        title = entry.title if len(entry.evaluations) == 1 else f"{entry.title} {member + 1}"
+        title = entry.title if len(entries) > 1 else f"{entry.title} {member + 1}"
         rows = table.take(shown).to_pylist()
         maps = entry.evaluations[member].maps(row["image"] for row in rows)
         for i, row in enumerate(rows):

@@ -187,7 +187,7 @@ def test_every_picture_is_there_with_its_boxes_over_it(visit: Visit, entries: li
                 image: place(image), boxes: boxes && place(boxes)};
     })""")
     shown = sum(map(len, report_pictures(entries, 0).values()))
-    assert len(panels) == 3 * shown > 50  # the image and two maps of each
+    assert len(panels) == 2 * shown > 30  # each image, and the map of the first seed
     for panel in panels:
         assert panel["loaded"] == 32
         assert panel["alt"]
