@@ -27,7 +27,6 @@ from jobs.report.compare import Entry, combined, entries_of, pairs
 from jobs.report.pictures import choose, most_different, report_pictures
 from pipeline.errors import UserError
 from pipeline.evaluation.results import Row, read_evaluation
-from pipeline.shards.format import read_manifest
 from tests.pipeline.made_set import stored_samples
 
 ROOT = Path(__file__).parents[3]
@@ -219,7 +218,6 @@ def test_pictures_show_the_chosen_images_with_their_boxes_and_maps(
 ) -> None:
     evaluation = read_evaluation(evaluations[0])
     pictures = report_pictures(entries(evaluations[0]), 0)
-    manifest = read_manifest(small_set)
     stored = {sample.row: sample.image for sample in stored_samples(small_set, "val")}
     images = {row["id"]: row for row in evaluation.images().to_pylist()}
     boxes = evaluation.predictions("aln", "paper").to_pylist()
