@@ -305,6 +305,9 @@ def _augment_batch(  # type: ignore[no-untyped-def]
 def _blend_row(source, left, weight, words, blended, planar, out):  # type: ignore[no-untyped-def]
     """Interpolate a stored row of RGB triples along itself, in units of 2**-WEIGHT_BITS.
 
+    A pixel's three channels lie side by side in a 64-bit word, so that one multiplication
+    interpolates all of them: each has WORD_BITS = 21 bits and needs 8 + WEIGHT_BITS = 19.
+
     left, weight: int32 and uint64 [W], the left neighbour, counted with one pixel put before the
     row, and its neighbour's weight. words, blended: uint64 [W + 2], [W] to work in. out: int32
     [3 W], triples, or channel by channel where `planar`.
@@ -312,7 +315,7 @@ def _blend_row(source, left, weight, words, blended, planar, out):  # type: igno
     width = len(left)
     green, blue = np.uint64(WORD_BITS), np.uint64(2 * WORD_BITS)
     channel = np.uint64((1 << WORD_BITS) - 1)
-    for x in range(width):  # a pixel's channels side by side in a word, so one product mixes all
+    for x in range(width):
         first = np.uint32(3 * x)
         words[x + 1] = (
             np.uint64(source[first])
