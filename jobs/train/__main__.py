@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,9 +192,9 @@ def train(config: TrainConfig) -> None:
     print(f"trained nets: {config.output / MODEL_NAME}")
 
 
-def main() -> None:
-    """Run the job with the command line's flags (`--help` lists them)."""
-    train(cli.parse(TrainConfig, None, __doc__ or "", PRESETS))
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with its flags (`--help` lists them)."""
+    train(cli.parse(TrainConfig, argv, __doc__ or "", PRESETS))
 
 
 if __name__ == "__main__":
