@@ -100,7 +100,7 @@ def write_guesses(path: Path, truth: GroundTruth, guesses: Guesses) -> None:
     """Write guesses in the format of the path's suffix (see `read_guesses`), atomically.
 
     CSV names images as Kaggle does, without folder and suffix, where that is unique. Raises
-    UserError where the format cannot tell a guess: CSV needs classes by wnid.
+    UserError where the format cannot express a guess: CSV needs classes by wnid.
     """
     present = (guesses.boxes != -1).any(axis=2)
     match path.suffix:
@@ -227,7 +227,7 @@ def _suffix_error(path: Path) -> UserError:
 
 
 class _Rows(NamedTuple):
-    """The R rows of a file of guesses, as they stand in it, with K guesses.
+    """The R rows of a file of guesses, in its order, with K guesses.
 
     ids: strings [R]; counts: int64 [R], guesses of each row; labels: int64 [K], class indices;
     boxes: float64 [K, 4].
@@ -357,7 +357,7 @@ def _prediction_strings(
         )
     if (guesses.labels[present] < 0).any():
         raise UserError(
-            f"{path} cannot tell of a box without a class; give the classes, or write .parquet."
+            f"{path} cannot hold a box without a class; give the classes, or write .parquet."
         )
     blank = [name for name in truth.classes if len(name.split()) != 1]
     if blank:

@@ -67,7 +67,7 @@ class GroundTruth:
 def read_ground_truth(
     path: Path, *, image_sizes: Path | None = None, classes: Path | None = None
 ) -> GroundTruth:
-    """Read the ground truth in `path`, by what lies there.
+    """Read the ground truth in `path`, by the kind of its files.
 
     A folder with class_labels.txt is wsolevaluation's metadata (each file also as .gz; ids in the
     order of image_ids.txt, or of class_labels.txt without it); any other folder is searched for
@@ -75,7 +75,7 @@ def read_ground_truth(
     the last two are in file-name order.
 
     image_sizes: a file of lines `id,width,height` for sizes that the ground truth itself does not
-    tell; where an XML file tells another size, its boxes are scaled from that. classes: a file
+    have; where an XML file has another size, its boxes are scaled from that. classes: a file
     for `read_classes`; without it the classes of XML and CSV are the wnids that occur, and those
     of metadata stay numbers. Raises UserError, naming file and line, for whatever is wrong.
     """
@@ -240,12 +240,12 @@ def _read_metadata(folder: Path, image_sizes: Path | None, known: Classes | None
 
 
 def _read_sizes(path: Path, ids: pa.Array) -> np.ndarray:
-    """Read (height, width) of each image from a file that may tell of more: int64 [N, 2]."""
+    """Read (height, width) of each image from a file that may have others: int64 [N, 2]."""
     lines, sized, sizes = _read_table(path, "image_sizes.txt")
     if not sizes.all():
         first = int(np.argmin(sizes.all(axis=1)))
         raise UserError(
-            f"{lines.at(first)} tells a width or height of 0; expected at least 1. Repair the line."
+            f"{lines.at(first)} has a width or height of 0; expected at least 1. Repair the line."
         )
     check_once(lines, find_images(lines.at, sized, sized), sized)
     rows = match_ids(ids, sized)
@@ -258,7 +258,7 @@ def _read_sizes(path: Path, ids: pa.Array) -> np.ndarray:
 
 
 class _Entry(NamedTuple):
-    """What a file says of one image; line: where in a CSV file, else None."""
+    """The annotation of one image in a file; line: its number in a CSV file, else None."""
 
     id: str
     annotation: Annotation
@@ -266,7 +266,7 @@ class _Entry(NamedTuple):
     line: int | None = None
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.file}" if self.line is None else f"{self.file} line {self.line}"
 
 
@@ -308,14 +308,14 @@ def _from_annotations(
         elif (
             fault is None and entry.line is None and not (entry.annotation.box_size or image_sizes)
         ):
-            fault = "it tells no size, and there is no file of image sizes"
+            fault = "it has no size, and no file of image sizes is given"
         if fault is not None:
-            raise UserError(f"{entry.place}: {fault}; repair it, or remove it with its image.")
+            raise UserError(f"{entry.location}: {fault}; repair it, or remove it with its image.")
     wnids = pa.array([entry.annotation.wnid for entry in entries], pa.string())
     if known is None:
         occurring = tuple(sorted(pc.unique(wnids).to_pylist()))
         known = occurring, occurring
-    labels = find_classes(lambda i: entries[i].place, wnids, known[0])
+    labels = find_classes(lambda i: entries[i].location, wnids, known[0])
     ids = [entry.id for entry in entries]
     given = _read_sizes(image_sizes, pa.array(ids, pa.string())) if image_sizes else None
     sizes, boxes = _sizes_and_boxes(entries, given)
@@ -349,7 +349,7 @@ def _sizes_and_boxes(
     numbers = slots(counts) + 1
 
     def at(i: int) -> str:
-        return f"{entries[owners[i]].place} box {numbers[i]}"
+        return f"{entries[owners[i]].location} box {numbers[i]}"
 
     check_boxes(at, _flat(boxes), annotated[owners] if sizes.all() else None)
     for i in np.flatnonzero((annotated != sizes).any(axis=1)).tolist():

@@ -266,7 +266,7 @@ def test_the_size_tag_is_the_scale_of_the_boxes(tmp_path: Path) -> None:
         "b.xml": xml(WNID, (2, 4, 9, 9), size=None),
     }
     folder = write_all(tmp_path / "xml", files)
-    assert_refused(folder / "b.xml", ": it tells no size", read_ground_truth, folder)
+    assert_refused(folder / "b.xml", ": it has no size", read_ground_truth, folder)
     sizes = write(tmp_path / "sizes.txt", "a,40,30\nb,40,30\n")  # twice as wide, thrice as high
     truth = read_ground_truth(folder, image_sizes=sizes)
     assert sizes_of(truth) == [[30, 40], [30, 40]]
