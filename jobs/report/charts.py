@@ -37,6 +37,7 @@ OPTIONS = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "xtick.major.size": 0,
+    "xtick.major.pad": 6,
     "ytick.major.size": 0,
 }
 
@@ -78,7 +79,8 @@ def iou_charts(lines: Sequence[Line]) -> list[Chart]:
     if len(main) > 1:
         sets = {"Side by side": [line for line in known if line.constant or line.own]}
         for own in main:
-            sets[f"Maps of {own.entry}"] = [line for line in known if line.entry == own.entry]
+            of_entry = [x for x in known if x.entry == own.entry and not x.constant]
+            sets[f"Maps of {own.entry}"] = of_entry
     else:
         sets = {"Methods": [line for line in known if line.primary]}
         for own in main:
