@@ -22,9 +22,8 @@ from benchmarks.machine import hardware, quiet
 from jobs import cli
 from jobs.evaluate.__main__ import evaluate
 from jobs.evaluate.config import EvaluateConfig
-from jobs.evaluate.inputs import map_truth
 from jobs.evaluate.maps import MAPS, Inputs, MapSource, finished
-from jobs.evaluate.scorer import score_maps
+from jobs.evaluate.scorer import map_truth, score_maps
 from jobs.loading import LoadingConfig
 from jobs.runs import Nets, colour_statistics, load_nets, new_classifier, new_corruption, save_nets
 from jobs.train.config import TrainConfig

@@ -1,6 +1,5 @@
 """What an evaluation scores against: the ground truth, and what its images.parquet tells."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.evaluate.config import EvaluateConfig
+from jobs.evaluate.scorer import MapTruth, map_truth
 from pipeline.errors import UserError
 from pipeline.evaluation.constant_boxes import HALF_AREA, fit_centred_box
-from pipeline.evaluation.metrics import SUBSET_GROUPS, subset_masks
 from pipeline.evaluation.protocols import SIDE
 from pipeline.evaluation.truth import GroundTruth, ground_truth_of, read_ground_truth
 from pipeline.shards.format import Manifest, read_manifest, split_of
@@ -21,59 +20,6 @@ if TYPE_CHECKING:  # importing it needs torch
     from jobs.runs import ModelConfig
 
 NO_SIZES = "give --image-sizes FILE (lines id,width,height)"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MapTruth:
-    """The ground truth of N images as maps need it, small enough to send to every task.
-
-    rows: int64 [N], ascending: the ledger's row of each image, or 0..N-1. ids, sizes, boxes,
-    starts: see GroundTruth. partners: int64 [N], the image whose boxes stand for "another
-    image's", -1 where there is none. groups: int64 [N], first axis of `metrics.Sweep`, -1 for
-    images without boxes.
-    """
-
-    rows: np.ndarray
-    ids: Sequence[str]
-    sizes: np.ndarray
-    boxes: np.ndarray
-    starts: np.ndarray
-    partners: np.ndarray
-    groups: np.ndarray
-    protocol: str
-
-    def of(self, image: int) -> np.ndarray:
-        """Return the boxes of one image, [T, 4]."""
-        return self.boxes[self.starts[image] : self.starts[image + 1]]
-
-
-def map_truth(truth: GroundTruth, rows: np.ndarray, protocol: str, seed: int) -> MapTruth:
-    """Return what maps of these images are scored against, whose sizes must be known.
-
-    Partners form one random cycle of all images with boxes, from `seed` alone: no image is its
-    own partner, and any division of the images pairs the same.
-    """
-    assert truth.sizes is not None
-    known = np.flatnonzero(np.diff(truth.starts) > 0)
-    partners = np.full(len(truth.ids), -1)
-    if len(known) > 1:
-        cycle = np.random.default_rng(seed).permutation(known)
-        partners[cycle] = np.roll(cycle, 1)
-    masks = subset_masks(truth.boxes, truth.starts, truth.sizes)
-    groups = np.full(len(truth.ids), -1)
-    groups[known] = 0
-    for name, members in SUBSET_GROUPS.items():
-        groups[masks[name]] += members[0]
-    return MapTruth(
-        rows=rows,
-        ids=truth.ids,
-        sizes=truth.sizes,
-        boxes=truth.boxes,
-        starts=truth.starts,
-        partners=partners,
-        groups=groups,
-        protocol=protocol,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.evaluate.inputs import MapTruth
 from model.localization import localize
 from pipeline.evaluation.formats import read_score_map, score_map_path
-from pipeline.evaluation.metrics import Sweep
+from pipeline.evaluation.metrics import SUBSET_GROUPS, Sweep, subset_masks
 from pipeline.evaluation.protocols import (
     IOU_GRID,
     PROTOCOLS,
@@ -36,9 +35,63 @@ from pipeline.evaluation.sweep import (
     stretch,
     threshold_levels,
 )
+from pipeline.evaluation.truth import GroundTruth
 
 IMAGES_PER_PART = 256  # given score maps that a thread scores before it reports
 MAPS_AT_ONCE = 16  # given score maps that a thread holds as floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapTruth:
+    """The ground truth of N images as maps need it, small enough to send to every task.
+
+    rows: int64 [N], ascending: the ledger's row of each image, or 0..N-1. ids, sizes, boxes,
+    starts: see GroundTruth. partners: int64 [N], the image whose boxes stand for "another
+    image's", -1 where there is none. groups: int64 [N], first axis of `metrics.Sweep`, -1 for
+    images without boxes.
+    """
+
+    rows: np.ndarray
+    ids: Sequence[str]
+    sizes: np.ndarray
+    boxes: np.ndarray
+    starts: np.ndarray
+    partners: np.ndarray
+    groups: np.ndarray
+    protocol: str
+
+    def of(self, image: int) -> np.ndarray:
+        """Return the boxes of one image, [T, 4]."""
+        return self.boxes[self.starts[image] : self.starts[image + 1]]
+
+
+def map_truth(truth: GroundTruth, rows: np.ndarray, protocol: str, seed: int) -> MapTruth:
+    """Return what maps of these images are scored against, whose sizes must be known.
+
+    Partners form one random cycle of all images with boxes, from `seed` alone: no image is its
+    own partner, and any division of the images pairs the same.
+    """
+    assert truth.sizes is not None
+    known = np.flatnonzero(np.diff(truth.starts) > 0)
+    partners = np.full(len(truth.ids), -1)
+    if len(known) > 1:
+        cycle = np.random.default_rng(seed).permutation(known)
+        partners[cycle] = np.roll(cycle, 1)
+    masks = subset_masks(truth.boxes, truth.starts, truth.sizes)
+    groups = np.full(len(truth.ids), -1)
+    groups[known] = 0
+    for name, members in SUBSET_GROUPS.items():
+        groups[masks[name]] += members[0]
+    return MapTruth(
+        rows=rows,
+        ids=truth.ids,
+        sizes=truth.sizes,
+        boxes=truth.boxes,
+        starts=truth.starts,
+        partners=partners,
+        groups=groups,
+        protocol=protocol,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jobs.evaluate.config import EvaluateConfig
-from jobs.evaluate.inputs import Inputs, MapTruth
+from jobs.evaluate.inputs import Inputs
+from jobs.evaluate.scorer import MapTruth, Part, ScoredMaps, given_parts, mean_map
 from pipeline.errors import UserError
 from pipeline.evaluation.constant_boxes import centred_boxes, whole_image_boxes
 from pipeline.evaluation.formats import (
@@ -24,9 +24,6 @@ from pipeline.evaluation.protocols import SIDE
 from pipeline.evaluation.results import clear_maps, write_maps
 from pipeline.evaluation.scoring import Localization
 from pipeline.loading.cache import GIB, CacheConfig
-
-if TYPE_CHECKING:  # importing it takes numba's time, which boxes do not need
-    from jobs.evaluate.scorer import Part, ScoredMaps
 
 WHOLE_IMAGE_PAPER = (0.410, 0.343)  # metrics 1 and 2 of the paper's Table 1, "Max box"
 NAMED = 5  # rows that an error message lists
@@ -44,7 +41,7 @@ class Source:
     localizations: tuple[Localization, ...] = ()
     classes: dict[str, np.ndarray] = field(default_factory=dict)
     scores: dict[str, np.ndarray] = field(default_factory=dict)
-    main: "tuple[str, ScoredMaps] | None" = None
+    main: tuple[str, ScoredMaps] | None = None
 
     @property
     def known_classes(self) -> str | None:
@@ -127,8 +124,6 @@ def _nets(
 def _score_maps(
     config: EvaluateConfig, inputs: Inputs, classes: dict[str, np.ndarray], progress: Progress
 ) -> Source:
-    from jobs.evaluate.scorer import given_parts
-
     root, truth = config.score_maps, inputs.maps
     assert root is not None
     assert truth is not None
@@ -168,7 +163,7 @@ def _boxes(path: Path, inputs: Inputs, classes: dict[str, np.ndarray]) -> Source
 def _localizations(
     name: str,
     title: str,
-    maps: "ScoredMaps",
+    maps: ScoredMaps,
     classes: tuple[str | None, ...],
     paper: tuple[float | None, float | None] | None,
 ) -> list[Localization]:
@@ -215,14 +210,12 @@ def constant_boxes(
         ),
     ]
     if source.main is not None:
-        from jobs.evaluate.scorer import mean_map
-
         title, maps = source.main
         result += _localizations("mean map", title, mean_map(maps.counts, truth), classes, None)
     return result
 
 
-def _collect(parts: "Iterable[Part]", output: Path, truth: MapTruth, progress: Progress) -> "Part":
+def _collect(parts: Iterable[Part], output: Path, truth: MapTruth, progress: Progress) -> Part:
     """Return the parts joined in order, and write the maps of each as it comes. Raises UserError
     unless they are of every image."""
     clear_maps(output)

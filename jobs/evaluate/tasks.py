@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from jobs.cli import connect_ray
-from jobs.evaluate.inputs import MapTruth
 from jobs.evaluate.maps import NetworkSource, RunSource
 from jobs.evaluate.networks import load_network
-from jobs.evaluate.scorer import Part, score_maps
+from jobs.evaluate.scorer import MapTruth, Part, score_maps
 from jobs.runs import load_nets
 from model.localization import RULES
 from pipeline.errors import UserError
