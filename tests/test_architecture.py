@@ -1,6 +1,7 @@
 """The import rules of docs/architecture.md."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,15 @@ ONLY_IN = {
     "fast_slic": {"pipeline/shards/superpixels.py"},
     "nvidia": {"pipeline/loading/loader.py"},
     "torch.distributed": {"jobs/train/collectives.py"},
+    "ray": {
+        "pipeline/tasks.py",
+        "pipeline/shards/make.py",
+        "jobs/cli.py",
+        "jobs/evaluate/tasks.py",
+        "jobs/train/launch.py",
+        "jobs/train/worker.py",
+        "jobs/train/log.py",
+    },
 }
 
 
@@ -77,7 +87,7 @@ def test_folders_import_only_what_they_may(folder: str) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(ONLY_IN))
-def test_special_libraries_have_one_importer(module: str) -> None:
+def test_special_libraries_are_imported_in_the_files_named(module: str) -> None:
     assert importers(module, ("pipeline", "model", "jobs", "cluster")) == ONLY_IN[module]
 
 
@@ -96,6 +106,14 @@ def test_packages_are_empty_so_that_names_have_one_home() -> None:
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("__init__.py"):
             assert path.read_text() == "", path
+
+
+@pytest.mark.parametrize("path", [*files("pipeline"), *files("model")], ids=str)
+def test_libraries_name_no_flag_and_no_command(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named = re.findall(r"(?<!tar )--[a-z][a-z-]*|\bjobs\.\w+", node.value)
+            assert not named, f"{path.relative_to(ROOT)}:{node.lineno} names {named}"
 
 
 @pytest.mark.parametrize("job", ["preprocess", "train", "evaluate", "inspect"])

@@ -14,7 +14,7 @@ from pipeline.evaluation.results import read_evaluation
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 from tests.e2e.commands import run
 
-FIFTH = "--net-width 16 --bottleneck 128 --batch-size 32 --warmup-epochs 10 --epochs 5 --workers 1"
+FIFTH = "--net-width 16 --bottleneck 128 --batch-size 32 --warmup-epochs 10 --epochs 9 --workers 1"
 
 
 def figures(evaluation: Path) -> dict[str, dict[str, Any]]:
