@@ -51,6 +51,8 @@ class ReportConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page of the command line's evaluations."""
     config = cli.parse(ReportConfig, argv, __doc__ or "")
+    if config.output.is_dir():
+        raise UserError(f"--output {config.output} is a folder; name the HTML file to write.")
     evaluations = [read_evaluation(folder) for folder in config.evaluation]
     entries = entries_of(evaluations, config.titles or [str(path) for path in config.evaluation])
     pictures, reason = find_pictures(entries)

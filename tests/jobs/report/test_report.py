@@ -126,6 +126,8 @@ def test_the_command_writes_one_page_the_same_each_time(
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["report.html"]
     pages = [(tmp_path / name / "report.html").read_bytes() for name in ("one", "two")]
     assert pages[0] == pages[1]
+    with pytest.raises(UserError, match=f"--output {tmp_path}"):
+        main([str(evaluations[0]), "--output", str(tmp_path)])
 
 
 def test_the_page_of_boxes_needs_no_nets_and_few_packages(
