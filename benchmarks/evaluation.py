@@ -5,12 +5,10 @@ time. The nets have random weights and the paper's four layers, the images are g
 changes the cost. The paper evaluates an image in 93 ms.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import hardware, quiet
+from benchmarks.machine import hardware, quiet, write_result
 from jobs import cli
 from jobs.evaluate.__main__ import evaluate
 from jobs.evaluate.config import EvaluateConfig
@@ -174,10 +172,7 @@ def main() -> None:
         "images_per_second": rates,
         "paper_ms_over_ours": speedup,
     }
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"{date.today().isoformat()}-evaluation.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written to {path}")
+    write_result(config.output, "evaluation", content)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,11 @@ the loop's superpixels come out as int64, as the nets index by them. Ours alone 
 set, crops in fractions of a pixel and checks every sample.
 """
 
-import json
 import math
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -27,21 +23,18 @@ from typing import Any
 
 import cv2
 import numpy as np
+import ray
 import simplejpeg
 import torch
 import webdataset
 from nvidia.dali import fn, pipeline_def, types
 
-from benchmarks.machine import hardware, quiet
+from benchmarks.machine import hardware, quiet, write_result
 from jobs import cli
 from pipeline.loading.augmentation import Augmentation, draw
 from pipeline.loading.loader import Loader
 from pipeline.loading.order import Order, Position
-from pipeline.shards.format import (
-    Manifest,
-    read_index,
-    read_manifest,
-)
+from pipeline.shards.format import Manifest, read_index, read_manifest
 from pipeline.shards.make import preprocess
 from pipeline.shards.plan import PreprocessConfig
 from pipeline.synthetic import SyntheticConfig, write_synthetic
@@ -85,13 +78,11 @@ class Stored:
 
 def make_sets(folder: Path, side: int, images: int) -> None:
     """Generated images at `side` pixels as raw and JPEG shards: folder/rgb and folder/jpg."""
-    largest = max(112, side)
-    write_synthetic(
-        folder / "images",
-        SyntheticConfig(
-            train_images=images, val_images=0, min_side=largest, max_side=largest * 9 // 7
-        ),
+    low = max(112, side)
+    synthetic = SyntheticConfig(
+        train_images=images, val_images=0, min_side=low, max_side=low * 9 // 7
     )
+    write_synthetic(folder / "images", synthetic)
     for image_format in ("rgb", "jpg"):
         config = PreprocessConfig(
             source=str(folder / "images"),
@@ -102,6 +93,7 @@ def make_sets(folder: Path, side: int, images: int) -> None:
             samples_per_shard=250,
         )
         preprocess(config, quiet, cli.connect_ray)
+    ray.shutdown()  # whose processes would share the core
 
 
 def ours(stored: Stored) -> Batches:
@@ -205,17 +197,13 @@ def _collated(samples: list[tuple[Any, Any, int]]) -> list[torch.Tensor]:
     ]
 
 
-def _needed(name: str) -> bool:
-    return not name.endswith(("json", "row"))
-
-
 def streamed(stored: Stored) -> Batches:
     """webdataset and torch's DataLoader, in this process; a worker would be slower on one core."""
     dataset = (
         webdataset.WebDataset(
             [str(path) for path in stored.paths],
             shardshuffle=100,
-            select_files=_needed,
+            select_files=lambda name: not name.endswith(("json", "row")),
             empty_check=False,
         )
         .repeat()
@@ -301,18 +289,12 @@ def figures(taken: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     return results
 
 
-def alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(work, *arguments).result()
-
-
 def rates(config: LoaderBenchConfig) -> dict[str, Any]:
     """The figures of all sizes and formats, each printed as a table."""
     results = {}
     with TemporaryDirectory() as name:
         for side, images in ((64, config.images), (224, config.images // 4)):
-            alone(make_sets, Path(name) / str(side), side, images)
+            make_sets(Path(name) / str(side), side, images)
             for image_format in ("rgb", "jpg"):
                 data = Path(name) / str(side) / image_format
                 stored = Stored(data=data, manifest=read_manifest(data))
@@ -330,19 +312,12 @@ def main() -> None:
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     content: dict[str, Any] = {
-        "hardware": {
-            **hardware(),
-            "numpy": np.__version__,
-            **{name: version(name) for name in PACKAGES},
-        },
+        "hardware": hardware() | {name: version(name) for name in PACKAGES},
         "batch_size": BATCH,
         "rounds": config.rounds,
         "rates": rates(config),
     }
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"{date.today().isoformat()}-loader.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written to {path}")
+    write_result(config.output, "loader", content)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""What the benchmarks share: the machine they ran on, and progress that nobody sees."""
+"""What the benchmarks share: the machine they ran on, silent progress, and their result's file."""
 
+import json
 import os
 import platform
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -26,3 +29,11 @@ def hardware() -> dict[str, str | int]:
 
 def quiet(progress: Progress) -> None:
     """Show nothing: printing is not measured."""
+
+
+def write_result(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """Write a result as a dated JSON file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{date.today().isoformat()}-{name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written to {path}")

@@ -1,12 +1,12 @@
 """Preprocessing: the job, one process, a naive script and Ray Data, side by side.
 
 `python -m benchmarks.preprocess --data FOLDER`, where FOLDER holds imagenet-samples.tar and
-tiny-imagenet-20.tar.gz (in part, or neither: images are generated then). Each way of doing the work
-is timed in turn, several rounds, and its fastest round counts; ratios within a run are what to
-compare. scikit-image is no dependency: without it the naive script is left out and said to be.
+tiny-imagenet-20.tar.gz, or one of them; with neither, images are generated. Each way of doing the
+work is timed in turn, several rounds, and its fastest round counts; ratios within a run are what
+to compare. The naive script is left out where scikit-image, which is no dependency, is not
+installed.
 """
 
-import json
 import os
 import shutil
 import tarfile
@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from benchmarks.machine import hardware, quiet
+from benchmarks.machine import hardware, quiet, write_result
 from jobs import cli
 from pipeline.shards.make import preprocess
 from pipeline.shards.plan import PreprocessConfig, make_plan
@@ -199,10 +198,7 @@ def main() -> None:
                 print(cli.table([work.name, "images/s"], rows), flush=True)
     content = {"hardware": hardware(), "ray_start_seconds": start_up, "images_per_second": results}
     content["images"] = config.images
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"{date.today().isoformat()}-preprocess.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"starting Ray: {start_up:.1f} s\nwritten to {path}")
+    write_result(config.output, "preprocess", content)
 
 
 if __name__ == "__main__":

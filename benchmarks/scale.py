@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from benchmarks.machine import hardware
+from benchmarks.machine import hardware, write_result
 from jobs import cli
 from pipeline.errors import UserError
 from pipeline.tar import BLOCK, pack_header, padded
@@ -74,7 +73,6 @@ def write_archive(path: Path, images: int, classes: int) -> None:
             inner.write(end)
             file.write(member(f"{wnid}.tar", inner.getvalue()))
         file.write(end)
-    assert number == images
 
 
 def peak_memory(process: Path) -> int:
@@ -117,11 +115,8 @@ def main() -> None:
     config = cli.parse(ScaleConfig, None, __doc__ or "")
     source, output = config.folder / "source", config.folder / "shards"
     source.mkdir(parents=True)
-    started = time.monotonic()
     write_archive(source / "ILSVRC2012_img_train.tar", config.images, config.classes)
     os.sync()  # what this left to write would be charged to the first shards
-    generated = time.monotonic() - started
-    print(f"{config.images} images generated in {generated:.0f} s", flush=True)
     command = [sys.executable, "-m", "jobs.preprocess", "--source", str(source)]
     command += ["--output", str(output), "--image-size", "32", "--superpixels", "16"]
     command += ["--image-format", "jpg"]
@@ -148,11 +143,8 @@ def main() -> None:
         "peak_rss_mib": peak,
     }
     print(json.dumps(content, indent=1))
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / f"{date.today().isoformat()}-preprocess-scale.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_result(config.output, "preprocess-scale", content)
     shutil.rmtree(config.folder)
-    print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from benchmarks.machine import hardware, quiet
+from benchmarks.machine import hardware, quiet, write_result
 from jobs import cli
 from jobs.train.config import TrainConfig
 from jobs.train.trainer import Trainer
@@ -400,11 +399,8 @@ def main() -> None:
         "images_per_second": rates,
         "ratios": compared,
     }
-    config.output.mkdir(parents=True, exist_ok=True)
     kind = f"{config.batch_size}{'-gpu' if gpu else ''}"
-    path = config.output / f"{date.today().isoformat()}-training-{kind}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written to {path}")
+    write_result(config.output, f"training-{kind}", content)
 
 
 if __name__ == "__main__":

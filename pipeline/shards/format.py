@@ -388,6 +388,11 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     return Manifest(splits=splits, **content)
 
 
+def shards_by_name(manifest: Manifest) -> dict[str, Shard]:
+    """Return the shards of all splits by their names."""
+    return {shard.name: shard for split in manifest.splits.values() for shard in split.shards}
+
+
 def split_of(manifest: Manifest, split: str) -> Split:
     """Return the manifest's entry for one split. Raises UserError, naming the splits it has."""
     if split not in manifest.splits:

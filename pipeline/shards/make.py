@@ -15,7 +15,13 @@ from ray.util import metrics
 from pipeline import storage
 from pipeline.ahead import run_ahead
 from pipeline.errors import UserError
-from pipeline.shards.format import MANIFEST_NAME, Manifest, manifest_to_json, read_manifest
+from pipeline.shards.format import (
+    MANIFEST_NAME,
+    Manifest,
+    manifest_to_json,
+    read_manifest,
+    shards_by_name,
+)
 from pipeline.shards.ledger import (
     LEDGER_NAME,
     READ_AHEAD,
@@ -91,9 +97,12 @@ def _resume(
     connect: Callable[[], None],
 ) -> Outcome:
     facts = finished_shards(plan.output, plan.tasks)
+    manifest = _finished_manifest(plan.output)
+    recorded = shards_by_name(manifest) if manifest else {}
+    if manifest:  # a shard that is not the recorded one was made of another source
+        facts = {name: x for name, x in facts.items() if x.shard == recorded.get(f"{name}.tar")}
     pending = [task for task in plan.tasks if task.name not in facts]
     total = sum(task.rows for task in plan.tasks)
-    manifest = _finished_manifest(plan.output)
     if not pending and manifest and storage.is_file(storage.join(plan.output, LEDGER_NAME)):
         progress = Progress(total=total, resumed=total)
         return Outcome(output=plan.output, manifest=manifest, totals=None, progress=progress)
@@ -106,7 +115,10 @@ def _resume(
         connect()
         facts |= make_shards(plan, pending, config, progress, show)
     if manifest:
-        _check_same(plan, manifest, pending, facts)
+        names = [task.name for task in pending]
+        changed = [x for x in names if facts[x].shard != recorded.get(f"{x}.tar")]
+        if changed:
+            raise _changed(plan, ", ".join(changed))
     return _finish(plan, facts, config, progress, manifest)
 
 
@@ -215,18 +227,6 @@ def _metrics(pending: list[ShardTask]) -> Callable[[int, int], None]:
         gauge.set(left)
 
     return count
-
-
-def _check_same(
-    plan: Plan, manifest: Manifest, tasks: list[ShardTask], facts: Mapping[str, ShardFacts]
-) -> None:
-    """Raise UserError where shards that were made again are not those of the finished set."""
-    recorded = {shard.name: shard for split in manifest.splits.values() for shard in split.shards}
-    changed = [
-        task.name for task in tasks if facts[task.name].shard != recorded.get(f"{task.name}.tar")
-    ]
-    if changed:
-        raise _changed(plan, ", ".join(changed))
 
 
 def _changed(plan: Plan, names: str) -> UserError:

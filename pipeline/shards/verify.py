@@ -31,6 +31,7 @@ from pipeline.shards.format import (
     index_content,
     parse_index,
     read_manifest,
+    shards_by_name,
 )
 from pipeline.shards.ledger import (
     LEDGER_NAME,
@@ -143,8 +144,7 @@ def _check_shards(
     result: Verification, workers: int | None, show: Callable[[Progress], None]
 ) -> dict[str, ShardCheck]:
     progress = Progress(total=sum(task.rows for task in result.tasks), resumed=0)
-    splits = result.manifest.splits.values()
-    recorded = {shard.name: shard for split in splits for shard in split.shards}
+    recorded = shards_by_name(result.manifest)
     groups = {task.name: group for group, task in enumerate(result.tasks)}
     small = replace(result.manifest, splits={})  # the whole manifest would travel with each task
 
