@@ -68,8 +68,8 @@ def fail_or_run_on(folder: Path, item: int, ignore_interrupts: bool) -> None:
         raise ValueError("zero")
     if ignore_interrupts:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    (folder / str(os.getpid())).touch()
     try:
+        (folder / str(os.getpid())).touch()
         while True:  # one long sleep could not be interrupted
             time.sleep(0.05)
     finally:
