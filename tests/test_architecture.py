@@ -108,7 +108,7 @@ def test_packages_are_empty_so_that_names_have_one_home() -> None:
             assert path.read_text() == "", path
 
 
-@pytest.mark.parametrize("path", [*files("pipeline"), *files("model")], ids=str)
+@pytest.mark.parametrize("path", [*files("pipeline"), *files("model")], ids=lambda p: p.stem)
 def test_libraries_name_no_flag_and_no_command(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
