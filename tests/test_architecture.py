@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "architecture.md"
 FOLDERS = ("pipeline", "model", "jobs", "cluster", "benchmarks", "tests")
 COMMANDS = ("preprocess", "inspect", "train", "evaluate", "report", "localize")
 FORBIDDEN = {  # folder: what its files must not import
@@ -114,6 +115,29 @@ def test_libraries_name_no_flag_and_no_command(path: Path) -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             named = re.findall(r"(?<!tar )--[a-z][a-z-]*|\bjobs\.\w+", node.value)
             assert not named, f"{path.relative_to(ROOT)}:{node.lineno} names {named}"
+
+
+def test_the_list_of_files_is_the_tree() -> None:
+    """docs/architecture.md has an indented tree of names, each with a description after spaces."""
+    (block,) = re.findall(r"^```\n(pipeline/.*?)^```$", DOCUMENT.read_text(), re.M | re.S)
+    listed, folders = set(), dict[int, str]()
+    for line in block.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = "".join(folders[level] for level in range(depth)) + name
+        if name.endswith("/"):
+            folders[depth] = name
+        else:
+            listed.add(path)
+    command = ["git", "ls-files", *sorted({path.split("/")[0] for path in listed})]
+    tracked = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    tree = {
+        path
+        for path in tracked.stdout.splitlines()
+        if not path.endswith("__init__.py") and not path.startswith("benchmarks/results/")
+    }
+    assert sorted(tree - listed) == [], "not in the list"
+    assert sorted(listed - tree) == [], "not in the tree"
 
 
 @pytest.mark.parametrize("job", ["preprocess", "train", "evaluate", "inspect"])

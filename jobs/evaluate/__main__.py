@@ -23,10 +23,9 @@ from model.localization import RULE_TEXTS
 from pipeline.errors import UserError
 from pipeline.evaluation.formats import Guesses, write_guesses
 from pipeline.evaluation.metrics import SUBSETS
-from pipeline.evaluation.protocols import PROTOCOLS
+from pipeline.evaluation.protocols import PROTOCOLS, TOP
 from pipeline.evaluation.results import Evaluation, write_evaluation
 from pipeline.evaluation.scoring import (
-    TOP,
     Localization,
     class_lists,
     classifier_figures,

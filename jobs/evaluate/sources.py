@@ -12,7 +12,7 @@ import numpy as np
 from jobs.evaluate.config import EvaluateConfig
 from jobs.evaluate.inputs import Inputs
 from jobs.evaluate.scorer import MapTruth, Part, ScoredMaps, given_parts, mean_map
-from pipeline.errors import UserError
+from pipeline.errors import NAMED, UserError
 from pipeline.evaluation.constant_boxes import centred_boxes, whole_image_boxes
 from pipeline.evaluation.formats import (
     read_guesses,
@@ -26,7 +26,6 @@ from pipeline.evaluation.scoring import Localization
 from pipeline.loading.cache import GIB, CacheConfig
 
 WHOLE_IMAGE_PAPER = (0.410, 0.343)  # metrics 1 and 2 of the paper's Table 1, "Max box"
-NAMED = 5  # rows that an error message lists
 Progress = Callable[[int, int], None]
 
 

@@ -24,8 +24,8 @@ from jobs.runs import load_nets
 from model.localization import RULES
 from pipeline.errors import UserError
 from pipeline.evaluation.formats import write_score_map
+from pipeline.evaluation.protocols import TOP
 from pipeline.evaluation.results import maps_bytes
-from pipeline.evaluation.scoring import TOP
 from pipeline.evaluation.sweep import quantize, stretch
 from pipeline.loading.cache import CacheConfig
 from pipeline.shards.format import Manifest, read_manifest

@@ -14,13 +14,12 @@ from jobs.runs import ModelConfig, Nets, colour_statistics
 from model.localization import localize
 from model.masking import mask_map, normalize
 from pipeline.errors import UserError
-from pipeline.evaluation.protocols import scale_boxes
+from pipeline.evaluation.protocols import TOP, scale_boxes
 from pipeline.shards.images import ImageError, read_image
 from pipeline.shards.superpixels import superpixels
 from pipeline.storage import write_atomically
 
 MASKS_NAME = "masks"
-TOP = 5  # classes given per image
 MOST_THREADS = 8  # by default: a thread may need 0.7 GB for an image of the largest size
 
 

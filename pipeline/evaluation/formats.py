@@ -18,9 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
+from pipeline.errors import SHOWN, UserError
 from pipeline.evaluation.lines import (
-    SHOWN,
     Lines,
     brief,
     check_boxes,
@@ -34,11 +33,11 @@ from pipeline.evaluation.lines import (
     slots,
     stems,
 )
+from pipeline.evaluation.protocols import TOP
 from pipeline.evaluation.truth import GroundTruth
 from pipeline.sources.labels import WNID
 from pipeline.storage import write_atomically
 
-TOP = 5  # guesses or classes per image
 MAP_SIZE = 224  # side of a written score map, in pixels
 NUMBER = r"^[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
 INDEX = "^[0-9]{1,9}$"

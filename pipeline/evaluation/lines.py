@@ -17,11 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.errors import UserError
+from pipeline.errors import NAMED, SHOWN, UserError
 from pipeline.sources.listing import IMAGE_SUFFIXES
 
-NAMED = 5  # images that an error message lists
-SHOWN = 60  # characters of a faulty line that an error message shows
 CSV_IDS = {"id", "imageid"}  # the first cell of a header, without case and underscores
 IMAGE_SUFFIX = rf"(?i)\.({'|'.join(suffix[1:] for suffix in IMAGE_SUFFIXES)})$"
 

@@ -34,6 +34,7 @@ IOU_THRESHOLD = 0.5  # from which a box is right
 IOU_GRID = np.arange(1, 20) / 20  # correctly rounded, so 6 / 20 is the float 0.3
 V2_IOUS = (0.3, 0.5, 0.7)  # of MaxBoxAccV2
 THRESHOLD_STEP = 0.001
+TOP = 5  # classes or guesses of an image that count
 
 
 def thresholds(step: float = THRESHOLD_STEP) -> np.ndarray:

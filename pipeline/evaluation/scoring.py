@@ -28,6 +28,7 @@ from pipeline.evaluation.metrics import (
 from pipeline.evaluation.protocols import (
     IOU_THRESHOLD,
     PROTOCOLS,
+    TOP,
     best_iou,
     own_boxes,
     scale_boxes,
@@ -36,7 +37,6 @@ from pipeline.evaluation.protocols import (
 from pipeline.evaluation.results import Figures, Row, RowFigures
 from pipeline.evaluation.truth import GroundTruth
 
-TOP = 5  # classes per image and classifier that count
 PROTOCOL_FIGURES = ("gt_known", "top1_loc", "top5_loc", "mean_iou", "n")
 
 

@@ -15,9 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import UserError
+from pipeline.errors import SHOWN, UserError
 from pipeline.evaluation.lines import (
-    SHOWN,
     Lines,
     check_boxes,
     check_once,

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
-SHOWN = 60  # characters of a faulty text that a note or message shows
+from pipeline.errors import SHOWN
+
 MAX_WNID = 100  # characters
 
 Box = tuple[int, int, int, int]

@@ -4,8 +4,8 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from pipeline.errors import UserError
-from pipeline.sources.annotations import SHOWN, Annotation, parse_box
+from pipeline.errors import SHOWN, UserError
+from pipeline.sources.annotations import Annotation, parse_box
 
 WNID = re.compile(r"n\d{8}")
 VAL_ID = "ILSVRC2012_val_{:08d}"

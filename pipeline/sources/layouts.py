@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from pipeline.errors import UserError
+from pipeline.errors import SHOWN, UserError
 from pipeline.sources import labels
 from pipeline.sources.annotations import Box, parse_box
 from pipeline.sources.files import SourceFiles, path_in
@@ -122,7 +122,7 @@ def _cub_box(text: str) -> tuple[Box | None, str | None]:
             return box, None
     except (ValueError, OverflowError):
         pass
-    return None, f"box dropped: not four numbers ({text[: labels.SHOWN]})"
+    return None, f"box dropped: not four numbers ({text[:SHOWN]})"
 
 
 def list_folders(files: SourceFiles) -> Listing:

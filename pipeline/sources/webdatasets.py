@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import UserError
+from pipeline.errors import SHOWN, UserError
 from pipeline.sources import labels
 from pipeline.sources.archives import Member, is_archive, members
 from pipeline.sources.files import SourceFiles, path_in
@@ -108,7 +108,7 @@ def _json_label(data: bytes) -> tuple[str | None, str | None]:
         content = json.loads(data)
         label = content.get("label", content.get("cls"))
     except (ValueError, AttributeError, RecursionError) as error:
-        return None, f"label unknown: its json does not parse ({str(error)[: labels.SHOWN]})"
+        return None, f"label unknown: its json does not parse ({str(error)[:SHOWN]})"
     if isinstance(label, str | int) and not isinstance(label, bool):
         return str(label).strip(), None
     return None, "label unknown: its json has no text or whole number as label"
