@@ -103,6 +103,7 @@ class RunSource:
     superpixels: int
     baselines: bool
     crops: bool
+    main_map: str = "aln"  # the one that is kept for pictures
 
     def predict(self, batch: "Batch") -> tuple[dict[str, Tensor], Iterator[tuple[str, np.ndarray]]]:
         """Return the probabilities of the classes, [B, C] by classifier, and the maps by name,
@@ -134,6 +135,7 @@ class NetworkSource:
     network: Network
     superpixels: int
     crops: bool
+    main_map: str = "cam"
 
     def predict(self, batch: "Batch") -> tuple[dict[str, Tensor], Iterator[tuple[str, np.ndarray]]]:
         """Return the same as `RunSource.predict`.

@@ -23,7 +23,6 @@ from pipeline.evaluation.formats import (
 from pipeline.evaluation.protocols import SIDE
 from pipeline.evaluation.results import clear_maps, write_maps
 from pipeline.evaluation.scoring import Localization
-from pipeline.loading.cache import GIB, CacheConfig
 
 WHOLE_IMAGE_PAPER = (0.410, 0.343)  # metrics 1 and 2 of the paper's Table 1, "Max box"
 Progress = Callable[[int, int], None]
@@ -66,57 +65,26 @@ def _nets(
     config: EvaluateConfig, inputs: Inputs, classes: dict[str, np.ndarray], progress: Progress
 ) -> Source:
     from jobs.evaluate.maps import MAPS  # here: they need torch and Ray
-    from jobs.evaluate.tasks import NetworkConfig, TaskConfig, shard_parts
+    from jobs.evaluate.tasks import shard_parts
 
-    assert config.data is not None
     assert inputs.maps is not None
-    given: Path | NetworkConfig
-    if config.run is not None:
-        given = config.run
-    else:
-        assert config.network is not None
-        assert config.network_weights is not None
-        given = NetworkConfig(
-            name=config.network,
-            weights=config.network_weights,
-            classes=config.network_classes,
-            size=config.network_size,
-        )
-    asked = TaskConfig(
-        data=config.data,
-        split=config.split,
-        cache=CacheConfig(folder=config.cache, limit_bytes=round(config.cache_limit * GIB)),
-        source=given,
-        batch_size=config.batch_size,
-        baselines=config.baselines,
-        ten_crops=config.ten_crops,
-        export=None if config.export is None else config.export / "score_maps",
-    )
-    parts = shard_parts(asked, inputs.maps, config.workers, config.shards)
-    part = _collect(parts, config.output, inputs.maps, progress)
+    part = _collect(shard_parts(config, inputs.maps), config.output, inputs.maps, progress)
     classes = part.classes | classes
-    own = ("network",) if config.run is None else ("clean",)
-    localizations = [
-        localization
-        for name, source in MAPS.items()
-        if name in part.maps
-        for localization in _localizations(
-            name,
-            source.title,
-            part.maps[name],
-            tuple(n for n in ("co-trained", "clean", "file") if n in classes)
-            if name == "aln"
-            else own,
-            source.paper if config.run is not None else None,
-        )
-    ]
+    ours = config.run is not None
+    of_aln = tuple(name for name in ("co-trained", "clean", "file") if name in classes)
+    localizations: list[Localization] = []
+    for name, source in MAPS.items():
+        if name in part.maps:
+            own = of_aln if name == "aln" else ("clean" if ours else "network",)
+            paper = source.paper if ours else None
+            localizations += _localizations(name, source.title, part.maps[name], own, paper)
     return Source(
-        kind="network" if config.run is None else "run",
+        kind="run" if ours else "network",
         name=str(config.run or config.network),
         localizations=tuple(localizations),
         classes=classes,
         scores=part.scores,
-        main=None if config.run is None else ("Mean of all ALN maps", part.maps["aln"]),
+        main=("Mean of all ALN maps", part.maps["aln"]) if ours else None,
     )
 
 

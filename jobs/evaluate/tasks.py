@@ -7,8 +7,7 @@ computes for an image does not depend on the number of tasks, so neither do the 
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from jobs.cli import connect_ray
+from jobs.evaluate.config import EvaluateConfig
 from jobs.evaluate.maps import NetworkSource, RunSource
 from jobs.evaluate.networks import load_network
 from jobs.evaluate.scorer import MapTruth, Part, score_maps
@@ -27,7 +27,7 @@ from pipeline.evaluation.formats import write_score_map
 from pipeline.evaluation.protocols import TOP
 from pipeline.evaluation.results import maps_bytes
 from pipeline.evaluation.sweep import quantize, stretch
-from pipeline.loading.cache import CacheConfig
+from pipeline.loading.cache import GIB, CacheConfig
 from pipeline.shards.format import Manifest, read_manifest
 from pipeline.tasks import Failure, run_tasks
 
@@ -36,38 +36,6 @@ if TYPE_CHECKING:  # importing it needs DALI, which tasks alone do
 
 TASKS_PER_WORKER = 4  # so that the progress line moves
 GPU_SHARE = 0.25  # tasks share a GPU: while one finds boxes on its core, another's nets run
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """A network from elsewhere, see `networks.load_network`."""
-
-    name: str
-    weights: Path
-    classes: Path | None
-    size: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """What every task does.
-
-    source: a run's folder, or a network. export: folder for score maps, or None.
-    """
-
-    data: str
-    split: str
-    cache: CacheConfig
-    source: Path | NetworkConfig
-    batch_size: int
-    baselines: bool
-    ten_crops: bool
-    export: Path | None
-
-    @property
-    def main_map(self) -> str:
-        """The map that is kept for pictures."""
-        return "cam" if isinstance(self.source, NetworkConfig) else "aln"
 
 
 def set_up_process(use_gpu: bool) -> torch.device:
@@ -79,17 +47,23 @@ def set_up_process(use_gpu: bool) -> torch.device:
 
 
 def read_source(
-    config: TaskConfig, manifest: Manifest, device: torch.device
+    config: EvaluateConfig, manifest: Manifest, device: torch.device
 ) -> RunSource | NetworkSource:
     """Read the run's nets or the network onto the device. Raises UserError."""
-    superpixels, given = manifest.max_superpixels, config.source
-    if isinstance(given, NetworkConfig):
+    superpixels = manifest.max_superpixels
+    if config.network is not None:
+        assert config.network_weights is not None
         network = load_network(
-            given.name, given.weights, manifest.classes, given.classes, given.size
+            config.network,
+            config.network_weights,
+            manifest.classes,
+            config.network_classes,
+            config.network_size,
         )
         network.module.to(device)
         return NetworkSource(network=network, superpixels=superpixels, crops=config.ten_crops)
-    nets = load_nets(given)
+    assert config.run is not None
+    nets = load_nets(config.run)
     for net in nets.modules().values():
         net.to(device)
         torch.nn.utils.convert_conv2d_weight_memory_format(net, torch.channels_last)
@@ -107,7 +81,9 @@ def top_classes(probabilities: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return classes[:, :TOP].cpu().numpy(), scores[:, :TOP].cpu().numpy()
 
 
-def score_range(config: TaskConfig, truth: MapTruth, first: int, stop: int, use_gpu: bool) -> Part:
+def score_range(
+    config: EvaluateConfig, truth: MapTruth, first: int, stop: int, use_gpu: bool
+) -> Part:
     """Score what the source makes of batches number first..stop-1 of the split.
 
     Runs in a Ray task, on CUDA where the task was given a GPU. Raises UserError for nets that give
@@ -115,10 +91,12 @@ def score_range(config: TaskConfig, truth: MapTruth, first: int, stop: int, use_
     """
     from pipeline.loading.loader import Loader
 
+    assert config.data is not None
     device = set_up_process(use_gpu)
     manifest = read_manifest(config.data)
     source = read_source(config, manifest, device)
-    loader = Loader(config.data, manifest, device, config.cache)
+    cache = CacheConfig(folder=config.cache, limit_bytes=round(config.cache_limit * GIB))
+    loader = Loader(config.data, manifest, device, cache)
     parts: Part | None = None
     main_levels: list[np.ndarray] = []
     for batch in loader.evaluation(config.split, config.batch_size, first, stop):
@@ -127,11 +105,11 @@ def score_range(config: TaskConfig, truth: MapTruth, first: int, stop: int, use_
         main_levels.append(levels)
     assert parts is not None
     images = np.searchsorted(truth.rows, parts.rows)
-    return replace(parts, file=maps_bytes(config.main_map, images, np.concatenate(main_levels)))
+    return replace(parts, file=maps_bytes(source.main_map, images, np.concatenate(main_levels)))
 
 
 def _score_batch(
-    config: TaskConfig, source: RunSource | NetworkSource, batch: "Batch", truth: MapTruth
+    config: EvaluateConfig, source: RunSource | NetworkSource, batch: "Batch", truth: MapTruth
 ) -> tuple[Part, np.ndarray]:
     """Return what the source makes of a batch, and its main maps: uint8 [B, H, W]."""
     rows = batch.rows.cpu().numpy()
@@ -148,11 +126,11 @@ def _score_batch(
             raise UserError(
                 f"ledger rows {rows[0]} to {rows[-1]} of {config.data}: {error}"
             ) from None
-        if name == config.main_map:  # pictures show a mask's probabilities as they are
+        if name == source.main_map:  # pictures show a mask's probabilities as they are
             main_levels = quantize(values.clip(0, 1)) if name == "aln" else levels
         if config.export is not None:
             for image, shares in zip(images.tolist(), stretched, strict=True):
-                write_score_map(config.export / name, truth.ids[image], shares)
+                write_score_map(config.export / "score_maps" / name, truth.ids[image], shares)
     part = Part(
         rows=rows,
         maps=scored,
@@ -169,24 +147,20 @@ def ranges(total: int, parts: int) -> list[tuple[int, int]]:
     return [(total * i // parts, total * (i + 1) // parts) for i in range(parts)]
 
 
-def shard_parts(
-    config: TaskConfig, truth: MapTruth, workers: int | None, tasks: int | None
-) -> Iterator[Part]:
+def shard_parts(config: EvaluateConfig, truth: MapTruth) -> Iterator[Part]:
     """Score the whole split in Ray tasks, and yield what each gives, as they end.
 
-    workers: tasks at once, by default one for each CPU, or four for each GPU where there are any.
-    tasks: how many the split is cut into, by default four for each worker. Raises a task's
-    UserError as it is, when the other tasks have been stopped.
+    Raises a task's UserError as it is, when the other tasks have been stopped.
     """
     connect_ray()
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
-    workers = workers or int(gpus / GPU_SHARE) or max(1, int(resources.get("CPU", 1)))
+    workers = config.workers or int(gpus / GPU_SHARE) or max(1, int(resources.get("CPU", 1)))
     batches = -(-len(truth.ids) // config.batch_size)
     shared = ray.put(truth)
     results = run_tasks(
         score_range,
-        ranges(batches, tasks or TASKS_PER_WORKER * workers),
+        ranges(batches, config.shards or TASKS_PER_WORKER * workers),
         lambda part: (config, shared, *part, gpus > 0),
         workers,
         gpus=GPU_SHARE if gpus else 0.0,
