@@ -44,7 +44,7 @@ JOINS_8, GAINS = _ring_tables(8)
 JOINS_4, _ = _ring_tables(4)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def fill_holes(values: np.ndarray) -> np.ndarray:
     """Raise every pixel to the lowest level at which a 4-connected path leads outside.
 
@@ -97,7 +97,7 @@ def fill_holes(values: np.ndarray) -> np.ndarray:
     return filled
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _descending(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sort the pixels above 0 from the highest to the lowest, those of a level in reading order.
 
@@ -163,7 +163,7 @@ class _Rows(NamedTuple):
     largest: np.ndarray
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _flat_joins(joins: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """Return joins as steps between flat positions, int32 [256, 4], 0 for none; and bool [256],
     whether a pixel with such neighbours only adds to the area of a component.
@@ -183,7 +183,7 @@ def _flat_joins(joins: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]
     return steps, only_area
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _root(components: np.ndarray, r: int) -> int:
     parent = components[r].parent
     while parent != r:
@@ -240,7 +240,7 @@ def _extend_row(
     return used
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _first_listed(components: np.ndarray, best: int) -> int:
     """Return the component, of those with area `best`, that OpenCV lists first."""
     first = -1
@@ -254,7 +254,7 @@ def _first_listed(components: np.ndarray, best: int) -> int:
     return first
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def find_components(values: np.ndarray, joins: np.ndarray, gains: np.ndarray) -> _Rows:
     """Find the components of {values > t} for every t.
 
@@ -324,7 +324,7 @@ def find_components(values: np.ndarray, joins: np.ndarray, gains: np.ndarray) ->
     return _compact(rows[:used], largest)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _compact(rows: np.ndarray, largest: np.ndarray) -> _Rows:
     """Keep the rows that outlived a level: of the others first is above last."""
     moved = np.full(len(rows), -1, np.int32)
@@ -346,7 +346,7 @@ def _compact(rows: np.ndarray, largest: np.ndarray) -> _Rows:
     return _Rows(boxes, first, last, pixels, largest)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def find_enclosed(
     levels: np.ndarray, basins: np.ndarray, joins: np.ndarray, gains: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -376,7 +376,7 @@ def find_enclosed(
     return parts
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _iou(box: np.ndarray, truths: np.ndarray, plus: int) -> float:
     """Return the best IoU of a box over truths; 0 where both are empty."""
     best = 0.0
@@ -392,7 +392,7 @@ def _iou(box: np.ndarray, truths: np.ndarray, plus: int) -> float:
     return best
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def level_ious(
     boxes: np.ndarray,
     first: np.ndarray,
@@ -430,14 +430,14 @@ def level_ious(
     return of_largest, spans[0].copy()
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def add_counts(counts: np.ndarray, ious: np.ndarray, levels: np.ndarray, grid: np.ndarray) -> None:
     passed = np.searchsorted(grid, ious, side="right")
     for i in range(len(levels)):
         counts[i, passed[levels[i]]] += 1
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def histograms(levels: np.ndarray, inside: np.ndarray) -> np.ndarray:
     counts = np.zeros((2, LEVELS), np.int64)
     for y in range(levels.shape[0]):
