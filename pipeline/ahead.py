@@ -14,10 +14,10 @@ def run_ahead(
 ) -> Iterator[Result]:
     """Yield `function(item)` for each item, in order, from a pool of `threads`.
 
-    At most `depth` calls are under way or wait for the caller, so memory does not grow with the
-    number of items; `items` itself is read in the caller's thread. No reference to a result stays
-    behind. An error of a call is raised where its result is due. After an error, or once the
-    iterator is closed, calls that have not begun are cancelled and the others are waited for.
+    At most `depth` calls are under way or wait for the caller; `items` is read in the caller's
+    thread. No reference to a result stays behind. A call's error is raised where its result is due.
+    After it, or once the iterator is closed, calls that have not begun are cancelled and the others
+    are waited for.
     """
     pool = ThreadPoolExecutor(threads)
     try:
@@ -31,8 +31,7 @@ def submit_ahead(
 ) -> Iterator[Future[Result]]:
     """Yield a future of `function(item)` for each item, in order, `depth` submitted at a time.
 
-    Unlike with `run_ahead`, the caller may share the pool and handle each call's error. Calls that
-    have not begun are cancelled once the iterator is closed.
+    Calls that have not begun are cancelled once the iterator is closed.
     """
     waiting = deque[Future[Result]]()
     try:

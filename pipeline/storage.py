@@ -1,8 +1,7 @@
-"""Reading and writing files: in a local folder, or under any URI that pyarrow's file systems open.
+"""Reading and writing files in a local folder, or under any URI that pyarrow's file systems open.
 
-A location is written as the user wrote it: a path, `file://...`, `s3://bucket/folder`,
-`gs://bucket/folder`. Credentials and endpoints come from the environment of their clients
-(AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, AWS_REGION, GOOGLE_APPLICATION_CREDENTIALS, ...).
+Credentials and endpoints come from the environment of their clients (AWS_ACCESS_KEY_ID,
+AWS_ENDPOINT_URL, AWS_REGION, GOOGLE_APPLICATION_CREDENTIALS, ...).
 """
 
 import os
@@ -95,11 +94,6 @@ def name(location: str | Path) -> str:
     return unquote(PurePosixPath(urlsplit(str(location)).path).name)
 
 
-def _environment(*variables: str) -> str | None:
-    """Return the first of the variables that is set and not empty."""
-    return next(filter(None, map(os.environ.get, variables)), None)
-
-
 def _s3(bucket: str, query: str) -> fs.S3FileSystem:
     """Return the client for a bucket; the URI's query goes before the environment."""
     options = {name: values[-1] for name, values in parse_qs(query).items()}
@@ -110,18 +104,20 @@ def _s3(bucket: str, query: str) -> fs.S3FileSystem:
     scheme = options.pop("scheme", None)
     if options:
         raise pa.ArrowInvalid(f"options {', '.join(options)} are unknown")
-    if region is None and endpoint is None:
-        region = _s3_region(bucket)
-    return _s3_client(endpoint, region, scheme)
+    return _s3_client(bucket, endpoint, region, scheme)
 
 
-_s3_region = lru_cache(fs.resolve_s3_region)  # a request
+def _environment(*variables: str) -> str | None:
+    """Return the first of the variables that is set and not empty."""
+    return next(filter(None, map(os.environ.get, variables)), None)
 
 
 @lru_cache
-def _s3_client(endpoint: str | None, region: str | None, scheme: str | None) -> fs.S3FileSystem:
+def _s3_client(
+    bucket: str, endpoint: str | None, region: str | None, scheme: str | None
+) -> fs.S3FileSystem:
     return fs.S3FileSystem(
-        region=region,
+        region=region or (None if endpoint else fs.resolve_s3_region(bucket)),
         endpoint_override=endpoint,
         scheme=scheme,
         # These two make a file that fails midway never appear: written at once, its first half
@@ -226,30 +222,17 @@ def read_bytes(location: str | Path) -> bytes:
     return attempt(location, lambda: b"".join(chunks(location)))
 
 
-def _list(location: str | Path) -> list[fs.FileInfo]:
-    """List a folder, with one request for a thousand entries; empty where it does not exist."""
-    return _request(
+def entries(location: str | Path) -> tuple[list[str], dict[str, int]]:
+    """Return the names of the folders in a folder, and the sizes in bytes of its files by name.
+
+    Both are empty where it does not exist. One request lists a thousand. Raises as `attempt`.
+    """
+    infos = _request(
         location,
         lambda system, path: system.get_file_info(fs.FileSelector(path, allow_not_found=True)),
     )
-
-
-def entries(location: str | Path) -> tuple[list[str], list[str]]:
-    """Return the names of the folders and of the files in a folder, none where it does not exist.
-
-    Raises as `attempt`.
-    """
-    infos = _list(location)
     folders = [info.base_name for info in infos if info.type == fs.FileType.Directory]
-    return folders, [info.base_name for info in infos if info.is_file]
-
-
-def file_sizes(location: str | Path) -> dict[str, int]:
-    """Return the size in bytes of each file in a folder, by name; empty where it does not exist.
-
-    Raises as `attempt`.
-    """
-    return {info.base_name: info.size for info in _list(location) if info.is_file}
+    return folders, {info.base_name: info.size for info in infos if info.is_file}
 
 
 def is_file(location: str | Path) -> bool:

@@ -1,16 +1,16 @@
 """A generated data set with known boxes, in ILSVRC's own folder layout.
 
-Each class is a texture; shape and hue of an object depend on the class only in part. Backgrounds
-and distractors have one distribution for all classes, so only the objects show the class. Position,
-size, aspect and rotation vary so much that no constant box scores well
+Each class is a texture, and only in part a shape and hue. Backgrounds and distractors are alike for
+all classes. Position, size, aspect and rotation vary so much that no constant box scores well
 (`benchmarks/synthetic_controls.py` measures both).
 """
 
-import os
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import cv2
@@ -75,10 +75,8 @@ def _texture(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 def _polygon(corners: int, inner: float = 1.0) -> np.ndarray:
     """Return corner points [n, 2] on the unit circle; `inner` < 1 makes a star."""
-    angles = np.arange(2 * corners) * np.pi / corners
-    radii = np.where(np.arange(2 * corners) % 2 == 0, 1.0, inner)
-    if inner == 1.0:
-        angles, radii = angles[::2], radii[::2]
+    points = np.arange(2 * corners)[:: 2 if inner == 1.0 else 1]
+    angles, radii = points * np.pi / corners, np.where(points % 2 == 0, 1.0, inner)
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
 
 
@@ -138,8 +136,7 @@ def _fill(corners: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     mask = np.zeros((height, width), np.uint8)
     fixed = np.round((corners - 0.5) * 16).astype(np.int32)
-    cv2.fillPoly(mask, [fixed], 255, lineType=cv2.LINE_AA, shift=4)
-    return mask.astype(np.float32) / 255
+    return cv2.fillPoly(mask, [fixed], 255, cv2.LINE_AA, shift=4).astype(np.float32) / 255
 
 
 def _draw_object(
@@ -151,22 +148,16 @@ def _draw_object(
     """
     height, width = canvas.shape[:2]
     own_shape = rng.uniform() < CLASS_SHAPE_SHARE
-    shape = SHAPES[label if own_shape else rng.integers(len(SHAPES))]
-    corners = _rotated(shape, rng)
+    corners = _rotated(SHAPES[label if own_shape else rng.integers(len(SHAPES))], rng)
     low, high = corners.min(axis=0), corners.max(axis=0)
     scale = np.sqrt(area * height * width / np.prod(high - low))
-    extent = (high - low) * scale
-    room = np.array([width, height]) - extent
+    room = np.array([width, height]) - (high - low) * scale
     if room.min() < 0:
         return None
-    origin = rng.uniform(0, 1, 2) * room
-    corners = (corners - low) * scale + origin
+    corners = (corners - low) * scale + rng.uniform(0, 1, 2) * room
     alpha = _fill(corners, height, width)
-    rows, columns = (
-        np.any(alpha > 0.5, axis=1).nonzero()[0],
-        np.any(alpha > 0.5, axis=0).nonzero()[0],
-    )
-    box = [int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])]
+    rows, columns = (alpha > 0.5).nonzero()
+    box = [int(x) for x in (columns.min(), rows.min(), columns.max(), rows.max())]
     if any(_near(box, other) for other in taken):
         return None
     hue = (label // 2) * 0.25 + rng.choice([0.0, 0.12]) + rng.normal() * 0.01
@@ -179,19 +170,16 @@ def _draw_object(
     x, y = x - np.float32(corners[:, 0].mean()), y - np.float32(corners[:, 1].mean())
     u = (np.cos(turn) * x + np.sin(turn) * y) / period
     v = (-np.sin(turn) * x + np.cos(turn) * y) / period
-    wave = _texture(CLASS_NAMES[label], u, v)
-    blend = (0.5 + 0.5 * np.tanh(2 * wave))[..., None]
+    blend = 0.5 + 0.5 * np.tanh(2 * _texture(CLASS_NAMES[label], u, v))[..., None]
     colour = dark + (light - dark) * blend
     canvas[:] = canvas * (1 - alpha[..., None]) + colour * alpha[..., None]
     return box
 
 
 def _near(box: list[int], other: list[int]) -> bool:
-    return not (
-        box[2] + GAP < other[0]
-        or other[2] + GAP < box[0]
-        or box[3] + GAP < other[1]
-        or other[3] + GAP < box[1]
+    """Return whether less than GAP pixels lie between two boxes, in both directions."""
+    return all(
+        box[axis] <= other[axis + 2] + GAP and other[axis] <= box[axis + 2] + GAP for axis in (0, 1)
     )
 
 
@@ -208,43 +196,31 @@ def draw_image(
     height, width = (int(side) for side in rng.integers(config.min_side, config.max_side + 1, 2))
     canvas = _background(rng, height, width)
     empty = canvas.copy()
-    several = rng.uniform() < SEVERAL_SHARE
-    wanted = int(rng.integers(2, 4)) if several else 1
-    largest = config.max_area / wanted
+    wanted = int(rng.integers(2, 4)) if rng.uniform() < SEVERAL_SHARE else 1
+    smallest, largest = np.sqrt([config.min_area * 1.1, config.max_area / wanted * 0.95])
     boxes: list[list[int]] = []
     while len(boxes) < wanted:
-        area = rng.uniform(np.sqrt(config.min_area * 1.1), np.sqrt(largest * 0.95)) ** 2
+        area = rng.uniform(smallest, largest) ** 2
         box = _draw_object(canvas, label, area, boxes, rng)
         if box is not None:
             boxes.append(box)
         elif boxes and rng.uniform() < 0.05:
             break  # no room beside the others: one object fewer
     grain = rng.normal(size=(height, width, 3)).astype(np.float32) * 4
-    finish = partial(np.clip, a_min=0, a_max=255)
-    return (
-        finish(canvas + grain).astype(np.uint8),
-        finish(empty + grain).astype(np.uint8),
-        label,
-        boxes,
-    )
+    image, without = (np.clip(x + grain, 0, 255).astype(np.uint8) for x in (canvas, empty))
+    return image, without, label, boxes
 
 
 def annotation_xml(
-    name: str,
-    wnid: str,
-    boxes: Iterable[Sequence[int]],
-    size: tuple[int, int] | None,
+    name: str, wnid: str, boxes: Iterable[Sequence[int]], size: tuple[int, int] | None
 ) -> str:
     """Return an annotation as ILSVRC writes it: an object of class `wnid` for each of `boxes`.
 
     boxes: [x0, y0, x1, y1] in inclusive pixels of an image of `size` (width, height); None leaves
     the size out.
     """
-    stated = (
-        f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
-        if size
-        else ""
-    )
+    sides = "<size><width>{}</width><height>{}</height><depth>3</depth></size>"
+    stated = sides.format(*size) if size else ""
     objects = "".join(
         f"<object><name>{wnid}</name><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin>"
         f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
@@ -253,18 +229,17 @@ def annotation_xml(
     return f"<annotation><filename>{name}</filename>{stated}{objects}</annotation>\n"
 
 
-def _write_range(config: SyntheticConfig, output: Path, split: str, indices: range) -> None:
-    for index in indices:
-        image, _, label, boxes = draw_image(config, split, index)
-        wnid = WNIDS[label]
-        if split == "train":
-            stem, folder = f"{wnid}_{index // len(WNIDS)}", Path(split) / wnid
-        else:
-            stem, folder = f"ILSVRC2012_val_{index + 1:08d}", Path(split)
-        xml = annotation_xml(stem, wnid, boxes, (image.shape[1], image.shape[0]))
-        encoded = simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorsubsampling="420")
-        (output / folder / f"{stem}.JPEG").write_bytes(encoded)
-        (output / "boxes" / folder / f"{stem}.xml").write_text(xml)
+def _write_image(output: Path, config: SyntheticConfig, split: str, index: int) -> None:
+    image, _, label, boxes = draw_image(config, split, index)
+    wnid = WNIDS[label]
+    if split == "train":
+        name = f"train/{wnid}/{wnid}_{index // len(WNIDS)}"
+    else:
+        name = f"val/ILSVRC2012_val_{index + 1:08d}"
+    xml = annotation_xml(name.split("/")[-1], wnid, boxes, (image.shape[1], image.shape[0]))
+    encoded = simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorsubsampling="420")
+    (output / f"{name}.JPEG").write_bytes(encoded)
+    (output / f"boxes/{name}.xml").write_text(xml)
 
 
 def write_synthetic(output: Path, config: SyntheticConfig) -> None:
@@ -278,12 +253,7 @@ def write_synthetic(output: Path, config: SyntheticConfig) -> None:
         (output / "boxes" / folder).mkdir(parents=True, exist_ok=True)
     mapping = "".join(f"{w} {name}\n" for w, name in zip(WNIDS, CLASS_NAMES, strict=True))
     (output / "LOC_synset_mapping.txt").write_text(mapping)
-    ranges = [
-        (split, range(start, min(start + 250, count)))
-        for split, count in (("train", config.train_images), ("val", config.val_images))
-        for start in range(0, count, 250)
-    ]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
-        tasks = [pool.submit(_write_range, config, output, *part) for part in ranges]
-        for task in tasks:
-            task.result()
+    write = partial(_write_image, output, config)
+    with ProcessPoolExecutor() as pool:
+        for split, count in (("train", config.train_images), ("val", config.val_images)):
+            deque(pool.map(write, repeat(split, count), range(count), chunksize=250), maxlen=0)

@@ -1,6 +1,7 @@
 """Headers of tar archives: the 512 bytes before each member's content, packed and parsed."""
 
 import tarfile
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,12 +14,7 @@ _SUM = sum(_BEFORE_SIZE + _AFTER_SIZE + _AFTER_CHECKSUM) + 8 * ord(" ")
 
 # Some fields of a header, to read them of many headers at once.
 HEADER = np.dtype(
-    {
-        "names": ["size", "magic"],
-        "formats": ["S11", "S5"],
-        "offsets": [124, 257],
-        "itemsize": BLOCK,
-    }
+    {"names": ["size", "magic"], "formats": ["S11", "S5"], "offsets": [124, 257], "itemsize": BLOCK}
 )
 
 
@@ -55,13 +51,15 @@ def parse_header(block: bytes) -> Header:
     """Read a header in any dialect of tar. Raises ValueError where the block is none."""
     if len(block) != BLOCK:
         raise ValueError(f"{len(block)} bytes")
-    checksum = block[148:156]  # counts its own eight bytes as blanks
-    if _number(checksum) != sum(block) - sum(checksum) + 8 * ord(" "):
+    # Adler-32's low half is 1 plus the sum modulo 65521, at a tenth of the time of `sum`. The
+    # checksum counts its own eight bytes as blanks.
+    adler = zlib.adler32(block[156:], zlib.adler32(block[:148]))
+    if ((adler & 0xFFFF) - 1 + 8 * ord(" ") - _number(block[148:156])) % 65521:
         raise ValueError("no header, by its checksum")
-    name = text(block[:100])
+    name, link = text(block[:100]), text(block[157:257]) if block[157] else ""
     if block[345] and block[257:263] == b"ustar\0":
         name = f"{text(block[345:500])}/{name}"
-    return Header(name, _number(block[124:136]), block[156:157], text(block[157:257]))
+    return Header(name, _number(block[124:136]), block[156:157], link)
 
 
 def _number(field: bytes) -> int:

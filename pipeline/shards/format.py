@@ -407,7 +407,7 @@ def check_sizes(data: str | Path, manifest: Manifest, split: str) -> None:
 
     Lists the split's folder instead of asking for each file.
     """
-    sizes = storage.file_sizes(storage.join(data, split))
+    _, sizes = storage.entries(storage.join(data, split))
     for shard in split_of(manifest, split).shards:
         size = sizes.get(shard.name)
         if size != shard.bytes:

@@ -135,7 +135,7 @@ def _finished_manifest(output: str) -> Manifest | None:
 def file_sizes(output: str, tasks: Iterable[ShardTask]) -> dict[str, dict[str, int]]:
     """Return the sizes of the files beside these shards, by split and name."""
     splits = {task.split for task in tasks}
-    return {split: storage.file_sizes(storage.join(output, split)) for split in splits}
+    return {split: storage.entries(storage.join(output, split))[1] for split in splits}
 
 
 def finished_shards(output: str, tasks: Sequence[ShardTask]) -> dict[str, ShardFacts]:

@@ -1,6 +1,6 @@
 """Boxes of images: read from XML files, and fitted to the pixels of the image they belong to."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -34,23 +34,30 @@ def read_annotation(data: bytes) -> Annotation:
         root = ElementTree.fromstring(data, ElementTree.XMLParser(target=_PlainTreeBuilder()))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         return Annotation(note=f"annotation does not parse: {error}")
-    boxes, notes = [], []
-    for number, element in enumerate(root.iterfind("object/bndbox")):
-        texts = [element.findtext(tag, "") for tag in ("xmin", "ymin", "xmax", "ymax")]
-        box, note = parse_box(texts)
-        if box is not None:
-            boxes.append(box)
-        if note is not None:
-            notes.append(f"box {number} dropped: {note}")
+    tags = ("xmin", "ymin", "xmax", "ymax")
+    corners = ([x.findtext(tag, "") for tag in tags] for x in root.iterfind("object/bndbox"))
+    boxes, note = parse_boxes(corners)
     wnids = {name.strip() for name in (x.findtext("name", "") for x in root.iterfind("object"))}
     wnid = min(wnids, default="")
     width, height = (_integer(root.findtext(f"size/{tag}", "")) for tag in ("width", "height"))
     return Annotation(
         wnid=wnid if len(wnids) == 1 and 0 < len(wnid) <= MAX_WNID else None,
-        boxes=tuple(boxes),
+        boxes=boxes,
         box_size=(width, height) if width and height and min(width, height) > 0 else None,
-        note="; ".join(notes) or None,
+        note=note,
     )
+
+
+def parse_boxes(groups: Iterable[Sequence[str]]) -> tuple[tuple[Box, ...], str | None]:
+    """Return the boxes of groups of four numbers, and a note of those that are none."""
+    boxes, notes = [], []
+    for number, texts in enumerate(groups):
+        box, note = parse_box(texts)
+        if box is None:
+            notes.append(f"box {number} dropped: {note}")
+        else:
+            boxes.append(box)
+    return tuple(boxes), "; ".join(notes) or None
 
 
 def parse_box(texts: Sequence[str]) -> tuple[Box | None, str | None]:
@@ -73,14 +80,12 @@ def fit_boxes(
     """
     fitted, notes = [], []
     scale_x, scale_y = 1.0, 1.0
-    if box_size not in (None, (width, height)):
-        annotated_width, annotated_height = box_size or (width, height)
-        scale_x, scale_y = width / annotated_width, height / annotated_height
-        if boxes:
-            notes.append(
-                f"boxes scaled from the annotated {annotated_width}x{annotated_height} "
-                f"to the file's {width}x{height}"
-            )
+    if boxes and box_size is not None and box_size != (width, height):
+        scale_x, scale_y = width / box_size[0], height / box_size[1]
+        notes.append(
+            "boxes scaled from the annotated {}x{} ".format(*box_size)
+            + f"to the file's {width}x{height}"
+        )
     for number, (x0, y0, x1, y1) in enumerate(boxes):
         if x0 > x1 or y0 > y1:
             notes.append(f"box {number} dropped: minimum above maximum ({x0}, {y0}, {x1}, {y1})")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.sources.files import SourceFiles
-from pipeline.tar import BLOCK, Header, padded, parse_header, text
+from pipeline.tar import BLOCK, padded, parse_header, text
 
 REGULAR, LINKS = (b"0", b"\0", b"7"), (b"1", b"2")
 OTHERS = (b"3", b"4", b"5", b"6")  # devices, folders and pipes, which have no content
@@ -20,7 +20,7 @@ GNU_NAME, GNU_LINK, PAX, PAX_GLOBAL = b"L", b"K", b"x", b"g"
 EXTENSIONS = (GNU_NAME, GNU_LINK, PAX, PAX_GLOBAL)  # what the next member's header cannot hold
 MAX_EXTENSION = 1 << 16  # bytes; a damaged size must not fill the memory
 MAX_PACKED = 1 << 26  # bytes of a file that is read as a whole
-AGAIN = "it was cut off or damaged: copy it again."
+END_MARK = bytes(BLOCK)
 
 Read = Callable[[int, int], bytes]  # offset, size -> bytes, fewer at the end
 
@@ -77,16 +77,18 @@ def packed_files(files: SourceFiles, path: str) -> Iterator[tuple[str, bytes]]:
         try:
             for member in _members(read, location, 0, None):
                 if member.size > MAX_PACKED:
-                    raise UserError(
-                        f"{location} holds {member.name} of {member.size} bytes; {AGAIN}"
-                    )
+                    raise _damage(location, f"holds {member.name} of {member.size} bytes")
                 content = read(member.offset, member.size)
                 if len(content) < member.size:
                     raise EOFError(f"it ends within {member.name}")
                 if member.link is None:
                     yield member.name, content
         except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{location} cannot be unpacked ({error}); {AGAIN}") from error
+            raise _damage(location, f"cannot be unpacked ({error})") from error
+
+
+def _damage(location: str, fact: str) -> UserError:
+    return UserError(f"{location} {fact}; it was cut off or damaged: copy it again.")
 
 
 def _members(read: Read, location: str, start: int, end: int | None) -> Iterator[Member]:
@@ -96,65 +98,55 @@ def _members(read: Read, location: str, start: int, end: int | None) -> Iterator
     """
     at = start
     extended: dict[str, str] = {}  # fields of the next member, by their PAX keywords
-    while (header := _read_header(read, location, at)) is not None:
-        extends = header.kind in EXTENSIONS
-        offset, size = at + BLOCK, header.size
+    while (block := read(at, BLOCK)) != END_MARK:
+        if not block:
+            raise _damage(location, f"ends at byte {at} without an end mark")
+        try:
+            name, size, kind, link = parse_header(block)
+        except ValueError as error:
+            raise _damage(location, f"has no tar header at byte {at}") from error
+        offset, extends = at + BLOCK, kind in EXTENSIONS
         if "size" in extended and not extends:
             size = int(extended["size"])
         if extends and size > MAX_EXTENSION:
-            raise UserError(f"{location} has a name of {size} bytes at byte {at}; {AGAIN}")
+            raise _damage(location, f"has a name of {size} bytes at byte {at}")
         if end is not None and offset + size > end:
-            raise UserError(
-                f"{location} ends at byte {end} within a member of {size} bytes at {at}; {AGAIN}"
-            )
+            raise _damage(location, f"ends at byte {end} within a member of {size} bytes at {at}")
         if extends:
-            extended |= _extension(header.kind, read(offset, size), location, at)
+            content = read(offset, size)
+            try:
+                extended |= _extension(kind, content)
+            except ValueError as error:
+                raise _damage(location, f"has a damaged PAX header at byte {at}") from error
         else:
-            if header.kind in REGULAR:
-                yield Member(extended.get("path") or header.name, offset, size)
-            elif header.kind in LINKS:
-                link = extended.get("linkpath") or header.link
-                yield Member(extended.get("path") or header.name, offset, size, link)
-            elif header.kind not in OTHERS:
+            if kind in REGULAR:
+                yield Member(extended.get("path") or name, offset, size)
+            elif kind in LINKS:
+                link = extended.get("linkpath") or link
+                yield Member(extended.get("path") or name, offset, size, link)
+            elif kind not in OTHERS:
                 raise UserError(
-                    f"{location} has a member of the unknown kind {header.kind!r} at byte {at}; "
-                    "write it again with `tar --format=pax`."
+                    f"{location} has a member of the unknown kind {kind!r} at byte {at}; write it "
+                    "again with `tar --format=pax`."
                 )
             extended = {}
         at = offset + padded(size)
 
 
-def _read_header(read: Read, location: str, at: int) -> Header | None:
-    """Read the header at byte `at`; None for the zero block that ends an archive."""
-    block = read(at, BLOCK)
-    if not block:
-        raise UserError(f"{location} ends at byte {at} without an end mark; {AGAIN}")
-    if block == bytes(BLOCK):
-        return None
-    try:
-        return parse_header(block)
-    except ValueError as error:
-        raise UserError(f"{location} has no tar header at byte {at}; {AGAIN}") from error
+def _extension(kind: bytes, content: bytes) -> dict[str, str]:
+    """Return the fields that the content of an extension gives the next member.
 
-
-def _extension(kind: bytes, content: bytes, location: str, at: int) -> dict[str, str]:
-    """Return the fields that the content of an extension gives the next member."""
-    if kind == GNU_NAME:
-        return {"path": text(content)}
-    if kind == GNU_LINK:
-        return {"linkpath": text(content)}
-    return _pax(content, location, at) if kind == PAX else {}  # global ones name no member
-
-
-def _pax(content: bytes, location: str, at: int) -> dict[str, str]:
-    """Parse PAX records, `<length> <key>=<value>\\n`."""
+    Raises ValueError for PAX records other than `<length> <key>=<value>\\n`.
+    """
+    if kind in (GNU_NAME, GNU_LINK):
+        return {"path" if kind == GNU_NAME else "linkpath": text(content)}
     fields = dict[str, str]()
-    while content and content[0]:
+    while kind == PAX and content and content[0]:  # global ones name no member
         digits, _, _ = content.partition(b" ")
         length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
         record, content = content[len(digits) + 1 : length], content[length:]
         key, separator, value = record.removesuffix(b"\n").partition(b"=")
         if not separator or (key == b"size" and not (value.isdigit() and len(value) < 19)):
-            raise UserError(f"{location} has a damaged PAX header at byte {at}; {AGAIN}")
+            raise ValueError(record)
         fields[text(key)] = value.decode("utf-8", "surrogateescape")
     return fields

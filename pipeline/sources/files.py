@@ -4,7 +4,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Range = tuple[str, int | None, int | None]  # path, offset and size in bytes; None: the whole file
+Entries = tuple[list[str], list[str]]  # names of folders and of files
 
 STREAMS = 32  # requests at once to object storage; each takes tens of milliseconds
 
@@ -38,7 +39,7 @@ class SourceFiles:
                 f"source {source} does not exist on this node, or is no folder; name the folder "
                 "that holds the images or archives, and mount it on every node."
             )
-        self._opened: dict[str, tuple[str, pa.NativeFile]] = {}
+        self._opened: dict[str, pa.NativeFile] = {}
         self._opening = threading.Lock()
         self._pool = ThreadPoolExecutor(STREAMS) if self.remote else None
 
@@ -46,15 +47,16 @@ class SourceFiles:
         """Return the location of a file or folder; of the source itself by default."""
         return storage.join(self.source, *path.split("/")) if path else self.source
 
-    def entries(self, path: str = "") -> tuple[list[str], list[str]]:
+    def entries(self, path: str = "") -> Entries:
         """Return the sorted names of the folders and of the files in a folder, without hidden ones.
 
         Both are empty where the folder does not exist.
         """
+        folders: list[str] = []
+        names: list[str] = []
         if self.remote:
-            folders, names = storage.entries(self.location(path))
+            folders, names = map(list, storage.entries(self.location(path)))
         else:
-            folders, names = [], []
             try:
                 with os.scandir(self._local(path)) as entries:
                     for entry in entries:
@@ -63,15 +65,15 @@ class SourceFiles:
                 pass
         return _sorted_without_hidden(folders), _sorted_without_hidden(names)
 
-    def walk(self, path: str = "") -> Iterator[tuple[str, list[str]]]:
-        """Yield every folder from `path` down, in sorted order, with the names of its files.
+    def walk(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield every folder from the root down, in sorted order, with the names of its files.
 
         Links are followed, and no folder comes twice.
         """
-        return self._walk(path, self.entries(path), set())
+        return self._walk("", self.entries(), set())
 
     def _walk(
-        self, path: str, entries: tuple[list[str], list[str]], visited: set[str]
+        self, path: str, entries: Entries, visited: set[str]
     ) -> Iterator[tuple[str, list[str]]]:
         if not self.remote:
             real = os.path.realpath(self._local(path))
@@ -86,25 +88,25 @@ class SourceFiles:
 
     def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Yield `function(item)` for each item, in order; STREAMS at once on object storage."""
-        if self._pool is None:
-            yield from map(function, items)
-        else:
-            yield from map(Future.result, submit_ahead(self._pool, function, items, STREAMS))
+        return (call() for call in self._calls(function, items))
 
     def fetch(self, ranges: Iterable[Range]) -> Iterator[Callable[[], bytes]]:
         """Yield a function for each range that returns its bytes, or raises, as `read` does.
 
         On object storage STREAMS of them are requested before they are called.
         """
+        return self._calls(lambda each: self.read(*each), ranges)
+
+    def _calls(
+        self, function: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Iterator[Callable[[], Result]]:
         if self._pool is None:
-            yield from (partial(self.read, *each) for each in ranges)
-        else:
-            for future in submit_ahead(self._pool, lambda x: self.read(*x), ranges, STREAMS):
-                yield future.result
+            return (partial(function, item) for item in items)
+        return (x.result for x in submit_ahead(self._pool, function, items, STREAMS))
 
     def size(self, path: str) -> int:
         """Return the size of a file in bytes."""
-        return int(self._open(path)[1].size())
+        return int(self._open(path).size())
 
     def read(self, path: str, offset: int | None = None, size: int | None = None) -> bytes:
         """Read a whole file, or `size` bytes of it from `offset` on.
@@ -115,14 +117,21 @@ class SourceFiles:
         """
         if offset is None or size is None:
             return self._read_whole(path)
-        location, file = self._open(path)
-        data = storage.attempt(location, lambda: file.read_at(size, offset))
+        read = partial(self._open(path).read_at, size, offset)
+        data = storage.attempt(self.location(path), read) if self.remote else read()
         if len(data) < size:
             raise UserError(
-                f"{location} has {len(data)} of {size} bytes at {offset}: it has changed since it "
-                "was listed; run the same command again."
+                f"{self.location(path)} has {len(data)} of {size} bytes at {offset}: it has "
+                "changed since it was listed; run the same command again."
             )
         return data
+
+    def read_optional(self, path: str) -> bytes:
+        """Read a whole file; empty where it does not exist."""
+        try:
+            return self.read(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return b""
 
     def _read_whole(self, path: str) -> bytes:
         if not self.remote:
@@ -136,12 +145,11 @@ class SourceFiles:
     def _local(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
 
-    def _open(self, path: str) -> tuple[str, pa.NativeFile]:
-        """Return a file that stays open, with its location."""
+    def _open(self, path: str) -> pa.NativeFile:
+        """Return a file that stays open."""
         with self._opening:
             if path not in self._opened:
-                location = self.location(path)
-                self._opened[path] = location, storage.open_input(location)
+                self._opened[path] = storage.open_input(self.location(path))
             return self._opened[path]
 
     def __enter__(self) -> "SourceFiles":
@@ -150,7 +158,7 @@ class SourceFiles:
     def __exit__(self, *error: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-        for _, file in self._opened.values():
+        for file in self._opened.values():
             file.close()
         self._opened.clear()
 

@@ -42,8 +42,7 @@ class Source:
     """A listed collection.
 
     classes: sorted wnids; the class index is the position in them. class_names: readable, in the
-    same order. images: by split, train first, a row per image in a fixed order, see SCHEMA in
-    pipeline/sources/listing.py.
+    same order. images: by split, train first, a row of SCHEMA per image in a fixed order.
     """
 
     layout: str
@@ -58,9 +57,10 @@ def find_layout(files: SourceFiles) -> str:
     Raises UserError where it is empty or of no known layout.
     """
     folders, names = files.entries()
-    location = files.location()
     if not folders and not names:
-        raise UserError(f"source {location} is an empty folder; name the folder with the images.")
+        raise UserError(
+            f"source {files.source} is an empty folder; name the folder with the images."
+        )
     if "wnids.txt" in names and "train" in folders:
         return "tiny-imagenet"
     if cub_root(files) is not None:
@@ -71,13 +71,12 @@ def find_layout(files: SourceFiles) -> str:
         return "webdataset"
     if any(class_folders(files, "train")) or any(class_folders(files, "")):
         return "folders"
-    packed = [name for name in names if is_packed(name)]
-    if packed:
+    for name in filter(is_packed, names):
         raise UserError(
-            f"source {location} holds {packed[0]}, which cannot be read while packed; run "
-            "`tar xf` on it and name the folder that this makes."
+            f"source {files.source} holds {name}, which cannot be read while packed; run `tar xf` "
+            "on it and name the folder that this makes."
         )
-    raise UserError(f"source {location} has no known layout. Known: {LAYOUT_HELP}.")
+    raise UserError(f"source {files.source} has no known layout. Known: {LAYOUT_HELP}.")
 
 
 def _is_ilsvrc(files: SourceFiles, names: list[str]) -> bool:
@@ -86,9 +85,8 @@ def _is_ilsvrc(files: SourceFiles, names: list[str]) -> bool:
         return True
     (train_folders, train_files), (val_folders, val_files) = map(files.entries, ("train", "val"))
     class_tars = (stem(name) for name in train_files if is_archive(name))
-    if any(WNID.fullmatch(name) for name in (*train_folders, *val_folders, *class_tars)):
-        return True
-    return any(map(is_image, val_files))
+    class_names = (*train_folders, *val_folders, *class_tars)
+    return any(map(WNID.fullmatch, class_names)) or any(map(is_image, val_files))
 
 
 def list_images(files: SourceFiles, layout: str) -> Source:
@@ -104,8 +102,7 @@ def list_images(files: SourceFiles, layout: str) -> Source:
     images = {split: table for split, table in listing.images.items() if table.num_rows}
     if not images:
         raise UserError(
-            f"source {files.location()} holds no images in the {layout} layout. "
-            f"Known: {LAYOUT_HELP}."
+            f"source {files.source} holds no images in the {layout} layout. Known: {LAYOUT_HELP}."
         )
     first_split = next(iter(images.values()))  # train, or val where there is no train split
     wnids = pc.unique(first_split["wnid"]).drop_null().to_pylist()

@@ -1,6 +1,7 @@
 """ILSVRC 2012: the published archives, unpacked folders, Kaggle's layout, or a mixture of them."""
 
 import re
+from collections import ChainMap
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.compute as pc
 from pipeline.errors import UserError
 from pipeline.sources import labels
 from pipeline.sources.annotations import Annotation, read_annotation
-from pipeline.sources.archives import Member, is_archive, is_packed, members, packed_files
+from pipeline.sources.archives import is_archive, is_packed, members, packed_files
 from pipeline.sources.files import SourceFiles, path_in
 from pipeline.sources.labels import WNID, Labels, merge_labels
 from pipeline.sources.listing import Listing, ListingBuilder, is_image, stem, with_columns
@@ -21,7 +22,7 @@ BOXES = re.compile(r"ILSVRC201\d_bbox_.*")
 DEVKIT = re.compile(r"ILSVRC201\d_devkit_.*")
 DEVKIT_LABELS, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 SYNSET_LABELS = "imagenet_2012_validation_synset_labels.txt"
-VAL_SOLUTION, SOLUTION = "LOC_val_solution.csv", re.compile(r"LOC_.*_solution\.csv")
+SOLUTION = re.compile(r"LOC_.*_solution\.csv")
 MAPPING, WORDS, CAFFE_LABELS = "LOC_synset_mapping.txt", "words.txt", "val.txt"
 LISTS = (DEVKIT_LABELS, META, SYNSET_LABELS, MAPPING, WORDS, CAFFE_LABELS)
 
@@ -45,7 +46,11 @@ class _Contents:
     synsets: dict[str, dict[str, str]] = field(default_factory=dict)
     annotations: ListingBuilder = field(default_factory=ListingBuilder)
     solutions: ListingBuilder = field(default_factory=ListingBuilder)
-    val_solution: Labels = field(default_factory=dict)
+
+    def names(self, list_name: str, separator: str) -> dict[str, str]:
+        """Return the readable names by wnid of the first list of this name; empty without one."""
+        matching = (data for path, data in self.lists.items() if _last(path) == list_name)
+        return labels.read_names(next(matching, b""), separator)
 
 
 def list_ilsvrc(files: SourceFiles) -> Listing:
@@ -63,35 +68,48 @@ def list_ilsvrc(files: SourceFiles) -> Listing:
     val = contents.images["val"].table("id", "path")
     boxes = _without_repetitions(contents.annotations.table("id", "path"), "XML files")
     solutions = _without_repetitions(contents.solutions.table("id", "path"), "solutions")
-    labels_by_source = _labels_by_source(val, boxes, contents, _all_wnids(train, contents))
+    mapping = contents.names(MAPPING, " ")
+    synsets: list[dict[str, str]] = list(contents.synsets.values())
+    train_wnids = pc.unique(train["wnid"]).drop_null().to_pylist()
+    all_wnids = sorted(mapping or (synsets[0] if synsets else train_wnids))
+    labels_by_source = {
+        "the class folder": _wnid_by_id(val, val),
+        "the XML": _wnid_by_id(boxes, val),
+        "LOC_val_solution.csv": _wnid_by_id(solutions, val),
+    } | _listed_labels(contents, all_wnids)
     val = with_columns(val, wnid=merge_labels(val["id"].to_pylist(), labels_by_source))
-    images = {"train": train, "val": val}
-    annotated = {split: _annotated(x, boxes, solutions) for split, x in images.items()}
-    return Listing(annotated, _class_names(contents))
+    images = {
+        "train": _annotated(train, boxes, solutions),
+        "val": _annotated(val, boxes, solutions),
+    }
+    names = contents.names(WORDS, "\t") or mapping or {**ChainMap(*synsets)}
+    return Listing(images, names)
 
 
 def _read_contents(files: SourceFiles) -> _Contents:
     contents = _Contents()
     for folder, names in files.walk():
-        split = SPLIT_FOLDER.fullmatch(folder)
-        if split and split[2] and split[1] == "train":
-            _add_images(contents.images["train"], folder, names, split[2])
-        elif split and split[1] == "val":
-            _add_images(contents.images["val"], folder, names, split[2])
-        elif split:  # train, where the outer tar was unpacked and the inner ones were not
-            for name in filter(is_archive, names):
-                _add_archive(contents.images["train"], files, path_in(folder, name))
+        paths = [path_in(folder, name) for name in names]
+        if match := SPLIT_FOLDER.fullmatch(folder):
+            split, wnid = match.groups()
+            if split == "val" or wnid:
+                for path in filter(is_image, paths):
+                    contents.images[split].add(id=stem(path), path=path, wnid=wnid)
+            else:  # train, where the outer tar was unpacked and the inner ones were not
+                for path in filter(is_archive, paths):
+                    _add_archive(contents.images[split], files, path)
         if not TEST_FOLDER.fullmatch(folder):
-            paths = [path_in(folder, name) for name in names if _is_xml(name)]
-            for path, data in zip(paths, files.ahead(files.read, paths), strict=True):
+            xml = [path for path in paths if path.endswith(".xml")]
+            for path, data in zip(xml, files.ahead(files.read, xml), strict=True):
                 _add_annotation(contents.annotations, path, path, read_annotation(data))
-        for name in names:
-            _read_file(contents, files, path_in(folder, name), name)
+        for path in paths:
+            _read_file(contents, files, path)
     return contents
 
 
-def _read_file(contents: _Contents, files: SourceFiles, path: str, name: str) -> None:
+def _read_file(contents: _Contents, files: SourceFiles, path: str) -> None:
     """Read a file that gives labels, boxes or names; note the path of an archive of images."""
+    name = _last(path)
     is_tar = is_packed(name) or is_archive(name)
     if name in IMAGES:
         first = contents.archives.setdefault(IMAGES[name], path)
@@ -102,7 +120,7 @@ def _read_file(contents: _Contents, files: SourceFiles, path: str, name: str) ->
             )
     elif is_tar and BOXES.fullmatch(name):
         for inner, data in packed_files(files, path):
-            if _is_xml(inner):
+            if inner.endswith(".xml"):
                 annotation = read_annotation(data)
                 _add_annotation(contents.annotations, inner, f"{path}/{inner}", annotation)
     elif is_tar and DEVKIT.fullmatch(name):
@@ -114,8 +132,6 @@ def _read_file(contents: _Contents, files: SourceFiles, path: str, name: str) ->
     elif SOLUTION.fullmatch(name):
         for id, annotation in labels.read_solution(files.read(path)):
             _add_annotation(contents.solutions, id, path, annotation)
-            if name == VAL_SOLUTION and annotation.wnid:
-                contents.val_solution[id] = annotation.wnid
 
 
 def _add_list(contents: _Contents, path: str, data: bytes) -> None:
@@ -129,39 +145,26 @@ def _last(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _is_xml(name: str) -> bool:
-    return name.endswith(".xml")
-
-
-def _is_hidden(path: str) -> bool:
-    return _last(path).startswith(".")
-
-
-def _add_images(builder: ListingBuilder, folder: str, names: list[str], wnid: str | None) -> None:
-    for name in filter(is_image, names):
-        builder.add(id=stem(name), path=path_in(folder, name), wnid=wnid)
-
-
 def _add_archive(builder: ListingBuilder, files: SourceFiles, path: str) -> None:
     """Add the images in a tar, or in the tars within it, whose names are their classes."""
-
-    def images(span: tuple[int, int | None]) -> list[Member]:
-        inside = members(files, path, *span)
-        return [x for x in inside if is_image(x.name) and not _is_hidden(x.name)]
-
     inner = [x for x in members(files, path) if is_archive(x.name) and not _is_hidden(x.name)]
-    names = [stem(x.name) for x in inner]
-    spans: list[tuple[int, int | None]] = [(x.offset, x.offset + x.size) for x in inner]
-    if not inner:
-        names, spans = [stem(path)], [(0, None)]
-    for name, listed in zip(names, files.ahead(images, spans), strict=True):
-        wnid = name if WNID.fullmatch(name) else None
-        for x in listed:
+    spans: list[tuple[str, int, int | None]]
+    spans = [(x.name, x.offset, x.offset + x.size) for x in inner] or [(path, 0, None)]
+    listings = files.ahead(lambda span: list(members(files, path, *span[1:])), spans)
+    for (name, _, _), listing in zip(spans, listings, strict=True):
+        wnid = stem(name) if WNID.fullmatch(stem(name)) else None
+        for x in listing:
+            if not is_image(x.name) or _is_hidden(x.name):
+                continue
             if x.link is None:
                 builder.add(id=stem(x.name), path=path, wnid=wnid, offset=x.offset, size=x.size)
             else:
                 problem = f"archive link: it has no content and points to {x.link}"
                 builder.add(id=stem(x.name), path=path, wnid=wnid, problem=problem)
+
+
+def _is_hidden(path: str) -> bool:
+    return _last(path).startswith(".")
 
 
 def _add_annotation(builder: ListingBuilder, id: str, path: str, annotation: Annotation) -> None:
@@ -183,7 +186,7 @@ def _without_repetitions(rows: pa.Table, kind: str) -> pa.Table:
     repeats = pc.equal(ids[1:], ids[:-1])
     for index in pc.indices_nonzero(repeats).to_pylist():
         first, second = rows.slice(index, 2).to_pylist()
-        if any(first[name] != second[name] for name in rows.column_names if name != "path"):
+        if first | {"path": ""} != second | {"path": ""}:
             raise UserError(
                 f"{kind} {first['path']} and {second['path']} describe the image {first['id']} "
                 "differently; keep one of them."
@@ -209,28 +212,26 @@ def _annotated(images: pa.Table, boxes: pa.Table, solutions: pa.Table) -> pa.Tab
         images,
         wnid=pc.coalesce(images["wnid"], column("wnid")),
         boxes=pc.coalesce(column("boxes"), no_boxes),
-        box_width=column("box_width"),
-        box_height=column("box_height"),
-        note=column("note"),
+        **{name: column(name) for name in ("box_width", "box_height", "note")},
     )
 
 
-def _labels_by_source(
-    val: pa.Table, boxes: pa.Table, contents: _Contents, wnids: tuple[str, ...]
-) -> dict[str, Labels]:
-    """Return the labels of val images by their source, as messages name it."""
-    in_val = pc.is_in(boxes["id"], val["id"].combine_chunks())
-    labels_by_source = {
-        "the class folder": _wnid_by_id(val),
-        "the XML": _wnid_by_id(boxes.filter(in_val)),
-        VAL_SOLUTION: contents.val_solution,
-    }
+def _wnid_by_id(rows: pa.Table, images: pa.Table) -> Labels:
+    """Return the known wnids among the rows of these images."""
+    in_images = pc.is_in(rows["id"], images["id"].combine_chunks())
+    known = rows.filter(pc.and_(in_images, pc.is_valid(rows["wnid"])))
+    return dict(zip(known["id"].to_pylist(), known["wnid"].to_pylist(), strict=True))
+
+
+def _listed_labels(contents: _Contents, wnids: list[str]) -> dict[str, Labels]:
+    """Return the labels of val images in each list, by its path. wnids: all, sorted."""
+    labels_by_path = {}
     for path, data in contents.lists.items():
         name = _last(path)
         if name == SYNSET_LABELS:
-            labels_by_source[path] = labels.read_synset_labels(data, path)
+            labels_by_path[path] = labels.read_synset_labels(data, path)
         elif name == CAFFE_LABELS:
-            labels_by_source[path] = labels.read_caffe_labels(data, path, wnids)
+            labels_by_path[path] = labels.read_caffe_labels(data, path, wnids)
         elif name == DEVKIT_LABELS:
             any_synsets = next(iter(contents.synsets.values()), None)
             synsets = contents.synsets.get(path.removesuffix(name), any_synsets)
@@ -239,29 +240,5 @@ def _labels_by_source(
                     f"{path} numbers the classes in the devkit's order; put the devkit's meta.mat "
                     "beside it, or remove it where other labels exist."
                 )
-            labels_by_source[path] = labels.read_devkit_labels(data, path, list(synsets))
-    return labels_by_source
-
-
-def _wnid_by_id(rows: pa.Table) -> Labels:
-    known = rows.filter(pc.is_valid(rows["wnid"]))
-    return dict(zip(known["id"].to_pylist(), known["wnid"].to_pylist(), strict=True))
-
-
-def _all_wnids(train: pa.Table, contents: _Contents) -> tuple[str, ...]:
-    """Return all wnids, sorted: of the mapping or the devkit, else of the train images."""
-    for path, data in contents.lists.items():
-        if _last(path) == MAPPING:
-            return tuple(sorted(labels.read_names(data, " ")))
-    for synsets in contents.synsets.values():
-        return tuple(sorted(synsets))
-    return tuple(sorted(pc.unique(train["wnid"]).drop_null().to_pylist()))
-
-
-def _class_names(contents: _Contents) -> dict[str, str]:
-    """Return readable names by wnid, of the first list that has them; empty where none has."""
-    for list_name, separator in ((WORDS, "\t"), (MAPPING, " ")):
-        for path, data in contents.lists.items():
-            if _last(path) == list_name:
-                return labels.read_names(data, separator)
-    return {wnid: name for x in contents.synsets.values() for wnid, name in x.items()}
+            labels_by_path[path] = labels.read_devkit_labels(data, path, list(synsets))
+    return labels_by_path

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pipeline.errors import SHOWN, UserError
-from pipeline.sources.annotations import Annotation, parse_box
+from pipeline.sources.annotations import Annotation, parse_boxes
 
 WNID = re.compile(r"n\d{8}")
 VAL_ID = "ILSVRC2012_val_{:08d}"
@@ -46,8 +46,8 @@ def read_meta(data: bytes, path: str) -> dict[str, str]:
 def read_devkit_labels(data: bytes, path: str, wnids: Sequence[str]) -> Labels:
     """Read `ILSVRC2012_validation_ground_truth.txt`, an ILSVRC2012_ID per line.
 
-    wnids: by that number, from 1 on. Raises UserError where no line holds a number, a number is no
-    class, or the classes are in another order.
+    wnids: by that number, from 1 on. Raises UserError for a number that is no class, and as
+    `_checked`.
     """
 
     def wnid(line: str) -> str | None:
@@ -61,10 +61,7 @@ def read_devkit_labels(data: bytes, path: str, wnids: Sequence[str]) -> Labels:
 
 
 def read_synset_labels(data: bytes, path: str) -> Labels:
-    """Read `imagenet_2012_validation_synset_labels.txt`, a wnid per line.
-
-    Raises UserError where no line holds a wnid, or the images are in another order.
-    """
+    """Read `imagenet_2012_validation_synset_labels.txt`, a wnid per line. Raises as `_checked`."""
     labels = _numbered(data, lambda line: line if WNID.fullmatch(line) else None)
     return _checked(labels, path, "a wnid per line")
 
@@ -73,10 +70,9 @@ def read_caffe_labels(data: bytes, path: str, wnids: Sequence[str]) -> Labels:
     """Read caffe's `val.txt`, lines such as `ILSVRC2012_val_00000001.JPEG 65`.
 
     wnids: sorted; the number counts them from 0. Kaggle's `val.txt`, whose number only counts its
-    lines, gives no labels. Raises UserError for a number that is no class, and where the classes
-    are in another order.
+    lines, gives no labels. Raises UserError for a number that is no class, and as `_checked`.
     """
-    matches = [match for line in _lines(data) if (match := CAFFE_LINE.fullmatch(line))]
+    matches = list(filter(None, map(CAFFE_LINE.fullmatch, lines(data))))
     needed = max((int(match[2]) + 1 for match in matches), default=0)
     if len(matches) == VAL_IMAGES:
         needed = max(needed, CLASSES)
@@ -94,7 +90,7 @@ def read_solution(data: bytes) -> Iterator[tuple[str, Annotation]]:
 
     A row is `ImageId,PredictionString`. Never raises: the note of an annotation describes faults.
     """
-    for line in _lines(data):
+    for line in lines(data):
         id, _, words = (part.strip(' \t"') for part in line.partition(","))
         if not id or id == "ImageId":
             continue
@@ -112,14 +108,8 @@ def parse_prediction(words: str) -> Annotation:
     fields = words.split()
     if not fields or len(fields) % 5 or len({*fields[::5]}) > 1:
         return Annotation(note=f"not a row of one wnid's boxes: {words[:SHOWN]!r}")
-    boxes, notes = [], []
-    for number, start in enumerate(range(1, len(fields), 5)):
-        box, note = parse_box(fields[start : start + 4])
-        if box is not None:
-            boxes.append(box)
-        else:
-            notes.append(f"box {number} dropped: {note}")
-    return Annotation(wnid=fields[0], boxes=tuple(boxes), note="; ".join(notes) or None)
+    boxes, note = parse_boxes(fields[start : start + 4] for start in range(1, len(fields), 5))
+    return Annotation(wnid=fields[0], boxes=boxes, note=note)
 
 
 def class_lines(text: str, separator: str | None = None) -> Iterator[tuple[int, str, str | None]]:
@@ -136,8 +126,8 @@ def class_lines(text: str, separator: str | None = None) -> Iterator[tuple[int, 
 def read_names(data: bytes, separator: str) -> dict[str, str]:
     """Read readable names by wnid: `wnid<separator>name` per line, as in Tiny ImageNet's
     `words.txt` (tab) and `LOC_synset_mapping.txt` (blank)."""
-    lines = class_lines(text(data), separator)
-    return {wnid: name for _, wnid, name in lines if name is not None}
+    named = class_lines(_text(data), separator)
+    return {wnid: name for _, wnid, name in named if name is not None}
 
 
 def merge_labels(ids: Sequence[str], labels_by_source: Mapping[str, Labels]) -> list[str | None]:
@@ -145,8 +135,7 @@ def merge_labels(ids: Sequence[str], labels_by_source: Mapping[str, Labels]) -> 
 
     Raises UserError, naming the first image, where sources disagree.
     """
-    wnids: list[str | None] = []
-    conflicts: list[str] = []
+    wnids, conflicts = list[str | None](), list[str]()
     for id in ids:
         candidates = {x: labels[id] for x, labels in labels_by_source.items() if id in labels}
         if len({*candidates.values()}) > 1:
@@ -160,22 +149,23 @@ def merge_labels(ids: Sequence[str], labels_by_source: Mapping[str, Labels]) -> 
     return wnids
 
 
-def text(data: bytes) -> str:
-    """Decode UTF-8, with or without a byte order mark; other bytes become U+FFFD."""
+def lines(data: bytes) -> list[str]:
+    """Return the stripped lines of a file in UTF-8; other bytes become U+FFFD."""
+    return [line.strip() for line in _text(data).split("\n")]
+
+
+def _text(data: bytes) -> str:
     return data.decode("utf-8-sig", "replace")
-
-
-def _lines(data: bytes) -> list[str]:
-    return [line.strip() for line in text(data).split("\n")]
 
 
 def _numbered(data: bytes, wnid: Callable[[str], str | None]) -> Labels:
     """Return the labels of a file whose line i is of val image i, without those that are None."""
-    pairs = ((VAL_ID.format(i), wnid(line)) for i, line in enumerate(_lines(data), 1))
+    pairs = ((VAL_ID.format(i), wnid(line)) for i, line in enumerate(lines(data), 1))
     return {id: label for id, label in pairs if label is not None}
 
 
 def _checked(labels: Labels, path: str, expected: str) -> Labels:
+    """Return labels. Raises UserError where there are none or their order is another one."""
     if not labels:
         raise UserError(f"{path} holds no labels; expected {expected}. Copy it again.")
     if len(labels) == VAL_IMAGES and labels.get(PROBE_ID) != PROBE_WNID:

@@ -22,26 +22,20 @@ CUB_FILES = (
 def list_tiny_imagenet(files: SourceFiles) -> Listing:
     """List the images by split, each with its box, and readable names by wnid."""
     train, val = ListingBuilder(), ListingBuilder()
-    folders = [f"train/{wnid}" for wnid in files.entries("train")[0]]
-    contents = files.ahead(lambda folder: _tiny_class(files, folder), folders)
-    for folder, (boxes, images) in zip(folders, contents, strict=True):
-        wnid = folder.split("/")[1]
-        for name in sorted({*images, *boxes}):
-            path = f"{folder}/images/{name}"
-            _add_tiny(train, path, wnid, boxes.get(name, []), name in images)
+    wnids = files.entries("train")[0]
+    boxes = files.ahead(lambda x: _tab_rows(files, f"train/{x}/{x}_boxes.txt"), wnids)
+    images = files.ahead(lambda x: _images(files, f"train/{x}/images"), wnids)
+    for wnid, box_of, names in zip(wnids, boxes, images, strict=True):
+        for name in sorted({*names, *box_of}):
+            path = f"train/{wnid}/images/{name}"
+            _add_tiny(train, path, wnid, box_of.get(name, []), name in names)
     annotations = _tab_rows(files, "val/val_annotations.txt")
-    images = _images(files, "val/images")
-    for name in sorted({*images, *annotations}):
+    val_images = _images(files, "val/images")
+    for name in sorted({*val_images, *annotations}):
         wnid, *box = annotations.get(name) or [""]
-        _add_tiny(val, f"val/images/{name}", wnid, box, name in images)
-    names = labels.read_names(_read(files, "words.txt"), "\t")
-    return Listing({"train": train.table(), "val": val.table()}, names)
-
-
-def _tiny_class(files: SourceFiles, folder: str) -> tuple[dict[str, list[str]], set[str]]:
-    """Return the texts of the boxes by file name, and the file names, in a class's folder."""
-    boxes = _tab_rows(files, f"{folder}/{folder.split('/')[1]}_boxes.txt")
-    return boxes, _images(files, f"{folder}/images")
+        _add_tiny(val, f"val/images/{name}", wnid, box, name in val_images)
+    class_names = labels.read_names(files.read_optional("words.txt"), "\t")
+    return Listing({"train": train.table(), "val": val.table()}, class_names)
 
 
 def _add_tiny(builder: ListingBuilder, path: str, wnid: str, box: list[str], exists: bool) -> None:
@@ -77,9 +71,9 @@ def list_cub(files: SourceFiles) -> Listing:
     names, class_numbers, classes, splits, boxes = (
         _numbered(files, path_in(root, name)) for name in CUB_FILES
     )
-    folders = [path_in(root, f"images/{x}") for x in files.entries(path_in(root, "images"))[0]]
-    contents = zip(folders, files.ahead(lambda x: _images(files, x), folders), strict=True)
-    existing = {f"{folder.split('/')[-1]}/{name}" for folder, images in contents for name in images}
+    image_root = path_in(root, "images")
+    present = class_folders(files, image_root)
+    existing = {f"{folder}/{name}" for folder, contents in present for name in contents}
     builders = {"train": ListingBuilder(), "val": ListingBuilder()}
     for number, name in names.items():
         box, note = _cub_box(boxes.get(number, ""))
@@ -92,7 +86,7 @@ def list_cub(files: SourceFiles) -> Listing:
             problem = "label unknown: image_class_labels.txt does not name it"
         builders["val" if splits.get(number) == "0" else "train"].add(
             id=name,
-            path=path_in(root, f"images/{name}"),
+            path=f"{image_root}/{name}",
             wnid=classes.get(class_numbers.get(number, "")),
             boxes=(box,) if box else (),
             note=note,
@@ -100,9 +94,7 @@ def list_cub(files: SourceFiles) -> Listing:
         )
     for name in sorted(existing - {*names.values()}):
         problem = "label unknown: images.txt does not name it"
-        builders["train"].add(
-            id=name, path=path_in(root, f"images/{name}"), wnid=None, problem=problem
-        )
+        builders["train"].add(id=name, path=f"{image_root}/{name}", wnid=None, problem=problem)
     tables = {split: builder.table("id") for split, builder in builders.items()}
     readable = {x: x.split(".", 1)[-1].replace("_", " ") for x in classes.values()}
     return Listing(tables, readable)
@@ -136,9 +128,9 @@ def list_folders(files: SourceFiles) -> Listing:
             for id in (f"{wnid}/{name}" for name in names):
                 builder.add(id=id, path=path_in(root, id), wnid=wnid)
         images[split] = builder.table()
-    readable = labels.read_names(_read(files, "words.txt"), "\t")
-    mapping = labels.read_names(_read(files, "LOC_synset_mapping.txt"), " ")
-    return Listing(images, readable or mapping)
+    words = labels.read_names(files.read_optional("words.txt"), "\t")
+    mapping = labels.read_names(files.read_optional("LOC_synset_mapping.txt"), " ")
+    return Listing(images, words or mapping)
 
 
 def class_folders(files: SourceFiles, root: str) -> Iterator[tuple[str, list[str]]]:
@@ -152,21 +144,13 @@ def _images(files: SourceFiles, folder: str) -> set[str]:
     return {name for name in files.entries(folder)[1] if is_image(name)}
 
 
-def _read(files: SourceFiles, path: str) -> bytes:
-    """Read a file; empty where it does not exist."""
-    folder, _, name = path.rpartition("/")
-    return files.read(path) if name in files.entries(folder)[1] else b""
-
-
 def _tab_rows(files: SourceFiles, path: str) -> dict[str, list[str]]:
     """Return the cells of each line of a tab-separated file after the first, by the first."""
-    lines = labels.text(_read(files, path)).splitlines()
-    rows = ([cell.strip() for cell in line.split("\t")] for line in lines if line.strip())
+    lines = filter(None, labels.lines(files.read_optional(path)))
+    rows = ([cell.strip() for cell in line.split("\t")] for line in lines)
     return {row[0]: row[1:] for row in rows}
 
 
 def _numbered(files: SourceFiles, path: str) -> dict[str, str]:
     """Return the texts of lines `number text` by number."""
-    lines = labels.text(_read(files, path)).splitlines()
-    pairs = (line.strip().split(" ", 1) for line in lines if " " in line.strip())
-    return {number: rest.strip() for number, rest in pairs}
+    return labels.read_names(files.read_optional(path), " ")

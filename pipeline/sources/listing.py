@@ -1,8 +1,4 @@
-"""A collection's images in columns: a row per image, about a hundred bytes each.
-
-A million images as Python objects would take a gigabyte; as columns they take a tenth of it, and
-the rows of one shard are cut from them when its turn comes.
-"""
+"""A collection's images in columns, a hundred bytes each: a tenth of what Python objects take."""
 
 import hashlib
 from collections.abc import Sequence
@@ -70,9 +66,9 @@ class ListingBuilder:
         problem: str | None = None,
     ) -> None:
         """Add one image, see SCHEMA. A name that is not UTF-8 is escaped and is its problem."""
-        if not (_is_utf8(id) and _is_utf8(path) and _is_utf8(wnid or "")):
+        if _escaped(id + path + (wnid or "")) != id + path + (wnid or ""):
             id, path = _escaped(id), _escaped(path)
-            wnid = wnid if wnid and _is_utf8(wnid) else None
+            wnid = wnid if wnid and _escaped(wnid) == wnid else None
             problem = "file name is not UTF-8: rename it"
         note, label = note and _escaped(note), None
         self._rows.append(
@@ -119,11 +115,12 @@ def with_columns(table: pa.Table, **columns: Any) -> pa.Table:
 def with_labels(table: pa.Table, classes: Sequence[str]) -> pa.Table:
     """Return the rows with their labels, and with a problem where `classes` lacks the wnid."""
     labels = pc.index_in(table["wnid"], pa.array(classes, pa.string()))
-    unlabelled = pc.and_(pc.is_null(labels), pc.is_null(table["problem"]))
-    prefix = "label unknown: "
-    foreign = pc.binary_join_element_wise(prefix, "no train image has class ", table["wnid"], "")
-    reason = pc.fill_null(foreign, prefix + "no folder, annotation or list names its class")
-    problems = pc.if_else(unlabelled, reason, table["problem"])
+    foreign = pc.binary_join_element_wise(
+        "label unknown: no train image has class ", table["wnid"], ""
+    )
+    unnamed = "label unknown: no folder, annotation or list names its class"
+    reason = pc.if_else(pc.is_null(labels), pc.fill_null(foreign, unnamed), None)
+    problems = pc.coalesce(table["problem"], reason)
     labels = pc.if_else(pc.is_null(problems), labels, pa.scalar(None, pa.int32()))
     # In one chunk: taking rows out of many would gather all of them each time.
     return with_columns(table, label=labels, problem=problems).combine_chunks()
@@ -141,10 +138,9 @@ def _update(sha: Any, array: pa.Array) -> None:
     if not len(array):
         return
     sha.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)))
-    if pa.types.is_list(array.type):
-        _update_numbers(sha, pc.list_value_length(array))
-        _update(sha, array.flatten())
-    elif pa.types.is_fixed_size_list(array.type):
+    if pa.types.is_nested(array.type):
+        if pa.types.is_list(array.type):  # not of a fixed size
+            _update_numbers(sha, pc.list_value_length(array))
         _update(sha, array.flatten())
     elif pa.types.is_string(array.type):
         filled = pc.fill_null(array, "")
@@ -158,10 +154,6 @@ def _update(sha: Any, array: pa.Array) -> None:
 
 def _update_numbers(sha: Any, array: pa.Array) -> None:
     sha.update(np.ascontiguousarray(pc.fill_null(array, 0).to_numpy(zero_copy_only=False)))
-
-
-def _is_utf8(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _escaped(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -20,8 +19,6 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_LABEL_BYTES = 1 << 20
 MAX_CLASSES = 1 << 20
 NUMBER = re.compile(r"\d{1,9}")
-
-Sample = dict[str, Member]  # by extension
 
 
 def shard_names(files: SourceFiles) -> dict[str, list[str]]:
@@ -58,18 +55,13 @@ def list_webdataset(files: SourceFiles) -> Listing:
 
 
 def _rows(files: SourceFiles, path: str) -> list[dict[str, Any]]:
+    """Return a row for each run of members that share a key."""
     shard = path.rpartition("/")[2].rpartition(".")[0]
+    parts = ((*_key_and_extension(member.name), member) for member in members(files, path))
     return [
-        {"id": f"{shard}/{key}", "path": path} | _row(files, path, sample)
-        for key, sample in _samples(members(files, path))
+        {"id": f"{shard}/{key}", "path": path} | _row(files, path, {x: y for _, x, y in run})
+        for key, run in groupby(filter(itemgetter(0), parts), key=itemgetter(0))
     ]
-
-
-def _samples(listed: Iterator[Member]) -> Iterator[tuple[str, Sample]]:
-    """Yield the key and the members of each run of members that share their key."""
-    parts = ((*_key_and_extension(member.name), member) for member in listed)
-    for key, run in groupby(filter(itemgetter(0), parts), key=itemgetter(0)):
-        yield key, {extension: member for _, extension, member in run}
 
 
 def _key_and_extension(path: str) -> tuple[str, str]:
@@ -79,14 +71,13 @@ def _key_and_extension(path: str) -> tuple[str, str]:
     return (path_in(folder, start), extension.lower()) if start and dot else ("", "")
 
 
-def _row(files: SourceFiles, path: str, sample: Sample) -> dict[str, Any]:
-    """Return the columns of a sample's image besides its id and path."""
+def _row(files: SourceFiles, path: str, sample: dict[str, Member]) -> dict[str, Any]:
+    """Return the columns of an image besides id and path. sample: its members by extension."""
     image = next((sample[x] for x in IMAGE_EXTENSIONS if x in sample), None)
     has = f"the sample has {', '.join(sorted(sample))}"
     if image is None or image.link is not None:
         return {"wnid": None, "problem": f"image missing: {has}"}
-    label: str | None = None
-    problem: str | None = None
+    label, problem = None, None
     if "cls" in sample:
         label = _read(files, path, sample["cls"]).decode("utf-8", "replace").strip()
         if "\ufffd" in label or not label.isprintable():
@@ -122,29 +113,21 @@ def _with_plain_ids(table: pa.Table) -> pa.Table:
 
 def _with_classes(files: SourceFiles, images: dict[str, pa.Table]) -> Listing:
     """Return the listing, with wnids in place of class numbers."""
-    file_names = files.entries()[1]
-    names: dict[str, str] = {}
-    wnids: list[str] = []
-    if "LOC_synset_mapping.txt" in file_names:
-        names = labels.read_names(files.read("LOC_synset_mapping.txt"), " ")
-        wnids = list(names)
-    elif "classes.txt" in file_names:
-        lines = labels.text(files.read("classes.txt")).splitlines()
-        wnids = [line.strip() for line in lines if line.strip()]
+    names = labels.read_names(files.read_optional("LOC_synset_mapping.txt"), " ")
+    wnids = [*names] or list(filter(None, labels.lines(files.read_optional("classes.txt"))))
     classes = {x for table in images.values() for x in table["wnid"].to_pylist() if x is not None}
     if not classes or not all(map(NUMBER.fullmatch, classes)):
         return Listing(images, names)
     count, known = max(map(int, classes)) + 1, len(wnids) or MAX_CLASSES
     if count > known:
         raise UserError(
-            f"{files.location()} has class number {count - 1}; {known} classes are known, counted "
-            "from 0."
+            f"{files.location()} has class number {count - 1}; {known} classes are known, "
+            "counted from 0."
         )
-    digits = len(str(count - 1))
-    wnids = wnids or [f"{i:0{digits}}" for i in range(count)]
-    wnid_of = {x: wnids[int(x)] for x in classes}
+    wnids = wnids or [f"{i:0{len(str(count - 1))}}" for i in range(count)]
+    wnid_of = {None: None} | {x: wnids[int(x)] for x in classes}
     relabelled = {
-        split: with_columns(table, wnid=[x and wnid_of[x] for x in table["wnid"].to_pylist()])
+        split: with_columns(table, wnid=[wnid_of[x] for x in table["wnid"].to_pylist()])
         for split, table in images.items()
     }
     return Listing(relabelled, names, tuple(sorted(wnids)))
