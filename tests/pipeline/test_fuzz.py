@@ -17,8 +17,7 @@ from pipeline.sources import labels
 from pipeline.sources.annotations import MAX_WNID, read_annotation
 from pipeline.sources.files import SourceFiles
 from pipeline.sources.find import list_images
-from tests.pipeline.sources.annotation_files import xml
-from tests.pipeline.sources.miniature import write
+from tests.pipeline.sources.miniature import write, xml
 
 IMAGES = 10_000
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")

@@ -112,9 +112,8 @@ def test_a_lost_server_is_an_error_after_bounded_attempts(
     s3_endpoint: str, read: object, quick: None
 ) -> None:
     location = remote.uri(f"http://127.0.0.1:{remote.free_port()}", "small")
-    with pytest.raises(
-        UserError, match=r"cannot be reached .* tried 4 times in .*AWS_ENDPOINT_URL"
-    ):
+    match = r"cannot be reached .* tried 4 times in .*AWS_ENDPOINT_URL"
+    with pytest.raises(UserError, match=match):
         read(location)  # type: ignore[operator]
 
 
@@ -184,18 +183,14 @@ def test_an_upload_that_fails_shows_nothing_and_is_repeated(
     s3_endpoint: str, proxy: Proxy, quick: None, content: bytes, fails: int
 ) -> None:
     """The first, second or third request of an upload is refused once, then once more."""
-    requests = 0
-    broken = {fails, fails + 3}
-    states: list[dict[str, int]] = []
+    states: list[dict[str, int]] = []  # of the bucket, at each request of the upload
     folder = f"failing/{len(content)}-{fails}"
 
     def fault(method: str, name: str, before: int) -> int | None:
-        nonlocal requests
         if method not in ("PUT", "POST"):
             return None
-        requests += 1
         states.append(objects(s3_endpoint, folder))
-        return 503 if requests - 1 in broken else None
+        return 503 if len(states) - 1 in (fails, fails + 3) else None
 
     proxy.fault = fault
     storage.write_atomically(remote.uri(proxy.endpoint, f"{folder}/a"), content)

@@ -23,7 +23,7 @@ from pipeline.evaluation.truth import (
 from pipeline.shards.format import read_manifest
 from pipeline.shards.ledger import read_ledger
 from tests.pipeline.evaluation.files import assert_refused, content, write, write_all
-from tests.pipeline.sources.annotation_files import xml
+from tests.pipeline.sources.miniature import xml
 
 ILSVRC = Path(__file__).parents[4] / "shared" / "data" / "ilsvrc-val-boxes"
 

@@ -26,7 +26,7 @@ from pipeline.shards.plan import Plan, PreprocessConfig, make_plan
 from pipeline.shards.shard import make_shard
 from tests.e2e.commands import run as run_process
 from tests.pipeline.made_set import stored_samples
-from tests.pipeline.sources.annotation_files import xml
+from tests.pipeline.sources.miniature import xml
 
 CLASSES = ("n00000001", "n00000002", "n00000003")
 TRAIN, VAL = 30, 10

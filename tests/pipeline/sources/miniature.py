@@ -11,15 +11,15 @@ import scipy.io
 
 from pipeline.sources.files import SourceFiles
 from pipeline.sources.find import Source, find_layout, list_images
-from tests.pipeline.sources.annotation_files import xml
+from pipeline.synthetic import annotation_xml
 
-SYNSET = [
-    ("ILSVRC2012_ID", object),
-    ("WNID", object),
-    ("words", object),
-    ("num_children", object),
-]
+SYNSET = [(name, object) for name in ("ILSVRC2012_ID", "WNID", "words", "num_children")]
 Box = tuple[int, int, int, int]
+
+
+def xml(wnid: str, *boxes: Box, size: tuple[int, int] | None = (500, 375)) -> str:
+    """Return an annotation whose file name is wrong, as many are; size: (width, height)."""
+    return annotation_xml("misleading", wnid, boxes, size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +116,9 @@ def box_archives(mini: Miniature) -> dict[str, bytes]:
     }
 
 
-def loose_boxes(mini: Miniature, train: str, val: str) -> dict[str, bytes]:
-    boxed = (x for x in mini.train if x.boxes)
-    return {f"{train}/{x.wnid}/{x.stem}.xml": x.xml for x in boxed} | {
-        f"{val}/{x.stem}.xml": x.xml for x in mini.val
-    }
+def loose_boxes(mini: Miniature, root: str) -> dict[str, bytes]:
+    train = {f"{root}/train/{x.wnid}/{x.stem}.xml": x.xml for x in mini.train if x.boxes}
+    return train | {f"{root}/val/{x.stem}.xml": x.xml for x in mini.val}
 
 
 def archives(mini: Miniature) -> dict[str, bytes]:
@@ -140,7 +138,7 @@ def folders(mini: Miniature) -> dict[str, bytes]:
     return (
         {f"train/{name}": data for name, data in train_folders(mini).items()}
         | {f"val/{x.stem}.JPEG": x.data for x in mini.val}
-        | loose_boxes(mini, "boxes/train", "boxes/val")
+        | loose_boxes(mini, "boxes")
         | {"imagenet_2012_validation_synset_labels.txt": mini.lines(lambda x: x.wnid)}
     )
 
@@ -152,21 +150,19 @@ def val_in_classes(mini: Miniature) -> dict[str, bytes]:
 
 
 def kaggle(mini: Miniature) -> dict[str, bytes]:
-    def row(x: MiniImage) -> str:
-        boxes = "".join(f"{x.wnid} {' '.join(map(str, box))} " for box in x.boxes)
-        return f"{x.stem},{boxes}\n"
-
     def solution(images: tuple[MiniImage, ...]) -> bytes:
-        rows = "".join(row(x) for x in images[::-1] if x.boxes)
-        return f"ImageId,PredictionString\n{rows}".encode()
+        rows = ["ImageId,PredictionString\n"]
+        for x in filter(lambda x: x.boxes, images[::-1]):
+            boxes = "".join(f"{x.wnid} {' '.join(map(str, box))} " for box in x.boxes)
+            rows.append(f"{x.stem},{boxes}\n")
+        return "".join(rows).encode()
 
     data, sets = "ILSVRC/Data/CLS-LOC", "ILSVRC/ImageSets/CLS-LOC"
-    boxes = "ILSVRC/Annotations/CLS-LOC"
     return (
         {f"{data}/train/{name}": content for name, content in train_folders(mini).items()}
         | {f"{data}/val/{x.stem}.JPEG": x.data for x in mini.val}
         | {f"{data}/test/ILSVRC2012_test_00000001.JPEG": mini.val[0].data}
-        | loose_boxes(mini, f"{boxes}/train", f"{boxes}/val")
+        | loose_boxes(mini, "ILSVRC/Annotations/CLS-LOC")
         | {
             f"{sets}/val.txt": mini.lines(lambda x: f"{x.stem} {mini.val.index(x) + 1}"),
             "LOC_synset_mapping.txt": "".join(f"{x} name of {x}\n" for x in mini.wnids).encode(),

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.sources.annotations import fit_boxes, read_annotation
-from tests.pipeline.sources.annotation_files import xml
+from tests.pipeline.sources.miniature import xml
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.sources.archives import Member, members, packed_files
 from pipeline.sources.files import SourceFiles
 from tests.pipeline.sources.miniature import tar
+from tests.pipeline.test_fuzz import mutated
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
@@ -22,15 +23,9 @@ def read_members(data: bytes, folder: Path, start: int = 0, end: int | None = No
         return list(members(files, "a.tar", start, end))
 
 
-names = st.lists(
-    st.text(
-        st.characters(codec="utf-8", min_codepoint=32, exclude_characters="/"),
-        min_size=1,
-        max_size=120,
-    ),
-    min_size=1,
-    max_size=4,
-).map("/".join)
+characters = st.characters(codec="utf-8", min_codepoint=32, exclude_characters="/")
+words = st.text(characters, min_size=1, max_size=120)
+names = st.lists(words, min_size=1, max_size=4).map("/".join)
 
 
 @settings(max_examples=40)
@@ -100,19 +95,9 @@ def test_a_damaged_archive_ends_in_one_error_and_never_hangs(tmp_path: Path) -> 
     draw = random.Random(0)
     refused = 0
     for number in range(600):
-        data = bytearray(originals[number % 2])
-        for _ in range(draw.randint(1, 4)):
-            start = draw.randrange(len(data))
-            match draw.randrange(3):
-                case 0:
-                    data[start] ^= 1 << draw.randrange(8)
-                case 1:
-                    data[start : start + 512] = draw.randbytes(512)
-                case _:
-                    del data[start:]
-                    data.append(0)
+        data = mutated(originals[number % 2], originals, draw)
         try:
-            result = read_members(bytes(data), tmp_path)
+            result = read_members(data, tmp_path)
         except UserError as error:
             refused += 1
             assert str(tmp_path / "a.tar") in str(error)  # noqa: PT017

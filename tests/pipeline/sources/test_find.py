@@ -7,8 +7,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.sources.find import Source
 from pipeline.sources.listing import SCHEMA
-from tests.pipeline.sources.annotation_files import xml
-from tests.pipeline.sources.miniature import read_source, write
+from tests.pipeline.sources.miniature import read_source, write, xml
 
 
 def touch(root: Path, *paths: str) -> None:
