@@ -45,12 +45,7 @@ from jobs.train.config import TrainConfig
 from jobs.train.trainer import Trainer
 from jobs.train.worker import model_config
 from model.controller import ControllerState
-from model.losses import (
-    area_penalty,
-    classification_loss,
-    correct,
-    corruption_loss,
-)
+from model.losses import area_penalty, classification_loss, correct, corruption_loss
 from model.masking import (
     apply_mask,
     bernoulli_straight_through,

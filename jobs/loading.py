@@ -1,5 +1,4 @@
-"""Flags of the jobs that load augmented batches: where the set lies, the cache of a remote one,
-and the augmentation."""
+"""Flags of the jobs that load augmented batches."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,7 @@ class LoadingConfig:
     max_crop_aspect: float = option(1.16, low=1, help="largest change of a crop's aspect")
     flip: bool = option(True, help="mirror half of the images left to right")
     translation: float = option(
-        0.0,
-        low=0,
-        below=1,
-        help="largest share of the side by which a crop reaches over the edge",
+        0.0, low=0, below=1, help="largest share of the side by which a crop reaches over the edge"
     )
     brightness: float = option(
         0.0, low=0, below=1, help="largest relative change of the brightness"
@@ -65,10 +61,8 @@ class LoadingConfig:
         return CacheConfig(folder=self.cache, limit_bytes=round(self.cache_limit * GIB))
 
     def window(self, manifest: Manifest) -> int | None:
-        """Return how many shards of the train split are shuffled together (see `epoch_order`).
-
-        None, that is all, of a local set; of a remote one what the cache's limit allows.
-        """
+        """Return how many train shards are shuffled together (see `epoch_order`): None, that is
+        all, of a local set; of a remote one what the cache's limit allows."""
         if not is_remote(self.data):
             return None
         sizes = [cached_bytes(shard) for shard in split_of(manifest, "train").shards]
@@ -76,10 +70,8 @@ class LoadingConfig:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device named `cpu`, `cuda` or `auto`, which is cuda where there is one.
-
-    Raises UserError for cuda where there is none.
-    """
+    """Return the device named `cpu`, `cuda` or `auto`, which is cuda where there is one. Raises
+    UserError for cuda where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu or auto.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

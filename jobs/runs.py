@@ -24,12 +24,8 @@ MODEL_FORMAT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of the nets, and how images are normalized.
-
-    mean, std: per channel, in 0..255. logit_limit: bound of the corruption net's logits, 0 for
-    none. residual_blocks: of the classifier, after each layer but the first. guide: whether the
-    corruption net has a copy of the clean classifier and sees its last feature map.
-    """
+    """Shape of the nets (see their classes), and how images are normalized: mean and deviation per
+    channel, in 0..255. guide: whether the clean classifier guides the corruption net."""
 
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -46,10 +42,10 @@ class ModelConfig:
     guide: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Nets:
-    """corruption: the averaged corruption net. classifier: the co-trained one.
-    clean_classifier: the same architecture trained on clean images alone."""
+    """corruption: the averaged one. classifier: the co-trained one. clean_classifier: the same
+    architecture trained on clean images alone."""
 
     config: ModelConfig
     corruption: CorruptionNet
@@ -58,11 +54,7 @@ class Nets:
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the nets by name."""
-        return {
-            "corruption": self.corruption,
-            "classifier": self.classifier,
-            "clean_classifier": self.clean_classifier,
-        }
+        return {name: net for name, net in vars(self).items() if isinstance(net, nn.Module)}
 
 
 def colour_statistics(config: ModelConfig, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -123,26 +115,18 @@ def load_nets(run: Path) -> Nets:
     with _remedies(run):
         tensors, content = read_weights(path)
     config = _model_config(path, content)
-    nets = Nets(
-        config=config,
-        corruption=new_corruption(config).eval(),
-        classifier=new_classifier(config).eval(),
-        clean_classifier=new_classifier(config).eval(),
-    )
+    classifiers = (new_classifier(config).eval() for _ in range(2))
+    nets = Nets(config, new_corruption(config).eval(), *classifiers)
     load_net_tensors(nets.modules(), tensors)
     return nets
 
 
 def _model_config(path: Path, content: Mapping[str, Any]) -> ModelConfig:
     if content.get("format") != MODEL_FORMAT:
-        raise UserError(
-            f"{path} has format {content.get('format')}; this program reads {MODEL_FORMAT}."
-        )
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in content["config"].items()
-    }
-    return ModelConfig(**values)
+        found = content.get("format")
+        raise UserError(f"{path} has format {found}; this program reads {MODEL_FORMAT}.")
+    config: dict[str, Any] = content["config"]
+    return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 
 
 @contextmanager
@@ -164,13 +148,7 @@ def _remedies(run: Path) -> Iterator[None]:
 
 
 class DamagedError(Exception):
-    """Files that are not what was written: cut off, changed, or incomplete. The message says
-    which file and how."""
-
-
-def tensors_path(path: Path) -> Path:
-    """Return where the tensors beside a JSON file are."""
-    return path.with_suffix(".safetensors")
+    """A file that is missing or not what was written. The message says which and how."""
 
 
 def _content_hash(content: Mapping[str, Any]) -> str:
@@ -178,20 +156,15 @@ def _content_hash(content: Mapping[str, Any]) -> str:
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
-    """Write `content` to the JSON file `path` and the tensors beside it.
-
-    The JSON comes last, as the mark that all is written, and states the size and SHA-256 of the
-    tensors' file and the SHA-256 of itself. Raises OSError, where the disk is full for one.
-    """
-    data = safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    )
+    """Write the tensors beside the JSON file `path`, then `content` into it, with the size and
+    SHA-256 of the tensors' file and the SHA-256 of itself. Raises OSError."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data, beside = safetensors.torch.save(plain), path.with_suffix(".safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    write_atomically(tensors_path(path), data)
+    write_atomically(beside, data)
     digest = hashlib.sha256(data).hexdigest()
-    stated = {"file": tensors_path(path).name, "bytes": len(data), "sha256": digest}
-    whole = {**content, "tensors": stated}
+    whole = {**content, "tensors": {"file": beside.name, "bytes": len(data), "sha256": digest}}
     whole["sha256"] = _content_hash(whole)
     write_atomically(path, (json.dumps(whole, indent=1) + "\n").encode())
 
@@ -212,7 +185,7 @@ def read_content(path: Path) -> dict[str, Any]:
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors, onto the CPU, and the content. Raises DamagedError."""
-    content, beside = read_content(path), tensors_path(path)
+    content, beside = read_content(path), path.with_suffix(".safetensors")
     stated = content["tensors"]
     try:
         data = beside.read_bytes()

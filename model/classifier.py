@@ -11,10 +11,8 @@ CROP_SHARE = 7 / 8  # of the image's sides
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
-    """Return a convolution, group norm and ReLU.
-
-    Group norm rather than batch norm: a step is then the same on any number of workers, clean
-    and masked images do not share statistics, and training equals evaluation.
+    """Return a convolution, group norm and ReLU. Unlike with batch norm a step is the same on any
+    number of workers, clean and masked images share no statistics, and training is as evaluation.
     """
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
@@ -44,9 +42,8 @@ class Classifier(nn.Module):
     """Normalized images [B, 3, H, W] -> logits [B, classes].
 
     width: channels of the first layer (a multiple of 8); the others have 2, 4 and 5.33 times as
-    many. residual_blocks: how many follow each layer but the first, which has four times the
-    pixels of the next (the paper's: 0). The feature map has H/8 x W/8 cells; its mean goes to one
-    linear layer, so that class activation maps (CAM) are defined.
+    many. residual_blocks: after each layer but the first, which has the most pixels (the paper's:
+    0). The mean of the feature map goes to one linear layer, so that CAM is defined.
     """
 
     def __init__(self, classes: int, width: int, residual_blocks: int = 0) -> None:
@@ -58,10 +55,9 @@ class Classifier(nn.Module):
             (widths[1], widths[2], 3, 2),
             (widths[2], widths[3], 3, 1),
         ):
-            if stride > 1:
-                self.first_final = len(layers)  # of the layers whose map has the last one's size
             layers.append(convolution(inputs, outputs, kernel, stride))
             layers += [Residual(outputs) for _ in range(residual_blocks)]
+        self.first_final = 2 + residual_blocks  # of the layers whose map has the last one's size
         self.layers = nn.Sequential(*layers)
         self.head = nn.Linear(widths[3], classes)
 
@@ -70,9 +66,8 @@ class Classifier(nn.Module):
         return self.layers(images)
 
     def final_maps(self, images: Tensor) -> list[Tensor]:
-        """Return every layer's output that has the size of the last feature map, in order.
+        """Return the output [B, C, H/8, W/8] of each layer that has the last feature map's size.
 
-        float [B, C, H/8, W/8] each, C of each layer its own; the last feature map is the last.
         Gradients reach the first of them and no layer below it.
         """
         with torch.no_grad():
@@ -92,20 +87,15 @@ class Classifier(nn.Module):
 
 def ten_crops(images: Tensor) -> Iterator[Tensor]:
     """Yield the corners and the centre, 7/8 of the sides, each also mirrored, enlarged to the
-    images' own size: ten times float [B, 3, H, W]. Krizhevsky et al. 2012 take crops of 224 of 256
-    pixels, and do not enlarge them.
+    images' own size: ten times float [B, 3, H, W] (Krizhevsky et al. 2012 do not enlarge them).
     """
-    height, width = images.shape[-2:]
-    h, w = round(CROP_SHARE * height), round(CROP_SHARE * width)
-    below, right = height - h, width - w
+    size = images.shape[-2:]
+    h, w = (round(CROP_SHARE * side) for side in size)
+    below, right = size[0] - h, size[1] - w
     corners = ((0, 0), (0, right), (below, 0), (below, right), (below // 2, right // 2))
     for top, left in corners:
-        crop = functional.interpolate(
-            images[:, :, top : top + h, left : left + w],
-            size=(height, width),
-            mode="bilinear",
-            align_corners=False,
-        )
+        crop = images[:, :, top : top + h, left : left + w]
+        crop = functional.interpolate(crop, size, mode="bilinear", align_corners=False)
         yield crop
         yield crop.flip(3)
 
@@ -113,10 +103,7 @@ def ten_crops(images: Tensor) -> Iterator[Tensor]:
 def class_probabilities(
     logits_of: Callable[[Tensor], Tensor], images: Tensor, *, crops: bool
 ) -> Tensor:
-    """Return softmax probabilities: float [B, classes].
-
-    images: normalized float [B, 3, H, W]; logits_of: a classifier, images -> logits. crops: take
-    the mean over `ten_crops`.
-    """
+    """Return softmax probabilities of normalized images, float [B, classes]; of `crops` the mean
+    over `ten_crops`."""
     views = ten_crops(images) if crops else [images]
     return torch.stack([torch.softmax(logits_of(view), dim=1) for view in views]).mean(dim=0)

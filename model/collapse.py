@@ -1,12 +1,8 @@
-"""Signs that the fight has ended without a winner: masks that cover all or nothing, a gate that
-stays where it is, a classifier that knows nothing.
-
-A pure function of reduced numbers, like the controller: every rank that feeds it the same numbers
-has the same state, bit for bit, and so stops at the same step.
-"""
+"""Signs that the fight has ended without a winner. A pure function of reduced numbers, like the
+controller, so that all ranks stop at the same step."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 FULL, EMPTY = 0.95, 0.005  # running mean of the masked area
 CLOSED, OPEN = 0.01, 0.99  # running share of joint steps
@@ -26,8 +22,8 @@ TEXTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class CollapseState:
-    """area, joint, accuracy: running means, None before the first step of a phase. The others
-    count for how many steps on end each sign has lasted."""
+    """area, joint, accuracy: running means, None before a phase's first step. The others: for how
+    many steps on end each sign has lasted."""
 
     area: float | None = None
     joint: float | None = None
@@ -59,27 +55,22 @@ def watch(
 ) -> CollapseState:
     """Return the state after a step over `count` images.
 
-    accuracy: of the classifier in this step. area: mean masked share, and joint: whether both
-    nets trained; None in the warm-up, where there is no mask (joint also with a frozen
-    classifier, whose gate means nothing). Chance is 1 / classes, up to three standard deviations
-    of the running mean over the last steps' images; it is no sign where the target lies there too.
+    area: mean masked share, None in the warm-up. joint: whether both nets trained, None where no
+    gate decides it. Chance is 1 / classes, up to three standard deviations of the running mean;
+    it is no sign where the target lies there too.
     """
     chance = 1 / classes
     images = count * (1 + SMOOTHING) / (1 - SMOOTHING)  # that the running mean is worth
     highest = chance + MARGIN * math.sqrt(chance * (1 - chance) / images)
-    means = replace(
-        state,
-        accuracy=_running(state.accuracy, accuracy),
-        area=None if area is None else _running(state.area, area),
-        joint=None if joint is None else _running(state.joint, float(joint)),
-    )
-    assert means.accuracy is not None
+    accuracy = _running(state.accuracy, accuracy)
+    area = None if area is None else _running(state.area, area)
+    share = None if joint is None else _running(state.joint, float(joint))
     signs = {
-        "full": means.area is not None and means.area > FULL,
-        "empty": means.area is not None and means.area < EMPTY,
-        "closed": means.joint is not None and means.joint < CLOSED,
-        "open": means.joint is not None and means.joint > OPEN,
-        "chance": means.accuracy <= highest and (target is None or target > highest),
+        "full": area is not None and area > FULL,
+        "empty": area is not None and area < EMPTY,
+        "closed": share is not None and share < CLOSED,
+        "open": share is not None and share > OPEN,
+        "chance": accuracy <= highest and (target is None or target > highest),
     }
     counts = {name: getattr(state, name) + 1 if shows else 0 for name, shows in signs.items()}
-    return replace(means, **counts)
+    return CollapseState(accuracy=accuracy, area=area, joint=share, **counts)

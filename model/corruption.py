@@ -24,37 +24,30 @@ class _Projection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (logits,) = ctx.saved_tensors
-        (gradient,) = gradients
+        (logits,), (gradient,) = ctx.saved_tensors, gradients
         # descent moves against the gradient
-        outward = ((logits >= ctx.limit) & (gradient < 0)) | (
-            (logits <= -ctx.limit) & (gradient > 0)
-        )
-        return gradient.masked_fill(outward, 0), None
+        above = (logits >= ctx.limit) & (gradient < 0)
+        below = (logits <= -ctx.limit) & (gradient > 0)
+        return gradient.masked_fill(above | below, 0), None
 
 
 def bound_logits(logits: Tensor, limit: float) -> Tensor:
-    """Project logits onto [-limit, limit], so that no probability saturates for good.
+    """Project logits onto [-limit, limit] (0: not at all), so that no probability stays saturated.
 
     A sigmoid's slope p (1 - p) vanishes at large logits: once every probability was 1, no weight
-    of the area brought the masks back. Within the bounds nothing changes. At a bound descent can
-    move a logit back inside, with the slope that the sigmoid has at the bound, and not further
-    out. A limit of 0 leaves the logits as they are.
+    of the area brought the masks back. From a bound descent can move a logit back inside only.
     """
     return _Projection.apply(logits, limit) if limit else logits
 
 
 class Up(nn.Module):
-    """Deconvolution to twice the size, plus the encoder's map of that size, plus a residual
-    convolution."""
+    """Deconvolution to twice the size, plus the encoder's map, plus a residual convolution."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.deconvolution = nn.ConvTranspose2d(inputs, outputs, 2, 2)
         self.residual = nn.Sequential(
-            nn.GroupNorm(GROUPS, outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1),
+            nn.GroupNorm(GROUPS, outputs), nn.ReLU(), nn.Conv2d(outputs, outputs, 3, padding=1)
         )
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -67,9 +60,8 @@ class CorruptionNet(nn.Module):
 
     A stride-2 encoder, a fully connected bottleneck over the whole image (what is it?), and
     deconvolutions with an additive connection from every encoder layer (where are its edges?).
-    size: (H, W), multiples of 16. width: as the classifier's. logit_limit: see `bound_logits`.
-    guide: a classifier whose last feature map of the image is mixed into the encoder's map of its
-    size (the paper has none); it becomes a part of the net that is never trained.
+    size: (H, W), multiples of 16. width: as the classifier's. guide: a classifier, not trained
+    further, whose last feature map is mixed into the encoder's map of its size (not in the paper).
     """
 
     def __init__(
@@ -81,13 +73,7 @@ class CorruptionNet(nn.Module):
         guide: Classifier | None = None,
     ) -> None:
         super().__init__()
-        self.logit_limit = logit_limit
-        height, width_pixels = size
-        if height % STRIDE or width_pixels % STRIDE:
-            raise ValueError(
-                f"the corruption net halves the image four times, so its sides must be "
-                f"multiples of {STRIDE}; got {height} x {width_pixels}"
-            )
+        self.logit_limit, self.guide = logit_limit, guide
         widths = (width, 2 * width, 4 * width, 16 * width // 3 // GROUPS * GROUPS)
         self.encoder = nn.ModuleList(
             [
@@ -97,7 +83,7 @@ class CorruptionNet(nn.Module):
                 convolution(widths[2], widths[3], 3, 2),
             ]
         )
-        cells = (height // STRIDE) * (width_pixels // STRIDE)
+        cells = (size[0] // STRIDE) * (size[1] // STRIDE)
         self.bottleneck = nn.Sequential(
             nn.Flatten(),
             nn.Linear(widths[3] * cells, bottleneck),
@@ -109,7 +95,6 @@ class CorruptionNet(nn.Module):
         )
         self.output = nn.ConvTranspose2d(widths[0], 1, 2, 2)
         nn.init.constant_(self.output.bias, START_BIAS)  # type: ignore[arg-type]
-        self.guide = guide
         self.mix: nn.Module | None = None
         if guide is not None:
             guide.requires_grad_(False)
@@ -117,8 +102,7 @@ class CorruptionNet(nn.Module):
                 self.mix = convolution(guide.head.in_features, widths[2], 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        skips = []
-        x = images
+        x, skips = images, []
         for number, layer in enumerate(self.encoder):
             x = layer(x)
             if number == GUIDED_LAYER and self.guide is not None and self.mix is not None:

@@ -2,8 +2,7 @@
 
 On photographs of many classes the classifier's loss under masks teaches the corruption net only
 slowly what the classifier reacts to. LayerCAM of the clean classifier names it directly, for the
-label that training knows. The net sees no label, so it learns what such maps have in common over
-images that look alike.
+label, which the net itself does not see.
 """
 
 import torch
@@ -31,10 +30,8 @@ def evidence(
     """Return how much each superpixel speaks for its image's label, compared within the image.
 
     The square roots of `layer_cams` of the enlarged image (a few large values would rule
-    otherwise), each averaged over superpixels and standardized; their sum, standardized again.
-    images: normalized float [B, 3, H, W]; labels: int64 [B]; segments: int64 [B, H, W], below
-    `superpixels`. Returns float32 [B, H, W] of mean 0 and deviation 1, level within superpixels,
-    without a gradient.
+    otherwise), each averaged over superpixels and standardized; their sum, standardized again:
+    float32 [B, H, W] of mean 0 and deviation 1, without a gradient.
     """
     total = torch.zeros(segments.shape, device=images.device)
     for values in layer_cams(classifier, images, labels, enlargement=ENLARGEMENT):

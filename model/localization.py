@@ -16,7 +16,7 @@ FLAT = 1e-5
 
 def adaptive_threshold(values: np.ndarray) -> float:
     """Return 0.7 mean + 0.3 max of a map, in float64 (paper, section 3.2)."""
-    mean = float(values.mean(dtype=np.float64))
+    mean = mean_threshold(values)
     # Written so that a constant map's threshold is exactly its value.
     return mean + MAX_WEIGHT * (float(values.max()) - mean)
 
@@ -31,8 +31,8 @@ def quantile_threshold(values: np.ndarray) -> float:
 
     Where more of them are at the maximum, it is the largest value below, so that those exceed it.
     """
-    kept = int(KEPT_SHARE * values.size)
-    threshold = np.partition(values, values.size - kept - 1, axis=None)[values.size - kept - 1]
+    index = values.size - int(KEPT_SHARE * values.size) - 1
+    threshold = np.partition(values, index, axis=None)[index]
     if threshold == values.max():
         threshold = values[values < threshold].max()
     return float(threshold)
@@ -54,15 +54,14 @@ RULE_TEXTS = {
 def map_box(values: np.ndarray, rule: str = "paper") -> np.ndarray | None:
     """Return the box of the largest 8-connected component strictly above the threshold of a rule.
 
-    values: float [H, W]; rule: a name of RULES. Returns int64 [4]. Of components with equally
-    many pixels the topmost wins, then the leftmost. None for a flat map (the same value
-    everywhere, up to rounding), of which nothing is above the threshold. Raises ValueError for
-    NaN or infinite values.
+    values: float [H, W]; rule: a name of RULES. Returns int64 [4], None for a flat map (the same
+    value everywhere, up to rounding). Of components with equally many pixels the topmost wins,
+    then the leftmost. Raises ValueError for NaN or infinite values.
     """
     if not np.isfinite(values).all():
         raise ValueError(
-            f"the map of {values.shape[0]} x {values.shape[1]} pixels holds NaN or infinite "
-            "values, from which no box follows; the net that made it has diverged: train it again."
+            f"a map of {values.shape[0]} x {values.shape[1]} pixels holds NaN or infinite values: "
+            "the net that made it has diverged; train it again."
         )
     if float(values.max()) - adaptive_threshold(values) <= FLAT * float(np.abs(values).max()):
         return None

@@ -14,7 +14,7 @@ SMALLEST_PROBABILITY = 1e-6
 Confusion = Literal["top", "true-logit", "true-log-probability"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Objective:
     """What the two nets minimize.
 
@@ -36,23 +36,18 @@ class Objective:
 
 
 def corruption_loss(logits: Tensor) -> Tensor:
-    """Return equation 1, the top logit minus the mean of the others: float [B, C] -> [B].
-
-    At least 0, and 0 exactly where the classifier scores all classes alike, that is, in full
-    confusion. The top class is the one predicted on the masked image, whatever the label.
-    """
+    """Return equation 1, the top logit minus the mean of the others: float [B, C] -> [B], at least
+    0, and 0 where all classes score alike."""
     top = logits.amax(dim=1)
-    others = (logits.sum(dim=1) - top) / (logits.shape[1] - 1)
-    return top - others
+    return top - (logits.sum(dim=1) - top) / (logits.shape[1] - 1)
 
 
 def confusion_loss(logits: Tensor, labels: Tensor, kind: Confusion) -> Tensor:
     """Return what the corruption net minimizes beside the area: float [B, C], int64 [B] -> [B].
 
-    0 where the classifier scores all classes alike. top: equation 1, whatever the label.
-    true-logit: the label's logit minus the mean of the others, which has no lower bound.
-    true-log-probability: the logarithm of the label's softmax probability over 1/C. The two with
-    the label are departures from the paper.
+    0 where all classes score alike. top: equation 1, whatever the label. Not in the paper:
+    true-logit, the label's logit minus the mean of the others, which has no lower bound;
+    true-log-probability, the logarithm of the label's softmax probability over 1/C.
     """
     if kind == "top":
         return corruption_loss(logits)
@@ -65,9 +60,8 @@ def confusion_loss(logits: Tensor, labels: Tensor, kind: Confusion) -> Tensor:
 def area_penalty(mask: Tensor, power: int) -> Tensor:
     """Return each image's masked share, to the given power: float [B, H, W] -> [B] in [0, 1].
 
-    power 1 is the paper's count of occluded pixels over the number of pixels. Power 2 costs
-    nothing at the margin of an empty mask and ever more later, which keeps the corruption net
-    from the empty optimum (section 2.4).
+    Power 1 is the paper's. Power 2 costs nothing at the margin of an empty mask and ever more
+    later, which keeps the corruption net from the empty optimum (section 2.4).
     """
     return mask.flatten(1).mean(dim=1) ** power
 
@@ -75,9 +69,9 @@ def area_penalty(mask: Tensor, power: int) -> Tensor:
 def imitation_loss(mask: Tensor, evidence: Tensor, objective: Objective) -> Tensor:
     """Return how far masks are from what the evidence asks for: float [B, H, W] each -> [B].
 
-    The binary cross-entropy between the probability of masking each pixel, in [0, 1], and
-    sigmoid(sharpness * evidence + logit(share)), averaged over pixels. Not in the paper. evidence:
-    see model/evidence.py. NaN where a probability is NaN (torch's own loss would end the process).
+    The binary cross-entropy between the probability of masking each pixel and
+    sigmoid(sharpness * evidence + logit(share)), averaged over pixels. Not in the paper. NaN where
+    a probability is NaN (torch's own loss would end the process).
     """
     average = math.log(objective.evidence_share / (1 - objective.evidence_share))
     wanted = torch.sigmoid(objective.evidence_sharpness * evidence + average)

@@ -1,7 +1,8 @@
 """From a probability per pixel to a hard mask per superpixel (paper, section 2.2).
 
-Shapes: B images, H x W pixels, K the largest number of superpixels in the data set. Images
-with fewer leave the last columns of [B, K] tensors empty.
+Shapes: B images, H x W pixels, K the largest number of superpixels in the data set (`superpixels`).
+Images with fewer leave the last columns of [B, K] tensors empty. images: normalized float
+[B, 3, H, W], where not said otherwise; segments: int64 [B, H, W], labels below K.
 """
 
 import torch
@@ -9,26 +10,20 @@ from torch import Tensor, nn
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return images float32 of zero mean and unit deviation per channel.
+    """Return uint8 images [B, 3, H, W] as float32 of zero mean and unit deviation per channel.
 
-    images: uint8 [B, 3, H, W]. mean, std: float32 [3] in 0..255, on the images' device. A masked
-    pixel is set to 0 afterwards, that is, to the data set's mean colour.
+    mean, std: float32 [3] in 0..255. So 0, to which masked pixels are set, is the mean colour.
     """
-    shape = (1, 3, 1, 1)
-    return (images.to(torch.float32) - mean.view(shape)) / std.view(shape)
+    return (images.to(torch.float32) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 
 
 def superpixel_mean(values: Tensor, segments: Tensor, superpixels: int) -> Tensor:
-    """Return the mean of `values` (float [B, H, W]) over each superpixel: float [B, K].
-
-    segments: int64 [B, H, W], labels below `superpixels` (K). An absent superpixel gets 0; it
-    covers no pixel, so its value reaches nothing.
-    """
-    flat = segments.flatten(1)
-    totals = values.new_zeros(len(values), superpixels).scatter_add(1, flat, values.flatten(1))
-    ones = torch.ones_like(values.flatten(1))
-    pixels = values.new_zeros(len(values), superpixels).scatter_add(1, flat, ones)
-    return totals / pixels.clamp(min=1)
+    """Return the mean of `values` (float [B, H, W]) over each superpixel, 0 for absent ones:
+    float [B, K]."""
+    flat, pixels = segments.flatten(1), values.flatten(1)
+    zeros = values.new_zeros(len(values), superpixels)
+    counts = zeros.scatter_add(1, flat, torch.ones_like(pixels))
+    return zeros.scatter_add(1, flat, pixels) / counts.clamp(min=1)
 
 
 def paint(values: Tensor, segments: Tensor) -> Tensor:
@@ -37,24 +32,18 @@ def paint(values: Tensor, segments: Tensor) -> Tensor:
 
 
 def gumbel_difference(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return float32 z1 - z2 of two independent standard Gumbel variables.
-
-    It is on the generator's device. z = -ln(-ln u) with u uniform in (0, 1); the paper prints
-    -ln(-ln(-u)), which is not a number.
-    """
-    device = generator.device
-    tiny = torch.finfo(torch.float32).tiny
-    u = torch.rand((2, *shape), generator=generator, device=device).clamp(tiny, 1 - 2**-24)
-    z = -torch.log(-torch.log(u))
+    """Return float32 z1 - z2 of two independent standard Gumbel variables, on the generator's
+    device. z = -ln(-ln u), u uniform in (0, 1); the paper's -ln(-ln(-u)) is not a number."""
+    u = torch.rand((2, *shape), generator=generator, device=generator.device)
+    z = -torch.log(-torch.log(u.clamp(torch.finfo(torch.float32).tiny, 1 - 2**-24)))
     return z[0] - z[1]
 
 
 def bernoulli_straight_through(probability: Tensor, noise: Tensor) -> Tensor:
     """Return exact Bernoulli(p) samples in {0, 1}, with the gradient of p itself.
 
-    probability: float in [0, 1], any shape; noise: `gumbel_difference` of that shape. A sample
-    is 1 where log p + z1 > log(1 - p) + z2 (the Gumbel-max rule); backwards it counts as p
-    (the straight-through estimator).
+    noise: `gumbel_difference` of the probability's shape. A sample is 1 where
+    log p + z1 > log(1 - p) + z2 (the Gumbel-max rule); backwards it counts as p.
     """
     tiny = torch.finfo(probability.dtype).tiny
     p = probability.detach()
@@ -64,9 +53,8 @@ def bernoulli_straight_through(probability: Tensor, noise: Tensor) -> Tensor:
 
 def pixel_segments(segments: Tensor) -> Tensor:
     """Return a superpixel of its own for each pixel: int64 [B, H, W], labels 0 to HW - 1."""
-    _, height, width = segments.shape
-    grid = torch.arange(height * width, device=segments.device).view(1, height, width)
-    return grid.expand_as(segments)
+    shape = segments.shape[1:]
+    return torch.arange(shape.numel(), device=segments.device).view(shape).expand_as(segments)
 
 
 def mask_probability(
@@ -83,9 +71,5 @@ def apply_mask(images: Tensor, mask: Tensor) -> Tensor:
 
 
 def mask_map(corruption: nn.Module, images: Tensor, segments: Tensor, superpixels: int) -> Tensor:
-    """Return each pixel's probability of being masked, averaged over its superpixel.
-
-    images: normalized float [B, 3, H, W]; segments: int64 [B, H, W], labels below `superpixels`.
-    Returns float [B, H, W] in [0, 1].
-    """
+    """Return each superpixel's probability of being masked at its pixels: float [B, H, W]."""
     return paint(mask_probability(corruption, images, segments, superpixels), segments)

@@ -12,7 +12,6 @@ from model.saliency import resize_maps
 
 SMALLEST_PART = 1e-9  # a part nearer to 0 than this gets no relevance
 
-
 # Functions that the rules treat alike. A normalization's number is its weight's position.
 NORMALIZATIONS = {
     functional.batch_norm: 3,
@@ -60,10 +59,8 @@ class _RelevanceRules(TorchFunctionMode):
     """While entered, gradient x input of what torch computes is layer-wise relevance.
 
     Values stay what they are; only their gradients change. Linear layers, pooling, sums
-    and ReLU keep their gradient, which shares relevance in proportion already.
-
-    ones: 1 for each pixel that the first convolution reads, [B, 1, H, W]; None before it. Their
-    gradient is the relevance of the pixels.
+    and ReLU keep theirs, which shares relevance in proportion already. ones: 1 for each pixel that
+    the first convolution reads, [B, 1, H, W], whose gradient is the pixels' relevance.
     """
 
     def __init__(self) -> None:
@@ -136,24 +133,19 @@ class _RelevanceRules(TorchFunctionMode):
 def layerwise_relevance(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
     """Return the relevance of each pixel for its class's logit (LRP, Bach et al. 2015).
 
-    Positive values speak for the class, negative ones against it. They sum up to the logit less
-    what biases keep: those of linear layers, and those that made a value on their own. Rules:
+    Positive values speak for the class. They sum up to the logit less what biases keep. Rules:
     linear layers share relevance by their terms x * weight, convolutions by the positive terms
     alone (z+; the bias gets none), the first one evenly over its window (flat), so that brightness
     does not count; normalizations and activations pass it on whole; sums share it in proportion,
     maxima give it to the largest; gates (sigmoid, softmax) are factors.
 
-    network: logits from convolutions, in evaluation mode; anything made of torch.nn layers or
-    torch.nn.functional calls, uncompiled. Its weights and modules are not touched, and images do
-    not affect each other. images: normalized float [B, 3, H, W]; classes: int64 [B]. Returns
-    float32 [B, H, W]; where the first convolution sees another size (padding, a rearranging
-    stem), the map is resized bilinearly from there. Raises ValueError for a network without a
-    convolution.
+    network: convolutional, in evaluation mode, made of torch.nn layers or torch.nn.functional
+    calls, uncompiled; it is not touched. images: normalized float [B, 3, H, W]; classes: int64 [B].
+    Returns float32 [B, H, W], resized bilinearly where the first convolution sees another size.
+    Raises ValueError for a network without a convolution.
 
-    Blur the signed map before a box is found. Measured on the generated set (1,000 images, GT-known
-    by the paper's rule, interval +-2.3 points), blurred: signed 84.1 %, positive part 84.1 %,
-    absolute value 84.8 %; not blurred: 45 % each. Other rules, signed and blurred: gamma 0.25
-    74.8 %, epsilon 13.2 %.
+    Blur the signed map before a box is found. Measured on the generated set (GT-known, +-2.3
+    points): blurred 84.1 %, not blurred 45 %; the rules gamma 0.25 74.8 %, epsilon 13.2 %.
     """
     rules = _RelevanceRules()
     with torch.enable_grad(), rules:

@@ -1,9 +1,8 @@
 """Saliency maps that the method is compared with: class activation maps of the last layer or of
 several, and gradient saliency.
 
-Maps are of a given class per image. For GT-known localization that is the true class ("the class
-given"); top-1 localization needs no second map, since it counts an image only where the predicted
-class is the true one.
+Maps are float32 [B, H, W] of images, normalized float [B, 3, H, W], for a class per image, int64
+[B]: the true one, since top-1 localization counts an image only where the prediction is right.
 """
 
 import cv2
@@ -19,10 +18,7 @@ BLUR_SHARE = 3 / 64  # standard deviation of the blur, as a share of the side
 
 def class_activation_map(classifier: Classifier, images: Tensor, classes: Tensor) -> Tensor:
     """Return CAM (Zhou et al. 2016): the last features weighted as the class's logit weights them.
-
-    images: normalized float [B, 3, H, W]; classes: int64 [B]. Returns float32 [B, H, W], enlarged
-    bilinearly; its mean at the features' own size is the class's logit less the bias.
-    """
+    Its mean at the features' own size is the class's logit less the bias."""
     with torch.no_grad():
         weights = classifier.head.weight[classes]
         maps = torch.einsum("bc,bchw->bhw", weights, classifier.features(images))
@@ -35,11 +31,8 @@ def gradient_weighted_cam(
     """Return Grad-CAM (Selvaraju et al. 2017) without its final ReLU: CAM for any network.
 
     layer: the module within `network` whose output [B, C, h, w] is read. Each of its channels is
-    weighted by the class logit's gradient summed over positions. So where only global average
-    pooling and one linear layer follow, the map is that of `class_activation_map`, which has
-    negative values too; elsewhere it is Grad-CAM times h * w, a factor that moves no box. images:
-    normalized float [B, 3, H, W]; classes: int64 [B]. Returns float32 [B, H, W], enlarged
-    bilinearly.
+    weighted by the class logit's gradient summed over positions, so the map is Grad-CAM times
+    h * w, and where only average pooling and a linear layer follow, `class_activation_map`.
     """
     outputs: list[Tensor] = []
     handle = layer.register_forward_hook(lambda *call: outputs.append(call[2]))
@@ -58,15 +51,10 @@ def gradient_weighted_cam(
 def layer_cams(
     classifier: Classifier, images: Tensor, classes: Tensor, *, enlargement: float = 1.0
 ) -> list[Tensor]:
-    """Return LayerCAM (Jiang et al. 2021) of every layer whose map has the size of the last one.
+    """Return LayerCAM (Jiang et al. 2021) of every layer whose map has the size of the last one:
+    features x gradient where that is positive, summed over channels.
 
-    That is how much each position's features add to the class's logit to the first order, where
-    they speak for the class; summed over channels.
-
-    The gradient at a position, not its mean over positions as in CAM, says where a layer's
-    features count, so earlier layers have maps too. enlargement: of the image's sides, bilinearly,
-    before the classifier sees it; its maps then have as many times the cells. images: normalized
-    float [B, 3, H, W]; classes: int64 [B]. Returns float32 [B, H, W] each, at least 0.
+    enlargement: of the image's sides, bilinearly, before the classifier sees it.
     """
     views = images.detach()
     if enlargement != 1:
@@ -84,11 +72,8 @@ def layer_cams(
 
 
 def gradient_saliency(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """Return the class logit's gradient by the image (Simonyan et al. 2014) as a magnitude.
-
-    It is the largest absolute value over the channels; float32 [B, H, W], at least 0. images:
-    normalized float [B, 3, H, W]; classes: int64 [B].
-    """
+    """Return the largest magnitude, over the channels, of the class logit's gradient by the image
+    (Simonyan et al. 2014)."""
     images = images.detach().requires_grad_()
     score = network(images).gather(1, classes.unsqueeze(1)).sum()
     (gradient,) = torch.autograd.grad(score, images)
@@ -103,10 +88,7 @@ def resize_maps(maps: Tensor, images: Tensor) -> Tensor:
 
 
 def blur(maps: np.ndarray) -> np.ndarray:
-    """Blur each map by a Gaussian: float32 [B, H, W] -> the same.
-
-    Its standard deviation is 3 pixels for a side of 64, in proportion for others.
-    """
+    """Blur each map, float32 [B, H, W], by a Gaussian."""
     height, width = maps.shape[1:]
     sigmas = {"sigmaX": BLUR_SHARE * width, "sigmaY": BLUR_SHARE * height}
     blurred = [cv2.GaussianBlur(values, (0, 0), **sigmas) for values in maps]

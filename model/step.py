@@ -24,7 +24,7 @@ from model.masking import apply_mask, bernoulli_straight_through, mask_probabili
 Gradients = tuple[Tensor, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TrainingNets:
     """clean_classifier: the classifier as the warm-up left it, which trains no further."""
 
@@ -33,7 +33,7 @@ class TrainingNets:
     clean_classifier: Classifier
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Inputs:
     """One rank's share of a batch of `total` images over all ranks.
 
@@ -51,8 +51,8 @@ class Inputs:
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One rank's result: gradients in the order of the nets' `trainable` parameters (None for a
-    net that does not train in this step), sums over its images by name (float32 scalars on the
-    device), and the masks, float [B, H, W] without a gradient, where there are any."""
+    net that does not train), sums over its images by name (float32 scalars on the device), and
+    the masks, float [B, H, W], where there are any."""
 
     corruption_gradients: Gradients | None = None
     classifier_gradients: Gradients | None = None
@@ -85,10 +85,8 @@ def masks_of(corruption: nn.Module, batch: Inputs, objective: Objective) -> tupl
 def adversarial_step(
     nets: TrainingNets, batch: Inputs, objective: Objective, area_weight: Tensor, *, joint: bool
 ) -> Step:
-    """Train the corruption net and, where `joint`, the classifier on the same masked images.
-
-    Each loss's gradient reaches its own net only. area_weight: lambda, a float scalar on the
-    device. docs/method.md tells the same five points.
+    """Train the corruption net and, where `joint`, the classifier on the same masked images, each
+    by its own loss alone. area_weight: lambda, a scalar. docs/method.md has the same five points.
     """
     images, labels, total = batch.images, batch.labels, batch.total
     # 1, 2. a probability per superpixel, and a sample of it
@@ -133,10 +131,8 @@ def probe(nets: TrainingNets, batch: Inputs, mask: Tensor) -> dict[str, Tensor]:
     """Count right answers that tell good masks from bad ones; it changes nothing.
 
     clean_correct: of the classifier on clean images. context_correct: of the clean classifier on
-    masked ones, which is what the context alone tells where masks hide the objects.
-    swapped_correct: the same with each mask on the batch's next image: as many as context_correct
-    where masks do not depend on the image, more where they hide its own object. In a batch of one
-    image the two are equal.
+    masked ones. swapped_correct: the same with each mask on the batch's next image, which are more
+    where masks hide their own image's object.
     """
 
     def right(classifier: nn.Module, images: Tensor) -> Tensor:
@@ -152,8 +148,8 @@ def probe(nets: TrainingNets, batch: Inputs, mask: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def first_sums(nets: TrainingNets, batch: Inputs, objective: Objective) -> dict[str, Tensor]:
-    """Return what the balance of the nets begins with, before the corruption net has trained:
-    the sum of the confusion loss without masks, and how many images are named right under them."""
+    """Return the sums that the balance of the nets begins with: the confusion loss without masks,
+    and right answers under masks."""
     _, mask = masks_of(nets.corruption, batch, objective)
     clean = nets.classifier(batch.images).to(batch.images.dtype)
     masked = nets.classifier(apply_mask(batch.images, mask)).to(batch.images.dtype)

@@ -27,23 +27,17 @@ FREE_TO_CHANGE = ("output", "preset", "resources", "logging", "data", "cache", "
 
 
 def images_hash(manifest: Manifest) -> str:
-    """Return the SHA-256, as hexadecimal digits, of what a clean classifier depends on.
-
-    That is classes, size, colour statistics and number of the train images. Sets that differ in
-    their superpixels alone have the same.
-    """
+    """Return the SHA-256, as hexadecimal digits, of what a clean classifier depends on. Sets that
+    differ in their superpixels alone have the same."""
     images = split_of(manifest, "train").images
     parts = (manifest.classes, manifest.height, manifest.width, manifest.mean, manifest.std, images)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def describe_run(config: TrainConfig, manifest: Manifest, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of run.json: the record and what else a training depends on.
-
-    The number of workers may change when a run goes on: batches, crops and mask samples do not
-    depend on it. Nor do they on where the set lies, but for a remote one that the cache cannot
-    keep at once, of which as many shards are shuffled together as its limit allows.
-    """
+    """Return the content of run.json: the record and what else a training depends on. Batches,
+    crops and mask samples depend on neither the number of workers nor where the set lies, but on
+    how many shards of a remote one the cache lets be shuffled together."""
     return {
         "format": RUN_FORMAT,
         **record,
@@ -58,8 +52,8 @@ def read_run(run: Path) -> dict[str, Any]:
     content = json.loads((run / RUN_NAME).read_text())
     if content.get("format") != RUN_FORMAT:
         raise UserError(
-            f"{run / RUN_NAME} is of format {content.get('format', 1)}, of an earlier version; "
-            f"this program reads {RUN_FORMAT}. Train anew in another --output"
+            f"{run / RUN_NAME} is of format {content.get('format', 1)}; this program reads "
+            f"{RUN_FORMAT}. Train anew in another --output"
         )
     return content
 
@@ -77,10 +71,11 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     if before["data_sha256"] != now["data_sha256"]:
         words.append("the data set (its dataset.json is another)")
-    if before["shuffle_window"] != now["shuffle_window"]:
+    there, window = (run["shuffle_window"] or "all" for run in (before, now))
+    if there != window:
         words.append(
-            f"the shards shuffled together (there {before['shuffle_window'] or 'all'}, "
-            f"now {now['shuffle_window'] or 'all'}, which follows from --cache-limit)"
+            f"the shards shuffled together (there {there}, now {window}, which follows from "
+            "--cache-limit)"
         )
     return words
 
@@ -114,21 +109,19 @@ def check_warmup(config: TrainConfig, manifest: Manifest) -> None:
     if other["images_sha256"] != images_hash(manifest):
         raise UserError(
             f"--warmup-from {run} was trained on other images than {config.loading.data} holds "
-            "(classes, size, mean, deviation or number differ): its classifier may know other "
-            "classes. Warm up on this set"
+            "(classes, size, mean, deviation or number differ). Warm up on this set"
         )
     for name in ("net_width", "residual_blocks"):
         theirs, ours = other["configuration"]["nets"][name], getattr(config.nets, name)
         if theirs != ours:
             raise UserError(
-                f"--warmup-from {run} has nets of {cli.flag(name)} {theirs}, not {ours}; give the "
-                "same, or warm up anew"
+                f"--warmup-from {run} has nets of {cli.flag(name)} {theirs}, not {ours}"
             )
 
 
 def check_data(config: TrainConfig, manifest: Manifest) -> None:
-    """Raise UserError, before anything starts, for shards that are damaged or that the nets cannot
-    be trained on. Those of a remote set are checked by their hash as they come."""
+    """Raise UserError for shards that are damaged or that the nets cannot be trained on. Those of
+    a remote set are checked by their hash as they come."""
     loading, target, classes = config.loading, config.balance.target, len(manifest.classes)
     if manifest.height % STRIDE or manifest.width % STRIDE:
         raise UserError(
@@ -137,25 +130,20 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
         )
     if classes < 2:
         raise UserError(
-            f"the set has {classes} class; with fewer than two a classifier has nothing to tell "
-            "apart, and no mask could confuse it"
+            f"the set has {classes} class; a classifier needs at least two to tell apart"
         )
     if target is not None and target <= 1 / classes:
         raise UserError(
             f"a target accuracy of {target} is not above chance for {classes} classes "
-            f"({1 / classes:.3f}), so masks would cover everything in vain; give a higher --target "
-            "(the paper's 0.1 is for 1000 classes)"
+            f"({1 / classes:.3f}); give a higher --target (the paper's 0.1 is for 1000 classes)"
         )
-    check_window(
-        loading.data,
-        manifest,
-        loading.cache_config().limit_bytes,
-        Order(batch_size=config.optimization.batch_size, window=loading.window(manifest)),
-        config.resources.most_workers,
-    )
+    cache_config = loading.cache_config()
+    order = Order(batch_size=config.optimization.batch_size, window=loading.window(manifest))
+    workers = config.resources.most_workers
+    check_window(loading.data, manifest, cache_config.limit_bytes, order, workers)
     check_sizes(loading.data, manifest, "train")
     if not is_remote(loading.data):
-        cache = ShardCache(loading.data, manifest, "train", loading.cache_config())
+        cache = ShardCache(loading.data, manifest, "train", cache_config)
         samples = Samples(manifest, "train", cache)
         for number, shard in enumerate(samples.shards):
             if config.resources.verify_shards:
@@ -166,30 +154,25 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
 def train(config: TrainConfig) -> None:
     """Train to the end, from the last checkpoint where there is one. Raises UserError with the
     cause where training cannot go on."""
+    loading = replace(config.loading, data=absolute(config.loading.data))
     warmup_from = config.optimization.warmup_from
-    config = replace(
-        config,
-        output=config.output.resolve(),
-        loading=replace(config.loading, data=absolute(config.loading.data)),
-        optimization=replace(
-            config.optimization, warmup_from=warmup_from and warmup_from.resolve()
-        ),
-    )
+    optimization = replace(config.optimization, warmup_from=warmup_from and warmup_from.resolve())
+    output = config.output.resolve()
+    config = replace(config, output=output, loading=loading, optimization=optimization)
     manifest = read_manifest(config.loading.data)
     check_data(config, manifest)
     check_warmup(config, manifest)
     record = cli.record(config)
-    claim_output(config.output, describe_run(config, manifest, record))
+    claim_output(output, describe_run(config, manifest, record))
     if config.logging.mlflow is not None and importlib.util.find_spec("mlflow") is None:
         raise UserError("--mlflow needs the package mlflow: pip install mlflow-skinny")
-    if (config.output / MODEL_NAME).exists():
-        print(f"{config.output / MODEL_NAME} is there already: nothing left to train")
+    if (output / MODEL_NAME).exists():
+        print(f"{output / MODEL_NAME} is there already: nothing left to train")
         return
     cli.connect_ray()
     launch(config, record)
-    print(summary(config.output))
-    print(waiting_summary(config.output))
-    print(f"trained nets: {config.output / MODEL_NAME}")
+    print(summary(output), waiting_summary(output), sep="\n")
+    print(f"trained nets: {output / MODEL_NAME}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,4 @@
-"""RUN/checkpoints/: what a run goes on from. One folder per checkpoint, written whole, read with
-every byte checked, the newest sound one used."""
+"""RUN/checkpoints/: a folder for each, written whole and read with every byte checked."""
 
 import shutil
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ STATE_NAME = "state.json"  # state.safetensors holds the tensors
 CHECKPOINT_FORMAT = 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Checkpoint:
     """A sound checkpoint, and what is wrong with the newer ones."""
 
@@ -29,10 +28,8 @@ class Checkpoint:
 
 def _folders(run: Path) -> list[Path]:
     """Return complete ones, newest first; one whose writing was cut off has no JSON yet."""
-    return sorted(
-        (path.parent for path in (run / CHECKPOINTS_NAME).glob(f"step-*/{STATE_NAME}")),
-        reverse=True,
-    )
+    files = sorted((run / CHECKPOINTS_NAME).glob(f"step-*/{STATE_NAME}"), reverse=True)
+    return [path.parent for path in files]
 
 
 def write_checkpoint(
@@ -41,10 +38,9 @@ def write_checkpoint(
     """Write a checkpoint, then delete all but the newest `keep`. Raises OSError, with nothing
     left of the new one and the older ones untouched, where it cannot be written."""
     folder = run / CHECKPOINTS_NAME / f"step-{step:09}"
+    content = {"format": CHECKPOINT_FORMAT, "numbers": dict(numbers)}
     try:
-        write_weights(
-            folder / STATE_NAME, tensors, {"format": CHECKPOINT_FORMAT, "numbers": dict(numbers)}
-        )
+        write_weights(folder / STATE_NAME, tensors, content)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -66,13 +62,11 @@ def read_checkpoint(run: Path) -> Checkpoint | None:
             damaged.append(str(error))
             continue
         if content.get("format") != CHECKPOINT_FORMAT:
+            number = content.get("format")
             raise TrainingError(
-                f"{folder} has format {content.get('format')}; this program reads "
-                f"{CHECKPOINT_FORMAT}"
+                f"{folder} has format {number}; this program reads {CHECKPOINT_FORMAT}"
             )
-        return Checkpoint(
-            folder=folder, tensors=tensors, numbers=content["numbers"], damaged=tuple(damaged)
-        )
+        return Checkpoint(folder, tensors, content["numbers"], tuple(damaged))
     if damaged:
         raise TrainingError(
             f"no sound checkpoint is left ({'; '.join(damaged)}); train anew in another --output"

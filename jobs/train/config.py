@@ -35,7 +35,7 @@ REMEDIES = {  # of the signs in model/collapse.py
 
 
 class Group:
-    """A part of the configuration, whose values are checked as it is made."""
+    """A part of the configuration."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -50,15 +50,11 @@ class NetsConfig(Group):
         0, low=0, help="after each of the classifier's layers but the first (paper: 0)"
     )
     guide: bool = option(
-        False,
-        help="the corruption net also sees the clean classifier's last feature map (paper: no)",
+        False, help="the corruption net also sees the clean classifier's last features (paper: no)"
     )
     bottleneck: int = option(256, low=1, help="units of the corruption net's fully connected layer")
     logit_limit: float = option(
-        LOGIT_LIMIT,
-        low=0,
-        help="bound of the corruption net's logits, beyond which masks could not come back "
-        "(paper: 0, none)",
+        LOGIT_LIMIT, low=0, help="bound of the corruption net's logits (paper: 0, none)"
     )
 
 
@@ -78,8 +74,7 @@ class ObjectiveConfig(Group):
     imitation_weight: float = option(
         0.0,
         low=0,
-        help="weight, in the corruption net's loss, of its distance from what LayerCAM of the "
-        "clean classifier says of the label (paper: 0)",
+        help="weight of the masks' distance from LayerCAM of the clean classifier (paper: 0)",
     )
     train_classifier: bool = option(
         True, help="off: the classifier stays frozen after the warm-up (the paper's section 3.4)"
@@ -89,13 +84,8 @@ class ObjectiveConfig(Group):
 
     def objective(self) -> Objective:
         """Return the settings of the losses."""
-        return Objective(
-            confusion=self.confusion,
-            area_power=self.area_power,
-            clean_weight=self.clean_weight,
-            imitation_weight=self.imitation_weight,
-            soft=not self.gumbel_noise,
-        )
+        weights = (self.clean_weight, self.imitation_weight)
+        return Objective(self.confusion, self.area_power, *weights, soft=not self.gumbel_noise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +115,7 @@ class OptimizationConfig(Group):
     )
     warmup_from: Path | None = option(
         None,
-        help="a run on the same set, past its warm-up, whose clean classifier to begin with: no "
-        "warm-up then, whatever --warmup-epochs",
+        help="a run on the same set, with whose clean classifier to begin instead of a warm-up",
     )
     epochs: int = option(10, low=1, help="epochs of adversarial training after that")
     batch_size: int = option(64, low=1, help="images per step over all workers")
@@ -148,8 +137,8 @@ class ResourcesConfig(Group):
 
     workers: str = option(
         "2",
-        help="training processes, each with one GPU or one CPU core; MIN:MAX takes as many as the "
-        "cluster has, and goes on from the last checkpoint when that changes",
+        help="training processes of one GPU or CPU core each; MIN:MAX: as many as the cluster has, "
+        "going on from the last checkpoint when that changes",
     )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", help="cpu, cuda, or auto: cuda where the cluster has GPUs"
@@ -166,9 +155,7 @@ class ResourcesConfig(Group):
         super().__post_init__()
         numbers = re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", self.workers)
         if not numbers or self.fewest_workers > self.most_workers:
-            raise ValueError(
-                f"--workers {self.workers} is out of range: a number from 1, or MIN:MAX"
-            )
+            raise ValueError(f"--workers {self.workers} is out of range: from 1, or MIN:MAX")
 
     @property
     def fewest_workers(self) -> int:
@@ -195,8 +182,8 @@ class LoggingConfig(Group):
     collapse_steps: int = option(
         1000,
         low=5,
-        help="steps on end with masks of everything or nothing, a stuck gate or an accuracy at "
-        "chance, after which training stops; after a fifth of them the log says so",
+        help="steps on end with full or empty masks, a stuck gate or an accuracy at chance, after "
+        "which training stops; after a fifth of them the log says so",
     )
     stop_on_collapse: bool = option(True, help="off: only say so in the log")
     mlflow: str | None = option(
@@ -211,8 +198,7 @@ class TrainConfig:
     output: Path = option(help="folder for checkpoints, metrics and the trained nets")
     preset: Literal["best", "paper"] = option(
         "best",
-        help="defaults of the flags below: what measured best, or the paper read literally where "
-        "that makes sense (docs/method.md has both)",
+        help="defaults of the flags below: what measured best, or the paper (docs/method.md)",
     )
     loading: LoadingConfig
     nets: NetsConfig = field(default_factory=NetsConfig)

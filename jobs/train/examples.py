@@ -1,7 +1,5 @@
 """The masks of the same few images through the whole of a run."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -18,12 +16,7 @@ SIDE = 128  # pixels of an image in the picture, at least
 GAP = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Examples:
-    """images: uint8 [N, 3, H, W]; segments: int64 [N, H, W]; both on the training's device."""
-
-    images: Tensor
-    segments: Tensor
+Examples = tuple[Tensor, Tensor]  # images uint8 [N, 3, H, W] and segments int64 [N, H, W]
 
 
 def load_examples(config: LoadingConfig, manifest: Manifest, device: torch.device) -> Examples:
@@ -35,25 +28,20 @@ def load_examples(config: LoadingConfig, manifest: Manifest, device: torch.devic
     indices = sorted({total * number // COUNT for number in range(COUNT)})
     loader = Loader(config.data, manifest, device, config.cache_config())
     batches = [next(loader.evaluation(split, 1, index, index + 1)) for index in indices]
-    return Examples(
-        images=torch.cat([batch.images for batch in batches]),
-        segments=torch.cat([batch.segments for batch in batches]),
-    )
+    images = torch.cat([batch.images for batch in batches])
+    return images, torch.cat([batch.segments for batch in batches])
 
 
 def draw_examples(examples: Examples, corruption: nn.Module, model: ModelConfig) -> np.ndarray:
-    """Return an RGB uint8 picture of three rows.
-
-    The images, the probability of masking each superpixel (dark blue 0, yellow 1), and the images
-    faded to the mean colour by it.
-    """
-    images = normalize(examples.images, *colour_statistics(model, examples.images.device))
+    """Return an RGB uint8 picture of three rows: the images, the probability of masking each
+    superpixel (dark blue 0, yellow 1), and the images faded to the mean colour by it."""
+    images, segments = examples
+    x = normalize(images, *colour_statistics(model, images.device))
     with torch.no_grad():
-        maps = mask_map(corruption, images, examples.segments, model.superpixels).cpu().numpy()
-    pixels = examples.images.permute(0, 2, 3, 1).cpu().numpy()
-    mean = np.array(model.mean)
-    faded = maps[..., None] * mean + (1 - maps[..., None]) * pixels
-    faded = np.rint(faded).astype(np.uint8)
+        maps = mask_map(corruption, x, segments, model.superpixels).cpu().numpy()
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    shares = maps[..., None]
+    faded = np.rint(shares * np.array(model.mean) + (1 - shares) * pixels).astype(np.uint8)
     scale = enlargement(model.height, model.width, SIDE)
     rows = (pixels, [heat(values) for values in maps], faded)
     return tile([[enlarge(picture, scale) for picture in row] for row in rows], GAP)

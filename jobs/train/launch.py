@@ -22,8 +22,8 @@ POLL_SECONDS = 0.5
 
 
 def check_resources(resources: ResourcesConfig) -> None:
-    """Raise UserError where Ray Train would wait for ever: more workers than this machine's
-    cores or GPUs. A cluster may still grow, so there it only says what it waits for."""
+    """Raise UserError for more workers than this machine's cores or GPUs, for which Ray Train would
+    wait for ever; a cluster may still grow."""
     resource = "GPU" if resources.device == "cuda" else "CPU"
     available = int(ray.cluster_resources().get(resource, 0))
     if available >= resources.fewest_workers:
@@ -33,8 +33,7 @@ def check_resources(resources: ResourcesConfig) -> None:
     else:
         raise UserError(
             f"--workers {resources.workers} asks for as many {resource}s, this machine has "
-            f"{available}: training would wait for ever. Lower --workers, or submit the job to a "
-            "cluster"
+            f"{available}. Lower --workers, or submit the job to a cluster"
         )
 
 

@@ -57,11 +57,9 @@ class MlflowLog:
         if self.failure is not None:
             return
         now = round(time.time() * 1000)
+        metrics = [mlflow.entities.Metric(key, value, now, step) for key, value in values.items()]
         try:
-            self.client.log_batch(
-                self.run_id,
-                [mlflow.entities.Metric(key, value, now, step) for key, value in values.items()],
-            )
+            self.client.log_batch(self.run_id, metrics)
         except (mlflow.MlflowException, OSError) as error:
             self.failure = f"MLflow: {error}"
 
@@ -72,70 +70,48 @@ class MlflowLog:
 
 
 class TrainingLog:
-    """Appends to a run's metrics file, its log and TensorBoard events, from one rank alone.
+    """Appends to a run's metrics file, its log and TensorBoard events, from one rank alone, and
+    sets Ray's metrics, which its dashboard and Prometheus show as aln_NAME.
 
     A resumed run first drops the metrics that were logged after its checkpoint, so that they have
-    every step once; log.txt keeps their lines. gauges: also as Ray metrics, which its dashboard
-    and Prometheus show as aln_NAME.
+    every step once; log.txt keeps their lines. notes: for the next interval.
     """
 
-    def __init__(
-        self,
-        run: Path,
-        resumed_step: int,
-        *,
-        gauges: bool = False,
-        mlflow: MlflowLog | None = None,
-    ) -> None:
+    def __init__(self, run: Path, resumed_step: int, mlflow: MlflowLog | None = None) -> None:
         self.run = run
         path = run / METRICS_NAME
-        kept = []
-        if path.exists():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if _step(line) <= resumed_step]
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [f"{text}\n" for text in lines if _step(text) <= resumed_step]
+        write_atomically(path, "".join(kept).encode())
         self.file = path.open("a")
         self.text = (run / LOG_NAME).open("a")
         self.events = SummaryWriter(str(run / TENSORBOARD_NAME), purge_step=resumed_step + 1)
-        self.gauges: dict[str, Gauge] | None = {} if gauges else None
+        self.gauges: dict[str, Gauge] = {}
         self.mlflow = mlflow
         self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        """Add a note to the next interval."""
-        self.notes.append(text)
 
     def write(self, values: dict[str, Any]) -> None:
         """Log one interval. values: JSON numbers, "step" and "phase" among them."""
         if self.mlflow is not None and self.mlflow.failure is not None:
-            self.note(self.mlflow.failure)
+            self.notes.append(self.mlflow.failure)
             self.mlflow = None
-        notes = {"notes": self.notes} if self.notes else {}
+        noted = values | ({"notes": self.notes} if self.notes else {})
         self.notes = []
-        for file, text in (
-            (self.file, json.dumps(values | notes)),
-            (self.text, line(values | notes)),
-        ):
+        for file, text in ((self.file, json.dumps(noted)), (self.text, line(noted))):
             file.write(f"{text}\n")
             file.flush()
-        numbers = {
-            name: value
-            for name, value in values.items()
-            if isinstance(value, int | float) and name != "step"
-        }
-        for name, value in numbers.items():
-            self.events.add_scalar(f"{values['phase']}/{name}", value, values["step"])
+        phase, step, numbers = values["phase"], values["step"], {}
+        for name, value in values.items():
+            if not isinstance(value, int | float) or name == "step":
+                continue
+            numbers[f"{phase}/{name}"] = value
+            self.events.add_scalar(f"{phase}/{name}", value, step)
+            if name not in self.gauges:
+                self.gauges[name] = Gauge(f"aln_{name}", name, tag_keys=("run", "phase"))
+            self.gauges[name].set(value, {"run": self.run.name, "phase": phase})
         self.events.flush()
-        if self.gauges is not None:
-            for name, value in numbers.items():
-                if name not in self.gauges:
-                    self.gauges[name] = Gauge(
-                        f"aln_{name}", f"training: {name}", tag_keys=("run", "phase")
-                    )
-                self.gauges[name].set(value, {"run": self.run.name, "phase": values["phase"]})
         if self.mlflow is not None:
-            named = {f"{values['phase']}/{name}": value for name, value in numbers.items()}
-            self.mlflow.write(named, values["step"])
+            self.mlflow.write(numbers, step)
 
     def picture(self, step: int, picture: np.ndarray, encoded: bytes) -> None:
         """Keep the example images' masks at a step: RGB uint8 [H, W, 3] and the same as PNG."""
@@ -166,10 +142,8 @@ def _intervals(run: Path) -> list[dict[str, Any]]:
 
 
 def waiting_summary(run: Path) -> str:
-    """Return in one line how much of a run's time went into waiting for batches, by phase.
-
-    The wait for the first batch of each start, while the loader starts, is named apart.
-    """
+    """Return in one line how much of a run's time went into waiting for batches, by phase, and how
+    much into the first ones, while the loader starts."""
     seconds: dict[str, float] = {}
     waited: dict[str, float] = {}
     starting = 0.0
@@ -192,9 +166,8 @@ def summary(run: Path) -> str:
         ("classifier_loss", "classifier loss"),
     )
     intervals = _intervals(run)
-    phases = list(dict.fromkeys(values["phase"] for values in intervals))
     rows, start = [], 0
-    for phase in phases:
+    for phase in dict.fromkeys(values["phase"] for values in intervals):
         own = [values for values in intervals if values["phase"] == phase]
         steps = own[-1]["step"] - start
         seconds = sum(values["seconds"] for values in own)
@@ -218,15 +191,13 @@ def line(values: dict[str, Any]) -> str:
         parts += [f"accuracy {values['accuracy']:.3f}"]
     else:
         parts += [f"joint {values['joint_share']:.0%}"]
-        parts += [f"corruption loss {values['corruption_loss']:.3f}"]
-        if "imitation_loss" in values:
-            parts += [f"imitation loss {values['imitation_loss']:.3f}"]
-        parts += [f"classifier loss {values['classifier_loss']:.3f}"]
+        for name in ("corruption", "imitation", "classifier"):
+            if f"{name}_loss" in values:
+                parts += [f"{name} loss {values[f'{name}_loss']:.3f}"]
         parts += [f"masked accuracy {values['accuracy']:.3f} (target {values['target']:.3f})"]
-        if "clean_accuracy" in values:
-            parts += [f"clean {values['clean_accuracy']:.3f}"]
-            parts += [f"context {values['context_accuracy']:.3f}"]
-            parts += [f"swapped masks {values['swapped_accuracy']:.3f}"]
+        for name in ("clean", "context", "swapped"):
+            if f"{name}_accuracy" in values:
+                parts += [f"{name} {values[f'{name}_accuracy']:.3f}"]
         parts += [f"lambda {values['area_weight']:.3g}", f"area {values['area']:.3f}"]
     parts += [f"{values['images_per_second']:.0f} images/s", f"waiting {values['waiting']:.1%}"]
     parts += [f"ETA {duration(values['eta_seconds'])}"]

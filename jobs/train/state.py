@@ -42,17 +42,18 @@ class TrainingError(Exception):
     """Training that cannot go on; the message names the cause and a remedy."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Pending:
-    """A step's reduced sums on their way to the host."""
+    """A step's reduced sums on their way to the host. step: its number, from 1. total: images in
+    it, over all ranks. batch: kept, since its GPU memory is reused once nothing refers to it."""
 
-    step: int  # how many steps had been made with it
-    total: int  # images in it, over all ranks
+    step: int
+    total: int
     joint: bool
     names: tuple[str, ...]
     values: Tensor
     ready: torch.cuda.Event | None = None
-    batch: "Batch | None" = None  # whose GPU memory is reused once nothing refers to it
+    batch: "Batch | None" = None
 
     def read(self) -> dict[str, float]:
         """Wait for the sums, and return them by name."""
@@ -61,19 +62,8 @@ class Pending:
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
     def saved(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps; `restored` reads it."""
+        """Return what a checkpoint keeps."""
         return {"step": self.step, "total": self.total, "joint": self.joint, "sums": self.read()}
-
-
-def restored(saved: Mapping[str, Any]) -> Pending:
-    """Return a step whose numbers the host had not read when its checkpoint was written."""
-    return Pending(
-        step=saved["step"],
-        total=saved["total"],
-        joint=saved["joint"],
-        names=tuple(saved["sums"]),
-        values=torch.tensor(list(saved["sums"].values()), dtype=torch.float64),
-    )
 
 
 def send(step: int, batch: "Batch", sums: Mapping[str, Tensor], joint: bool) -> Pending:
@@ -85,21 +75,13 @@ def send(step: int, batch: "Batch", sums: Mapping[str, Tensor], joint: bool) -> 
         values = values.to("cpu", non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-    return Pending(
-        step=step,
-        total=batch.total,
-        joint=joint,
-        names=names,
-        values=values,
-        ready=ready,
-        batch=batch,
-    )
+    return Pending(step, batch.total, joint, names, values, ready, batch)
 
 
 @dataclass(kw_only=True)
 class Interval:
-    """Sums over the steps of an interval. counts: over how many images each sum went. seconds,
-    waiting, first_batch: of time, `seconds` only what passed before an interruption."""
+    """Sums over the steps of an interval, and `counts` of the images in each sum. seconds: of time
+    before an interruption; waiting, first_batch: in seconds, too."""
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
@@ -122,32 +104,33 @@ class Interval:
 
     def means(self) -> dict[str, float]:
         """Return each sum over its images; counts of right answers become accuracies."""
-        names = {name: name.replace("correct", "accuracy") for name in self.sums}
-        return {names[name]: value / self.counts[name] for name, value in self.sums.items()}
+        return {
+            name.replace("correct", "accuracy"): value / self.counts[name]
+            for name, value in self.sums.items()
+        }
 
     def elapsed(self) -> float:
-        """Return the seconds since it began, without those between an interruption and going on."""
+        """Return its seconds, without those between an interruption and going on."""
         return self.seconds + time.perf_counter() - self.started
 
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the arguments that make the same interval again."""
         values = asdict(self) | {"seconds": self.elapsed()}
-        del values["started"]
-        return values
+        return {name: value for name, value in values.items() if name != "started"}
 
 
 @dataclass
 class TrainingState:
     """One rank's nets and everything else that a checkpoint must have to go on as if never
-    interrupted. Order, crops and mask samples are functions of the seed and the step, so the
-    step is the loader's position too. pending: steps whose numbers the host has not read.
-    interval, epoch: what it has read since the last line of the log, and in this epoch."""
+    interrupted: order, crops and mask samples are functions of the seed and the step. pending:
+    steps whose numbers the host has not read. interval, epoch: what it has read since the last
+    line of the log, and in this epoch."""
 
     corruption: CorruptionNet
     corruption_average: CorruptionNet
     classifier: Classifier
     clean_classifier: Classifier
-    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    optimizers: dict[str, torch.optim.Optimizer]
     step: int = 0
     clean_accuracy: float = 0.0
     target: float = 0.0
@@ -159,12 +142,7 @@ class TrainingState:
 
     def nets(self) -> dict[str, nn.Module]:
         """Return the nets by name."""
-        return {
-            "corruption": self.corruption,
-            "corruption_average": self.corruption_average,
-            "classifier": self.classifier,
-            "clean_classifier": self.clean_classifier,
-        }
+        return {name: net for name, net in vars(self).items() if isinstance(net, nn.Module)}
 
 
 def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> TrainingState:
@@ -174,52 +152,43 @@ def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> 
     corruption, classifier = new_corruption(model).to(device), new_classifier(model).to(device)
     for net in (corruption, classifier):
         convert_conv2d_weight_memory_format(net, memory_layout(device))
-    state = TrainingState(
-        corruption=corruption,
-        corruption_average=copy.deepcopy(corruption).requires_grad_(False),
-        classifier=classifier,
-        clean_classifier=copy.deepcopy(classifier).requires_grad_(False),
-    )
     fused = device.type == "cuda"  # one kernel each
-    state.optimizers["warmup"] = torch.optim.AdamW(
+    warmup = torch.optim.AdamW(
         classifier.parameters(),
         settings.warmup_rate,
         weight_decay=WARMUP_WEIGHT_DECAY,
         fused=fused,
     )
-    for name, net, rate in (
-        ("corruption", corruption, settings.corruption_rate),
-        ("classifier", classifier, settings.classifier_rate),
-    ):
-        state.optimizers[name] = torch.optim.Adam(
-            trainable(net), rate, ADVERSARIAL_BETAS, fused=fused
+    adversarial = {
+        name: torch.optim.Adam(trainable(net), rate, ADVERSARIAL_BETAS, fused=fused)
+        for name, net, rate in (
+            ("corruption", corruption, settings.corruption_rate),
+            ("classifier", classifier, settings.classifier_rate),
         )
-    return state
+    }
+    return TrainingState(
+        corruption=corruption,
+        corruption_average=copy.deepcopy(corruption).requires_grad_(False),
+        classifier=classifier,
+        clean_classifier=copy.deepcopy(classifier).requires_grad_(False),
+        optimizers={"warmup": warmup, **adversarial},
+    )
 
 
 def finished_nets(state: TrainingState, model: ModelConfig) -> Nets:
     """Return the nets to evaluate with."""
-    return Nets(
-        config=model,
-        corruption=state.corruption_average,
-        classifier=state.classifier,
-        clean_classifier=state.clean_classifier,
-    )
+    return Nets(model, state.corruption_average, state.classifier, state.clean_classifier)
 
 
 def state_tensors(state: TrainingState) -> dict[str, Tensor]:
-    """Return the nets' weights and the optimizers' moments, OPTIMIZER.PARAMETER.MOMENT."""
+    """Return the nets' weights and optimizers' moments, optimizer_NAME.PARAMETER.MOMENT."""
     moments = {
-        f"{name}.{number}.{key}": tensor
-        for name, optimizer in _optimizers(state).items()
+        f"optimizer_{name}.{number}.{key}": tensor
+        for name, optimizer in state.optimizers.items()
         for number, values in optimizer.state_dict()["state"].items()
         for key, tensor in values.items()
     }
     return net_tensors(state.nets()) | moments
-
-
-def _optimizers(state: TrainingState) -> dict[str, torch.optim.Optimizer]:
-    return {f"optimizer_{name}": optimizer for name, optimizer in state.optimizers.items()}
 
 
 def state_numbers(state: TrainingState) -> dict[str, Any]:
@@ -241,15 +210,15 @@ def fill_state(
 ) -> None:
     """Fill a new state, in place, from what `state_tensors` and `state_numbers` gave."""
     load_net_tensors(state.nets(), tensors)
-    for name, optimizer in _optimizers(state).items():
+    for name, optimizer in state.optimizers.items():
         moments: dict[int, dict[str, Tensor]] = {}
         parameters = optimizer.param_groups[0]["params"]
         for key, tensor in tensors.items():
-            if key.startswith(f"{name}."):
+            if key.startswith(f"optimizer_{name}."):
                 _, number, moment = key.split(".")
-                like = parameters[int(number)]
                 if tensor.ndim:  # moments lie in memory as their weights do
-                    tensor = torch.empty_like(like, device="cpu").copy_(tensor)
+                    weight = parameters[int(number)]
+                    tensor = torch.empty_like(weight, device="cpu").copy_(tensor)
                 moments.setdefault(int(number), {})[moment] = tensor
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -259,7 +228,10 @@ def fill_state(
     state.target = numbers["target"]
     state.controller = ControllerState(**controller) if controller else None
     state.collapse = CollapseState(**numbers["collapse"])
-    state.pending = deque(restored(saved) for saved in numbers["pending"])
+    for saved in numbers["pending"]:
+        values = torch.tensor(list(saved["sums"].values()), dtype=torch.float64)
+        own = (saved["step"], saved["total"], saved["joint"], tuple(saved["sums"]))
+        state.pending.append(Pending(*own, values))
     state.interval = Interval(**numbers["interval"])
     state.epoch = Interval(**numbers["epoch"])
 
@@ -274,9 +246,7 @@ def warmup_factor(step: int, steps: int) -> float:
 
 def adversarial_factor(step: int, steps: int) -> float:
     """Return the share of the rates at `step` of the adversarial phase: up, level, down to 0."""
-    rise = min(1.0, (step + 1) / RAMP_STEPS)
-    fall = min(1.0, (steps - step) / (DECAY_SHARE * steps))
-    return rise * fall
+    return min(1.0, (step + 1) / RAMP_STEPS) * min(1.0, (steps - step) / (DECAY_SHARE * steps))
 
 
 def apply_gradients(

@@ -1,8 +1,4 @@
-"""One rank's training: the steps, the balance of the nets, and what the log says of them.
-
-The controller reads a step's numbers `LAG` steps later, so the host never waits for the step that
-is running.
-"""
+"""One rank's training: the steps, the balance of the nets, and what the log says of them."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from jobs.runs import ModelConfig, colour_statistics, load_net_tensors
 from jobs.train.checkpoints import read_checkpoint
-from jobs.train.collectives import reduce_step, reduce_sums
+from jobs.train.collectives import reduce_step
 from jobs.train.config import REMEDIES, TrainConfig
 from jobs.train.graphs import Recordings, StepSettings, autocast, compute_step, net_inputs
 from jobs.train.log import TrainingLog
@@ -30,14 +26,14 @@ from jobs.train.state import (
     warmup_factor,
 )
 from model.collapse import TEXTS, CollapseState, watch
-from model.controller import ControllerConfig, ControllerState, relative_target, update
+from model.controller import ControllerState, relative_target, update
 from model.masking import gumbel_difference, pixel_segments
 from model.step import Inputs, Step, TrainingNets, first_sums
 from pipeline.loading.loader import Batch
 from pipeline.loading.order import Position, steps_per_epoch
 from pipeline.shards.format import Manifest, split_of
 
-LAG = 2
+LAG = 2  # steps after which the controller reads numbers: the host waits for no running step
 NOT_FINITE_REMEDY = (
     "training stopped. The last checkpoint is sound: lower the learning rates "
     "(--corruption-rate, --classifier-rate, --warmup-rate) and use a new --output"
@@ -47,8 +43,6 @@ WARNING_SHARE = 0.2  # of --collapse-steps, after which the log says what stops 
 
 
 class Trainer:
-    """One rank's training: the state, the schedule, and what the host has read so far."""
-
     def __init__(
         self,
         config: TrainConfig,
@@ -66,11 +60,8 @@ class Trainer:
         self.steps = self.warmup_steps + settings.epochs * self.epoch_steps
         self.objective = config.objective.objective()
         self.state = new_state(config, model, device)
-        self.nets = TrainingNets(
-            corruption=self.state.corruption,
-            classifier=self.state.classifier,
-            clean_classifier=self.state.clean_classifier,
-        )
+        nets = (self.state.corruption, self.state.classifier, self.state.clean_classifier)
+        self.nets = TrainingNets(*nets)
         self.colours = colour_statistics(model, device)
         self.half = settings.precision == "bfloat16"
         self.compute: Callable[[StepSettings, tuple[Tensor, ...]], Step]
@@ -121,7 +112,9 @@ class Trainer:
         while len(state.pending) > lag:
             self._read()
         if state.step == self.warmup_steps:
-            self._finish_warmup()
+            state.clean_classifier.load_state_dict(state.classifier.state_dict())
+            state.collapse = CollapseState()
+            self._begin_adversarial(state.epoch.means()["accuracy"])
 
     def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         state = self.state
@@ -141,8 +134,8 @@ class Trainer:
         settings = StepSettings(total=batch.total, half=self.half)
         step = reduce_step(self.compute(settings, (batch.images, batch.labels)))
         rate = config.warmup_rate * warmup_factor(state.step, self.warmup_steps)
-        optimizers = state.optimizers
-        apply_gradients(state.classifier, optimizers["warmup"], step.classifier_gradients, rate)
+        optimizer = state.optimizers["warmup"]
+        apply_gradients(state.classifier, optimizer, step.classifier_gradients, rate)
         state.pending.append(send(state.step + 1, batch, step.sums, joint=False))
 
     def adversarial_step(self, batch: Batch) -> None:
@@ -177,8 +170,7 @@ class Trainer:
         segments, superpixels = batch.segments, self.model.superpixels
         if not self.config.objective.superpixel_masks:
             segments, superpixels = pixel_segments(segments), self.model.height * self.model.width
-        # A torch generator on the device has one integer as its seed, so this is not the list of
-        # (seed, epoch, step, stream) that order and augmentation give numpy's.
+        # torch's generator has one integer as its seed, unlike numpy's in order and augmentation
         self.noise.manual_seed(self.config.optimization.seed * 1_000_003 + self.state.step)
         noise = gumbel_difference((batch.total, superpixels), self.noise)
         own = noise[batch.offset : batch.offset + len(batch.labels)]
@@ -187,34 +179,24 @@ class Trainer:
     def _first_controller(
         self, tensors: tuple[Tensor, Tensor, Tensor, Tensor], total: int
     ) -> ControllerState:
-        """Return lambda in proportion to the corruption loss on the first batch without masks.
-
-        That loss says how large the classifier's logits are. Under the first random masks the true
-        class may already seem improbable, and a lambda in proportion to that let masks run off
-        over everything.
-        """
+        """Return lambda in proportion to the corruption loss on the first batch without masks, that
+        is, to the classifier's logits. (In proportion to that under the first random masks, masks
+        ran off over everything.)"""
         images, labels, segments, noise = tensors
         with autocast(self.device, self.half):
             x = net_inputs(images, self.colours)
-            batch = Inputs(images=x, segments=segments, labels=labels, noise=noise, total=total)
+            batch = Inputs(x, segments, labels, noise, total)
             local = first_sums(self.nets, batch, self.objective)
-        sums = reduce_sums(local)
+        sums = reduce_step(Step(sums=local)).sums
         loss, accuracy = float(sums["confusion"]) / total, float(sums["correct"]) / total
         if not loss > 0:
             raise TrainingError(
                 f"the corruption loss without masks is {loss}: the warmed-up classifier scores all "
-                "classes alike or not at all; look at the warm-up's loss in the log, and lower "
-                "--warmup-rate or raise --warmup-epochs"
+                "classes alike; look at the warm-up's loss in the log, and lower --warmup-rate or "
+                "raise --warmup-epochs"
             )
         area_weight = self.config.balance.area_start * loss
         return ControllerState(area_weight=area_weight, accuracy=accuracy)
-
-    def _finish_warmup(self) -> None:
-        """Keep the clean classifier and its accuracy in its last epoch."""
-        state = self.state
-        state.clean_classifier.load_state_dict(state.classifier.state_dict())
-        state.collapse = CollapseState()
-        self._begin_adversarial(state.epoch.means()["accuracy"])
 
     def take_warmup(self, run: Path) -> None:
         """Begin with the clean classifier of another run on the same set. Raises TrainingError
@@ -222,8 +204,8 @@ class Trainer:
         checkpoint = read_checkpoint(run)
         if checkpoint is None or not checkpoint.numbers["clean_accuracy"]:
             raise TrainingError(
-                f"--warmup-from {run} holds no checkpoint past its warm-up: there is no clean "
-                "classifier to begin with. Let that run get further, or leave the flag out"
+                f"--warmup-from {run} holds no checkpoint past its warm-up. Let that run get "
+                "further, or leave the flag out"
             )
         for net in (self.state.classifier, self.state.clean_classifier):
             load_net_tensors({"clean_classifier": net}, checkpoint.tensors)
@@ -241,10 +223,8 @@ class Trainer:
         state.target = balance.target if balance.target is not None else relative
 
     def _read(self) -> None:
-        """Take in the oldest pending step's numbers: the controller, the log, the checks.
-
-        All ranks have the same reduced numbers, so all raise, or none.
-        """
+        """Take in the oldest pending step's numbers, which are the same on all ranks, so that all
+        raise, or none."""
         state = self.state
         pending = state.pending.popleft()
         sums = pending.read()
@@ -255,9 +235,13 @@ class Trainer:
                 f"{NOT_FINITE_REMEDY}"
             )
         if state.controller is not None:
-            rate = self.config.balance.controller_rate
-            controller = ControllerConfig(target=state.target, rate=rate)
-            state.controller = update(state.controller, controller, sums["correct"], pending.total)
+            state.controller = update(
+                state.controller,
+                sums["correct"],
+                pending.total,
+                target=state.target,
+                rate=self.config.balance.controller_rate,
+            )
         self._watch(pending.step, sums, pending.total, pending.joint)
         state.interval.add(sums, pending.total, pending.joint)
         state.epoch.add(sums, pending.total, pending.joint)
@@ -286,11 +270,9 @@ class Trainer:
             )
 
     def check_weights(self) -> None:
-        """Raise TrainingError where a weight is NaN or infinite, which the next step's losses
-        would show, but a checkpoint must not have. All ranks have the same weights."""
+        """Raise TrainingError where a weight is NaN or infinite, which no checkpoint must have."""
         for name, net in self.state.nets().items():
-            sound = torch.stack([p.isfinite().all() for p in net.parameters()]).all()
-            if not sound:
+            if not torch.stack([p.isfinite().all() for p in net.parameters()]).all():
                 raise TrainingError(
                     f"weights of {name} became NaN or infinite by step {self.state.step}; "
                     f"{NOT_FINITE_REMEDY}"
@@ -327,7 +309,7 @@ class Trainer:
             values["gpu_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         warning_steps = round(WARNING_SHARE * self.config.logging.collapse_steps)
         for name in state.collapse.signs(warning_steps):
-            self.log.note(f"{TEXTS[name]}, {REMEDIES[name]}")
+            self.log.notes.append(f"{TEXTS[name]}, {REMEDIES[name]}")
         self.log.write(values)
 
     def _eta(self, seconds_per_step: float) -> float:

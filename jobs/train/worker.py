@@ -14,13 +14,7 @@ from jobs.train.collectives import check_ranks, on_first_rank
 from jobs.train.config import TrainConfig, by_flag
 from jobs.train.examples import Examples, draw_examples, load_examples
 from jobs.train.log import MlflowLog, TrainingLog
-from jobs.train.state import (
-    TrainingError,
-    fill_state,
-    finished_nets,
-    state_numbers,
-    state_tensors,
-)
+from jobs.train.state import TrainingError, fill_state, finished_nets, state_numbers, state_tensors
 from jobs.train.trainer import Trainer
 from pipeline.loading.loader import Loader
 from pipeline.loading.order import Order
@@ -44,27 +38,22 @@ def model_config(config: TrainConfig, manifest: Manifest) -> ModelConfig:
 
 
 def resume(trainer: Trainer) -> list[str]:
-    """Go on from the newest sound checkpoint of the run, where there is one.
-
-    Returns notes for the log, none without a checkpoint. All ranks read the same files. Raises
-    TrainingError where all are damaged.
-    """
+    """Go on from the newest sound checkpoint of the run, where there is one. Returns notes for the
+    log, none without a checkpoint. Raises TrainingError where all are damaged."""
     checkpoint = read_checkpoint(trainer.config.output)
     if checkpoint is None:
         return []
     fill_state(trainer.state, checkpoint.tensors, checkpoint.numbers)
-    notes = [f"went on from the checkpoint of step {trainer.state.step}"]
-    return [*(f"damaged checkpoint not used: {text}" for text in checkpoint.damaged), *notes]
+    damaged = [f"damaged checkpoint not used: {text}" for text in checkpoint.damaged]
+    return [*damaged, f"went on from the checkpoint of step {trainer.state.step}"]
 
 
 def write_state(trainer: Trainer, examples: Examples | None = None) -> None:
-    """Write a checkpoint, and a picture of the example images where this rank has them.
-
-    First the weights are checked to be finite and the same on all ranks.
-    """
+    """Write a checkpoint, of weights that are finite and the same on all ranks, and a picture of
+    the example images where this rank has them."""
     state, config = trainer.state, trainer.config
     trainer.check_weights()
-    check_ranks(state, trainer.device)
+    check_ranks(state)
 
     def write() -> None:
         tensors, numbers = state_tensors(state), state_numbers(state)
@@ -74,7 +63,7 @@ def write_state(trainer: Trainer, examples: Examples | None = None) -> None:
             picture = draw_examples(examples, state.corruption_average, trainer.model)
             trainer.log.picture(state.step, picture, encode_png(picture))
 
-    on_first_rank(write, f"the checkpoint of step {state.step}", trainer.device)
+    on_first_rank(write, f"the checkpoint of step {state.step}")
 
 
 def open_log(trainer: Trainer, notes: list[str]) -> TrainingLog:
@@ -82,15 +71,15 @@ def open_log(trainer: Trainer, notes: list[str]) -> TrainingLog:
     config, mlflow = trainer.config, None
     if config.logging.mlflow is not None:
         mlflow = MlflowLog(config.logging.mlflow, config.output, by_flag(asdict(config)))
-    log = TrainingLog(config.output, trainer.read_step, gauges=True, mlflow=mlflow)
-    for text in notes:
-        log.note(text)
+    log = TrainingLog(config.output, trainer.read_step, mlflow)
+    log.notes += notes
     return log
 
 
-def run_training(config: TrainConfig, record: dict[str, Any], rank: int, ranks: int) -> None:
-    """Train as one of `ranks` processes and, on rank 0, save the nets with `record`."""
-    device = ray.train.torch.get_device()
+def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
+    """Train as one of Ray Train's ranks and, on rank 0, save the nets with `record`."""
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     loading, optimization = config.loading, config.optimization
@@ -101,15 +90,13 @@ def run_training(config: TrainConfig, record: dict[str, Any], rank: int, ranks: 
     if optimization.warmup_from is not None and not notes:
         trainer.take_warmup(optimization.warmup_from)
         notes = [f"began with the clean classifier of {optimization.warmup_from}"]
-    check_ranks(trainer.state, device)
+    check_ranks(trainer.state)
     examples = None
     if rank == 0:
         trainer.log = open_log(trainer, notes)
         examples = load_examples(loading, manifest, device)
     order = Order(
-        batch_size=optimization.batch_size,
-        seed=optimization.seed,
-        window=loading.window(manifest),
+        batch_size=optimization.batch_size, seed=optimization.seed, window=loading.window(manifest)
     )
     batches = Loader(loading.data, manifest, device, loading.cache_config()).train(
         order, loading.augmentation(), start=trainer.position, rank=rank, ranks=ranks
@@ -121,16 +108,14 @@ def run_training(config: TrainConfig, record: dict[str, Any], rank: int, ranks: 
     if trainer.log is not None:
         trainer.log.close()
     nets = finished_nets(trainer.state, model)
-    on_first_rank(lambda: save_nets(config.output, nets, record), "the trained nets", device)
+    on_first_rank(lambda: save_nets(config.output, nets, record), "the trained nets")
 
 
 def train_worker(config: TrainConfig, record: dict[str, Any]) -> str | None:
     """Run a rank's training. A TrainingError, which all ranks meet at the same step, ends the run
-    without another attempt: its message is returned. Anything else is a failure to recover from.
-    """
-    context = ray.train.get_context()
+    without another attempt: its message is returned. Anything else is a failure to recover from."""
     try:
-        run_training(config, record, context.get_world_rank(), context.get_world_size())
+        run_training(config, record)
     except TrainingError as error:
         return str(error)
     return None

@@ -11,15 +11,15 @@ import torch.multiprocessing as mp
 
 from jobs.loading import LoadingConfig
 from jobs.runs import ModelConfig
-from jobs.train.collectives import check_ranks, on_first_rank, reduce_step, reduce_sums
+from jobs.train.collectives import check_ranks, on_first_rank, reduce_step
 from jobs.train.config import TrainConfig
 from jobs.train.state import TrainingError, apply_gradients, new_state
 from model.classifier import Classifier
-from model.controller import ControllerConfig, ControllerState, update
+from model.controller import ControllerState, update
 from model.corruption import CorruptionNet
 from model.losses import Objective
 from model.masking import gumbel_difference
-from model.step import Inputs, TrainingNets, adversarial_step, clean_step
+from model.step import Inputs, Step, TrainingNets, adversarial_step, clean_step
 
 pytestmark = pytest.mark.slow
 IMAGES = 8
@@ -62,28 +62,19 @@ def two_steps(rank: int, ranks: int) -> dict[str, Any]:
     first = sum(SPLITS[ranks][:rank])
     part = slice(first, first + SPLITS[ranks][rank])
     state = ControllerState(area_weight=1.0, accuracy=0.3)
-    config = ControllerConfig(target=0.4)
     step = reduce_step(clean_step(classifier, images[part], labels[part], IMAGES))
     apply_gradients(classifier, optimizers[1], step.classifier_gradients, 1e-3)
     for _ in range(2):
         noise = gumbel_difference((IMAGES, 16), generator).double()
-        batch = Inputs(
-            images=images[part],
-            segments=segments[part],
-            labels=labels[part],
-            noise=noise[part],
-            total=IMAGES,
-        )
+        batch = Inputs(images[part], segments[part], labels[part], noise[part], IMAGES)
         weight = torch.tensor(state.area_weight)
         step = reduce_step(adversarial_step(nets, batch, Objective(), weight, joint=True))
         apply_gradients(corruption, optimizers[0], step.corruption_gradients, 1e-3)
         apply_gradients(classifier, optimizers[1], step.classifier_gradients, 1e-3)
-        state = update(state, config, float(step.sums["correct"]), IMAGES)
-    weights = torch.cat(
-        [p.detach().flatten() for n in (corruption, classifier) for p in n.parameters()]
-    )
+        state = update(state, float(step.sums["correct"]), IMAGES, target=0.4, rate=0.006)
+    parameters = (*corruption.parameters(), *classifier.parameters())
     return {
-        "weights": weights,
+        "weights": torch.cat([p.detach().flatten() for p in parameters]),
         "sums": {name: float(value) for name, value in step.sums.items()},
         "controller": (state.area_weight, state.accuracy, state.joint),
     }
@@ -106,9 +97,9 @@ def unequal_accuracy(rank: int, ranks: int) -> tuple[float, float, bool]:
     """Rank 0 classifies all of its 2 images right, the others none of their 3."""
     correct = 2.0 if rank == 0 else 0.0
     total = 2 + 3 * (ranks - 1)
-    state = ControllerState(area_weight=1.0, accuracy=0.5)
-    reduced = reduce_sums({"correct": torch.tensor(correct)})["correct"]
-    state = update(state, ControllerConfig(target=0.3, smoothing=0.0), float(reduced), total)
+    state = ControllerState(area_weight=1.0, accuracy=0.3)
+    reduced = reduce_step(Step(sums={"correct": torch.tensor(correct)})).sums["correct"]
+    state = update(state, float(reduced), total, target=0.3, rate=0.006)
     return state.area_weight, state.accuracy, state.joint
 
 
@@ -117,8 +108,8 @@ def test_unequal_ranks_take_the_branch_of_the_common_accuracy(
 ) -> None:
     """2 of 5 is above the target of 0.3 though rank 1 alone is below; 2 of 8 is below it."""
     two, three = ([result["unequal_accuracy"] for result in results[n]] for n in (2, 3))
-    assert two == [(pytest.approx(0.994), pytest.approx(0.4), False)] * 2
-    assert three == [(pytest.approx(1.006), pytest.approx(0.25), True)] * 3
+    assert two == [(pytest.approx(0.994), pytest.approx(0.305), False)] * 2
+    assert three == [(pytest.approx(1.006), pytest.approx(0.2975), True)] * 3
 
 
 def agreement(rank: int, ranks: int) -> list[str]:
@@ -136,14 +127,9 @@ def agreement(rank: int, ranks: int) -> list[str]:
         superpixels=16,
         compactness=10.0,
     )
-    device = torch.device("cpu")
     config = TrainConfig(loading=LoadingConfig(data="shards"), output=Path("run"))
-    state = new_state(config, model, device)
-    # unequal accuracies, one reduced number: the controllers stay alike
-    correct = torch.tensor(float(rank))
-    dist.all_reduce(correct)
-    start = ControllerState(area_weight=1.0, accuracy=0.3)
-    state.controller = update(start, ControllerConfig(target=0.4), float(correct), 8)
+    state = new_state(config, model, torch.device("cpu"))
+    sound = state.controller = ControllerState(area_weight=1.25, accuracy=0.3)
     errors = []
 
     def collect(check: Callable[[], None]) -> None:
@@ -154,21 +140,20 @@ def agreement(rank: int, ranks: int) -> list[str]:
         else:
             errors.append("")
 
-    collect(lambda: check_ranks(state, device))
-    sound = state.controller
+    collect(lambda: check_ranks(state))
     if rank == 1:
-        state.controller = ControllerState(area_weight=1.5, accuracy=sound.accuracy)
-    collect(lambda: check_ranks(state, device))
+        state.controller = ControllerState(area_weight=1.5, accuracy=0.3)
+    collect(lambda: check_ranks(state))
     state.controller = sound
     if rank == ranks - 1:
         weight = next(state.classifier.parameters()).detach()
         weight.view(torch.int32)[0, 0, 0, 0] ^= 1
-    collect(lambda: check_ranks(state, device))
+    collect(lambda: check_ranks(state))
 
     def fail() -> None:
         raise OSError(28, "No space left on device", "run/x")
 
-    collect(lambda: on_first_rank(fail, "the checkpoint of step 3", device))
+    collect(lambda: on_first_rank(fail, "the checkpoint of step 3"))
     return errors
 
 
@@ -180,8 +165,8 @@ def test_ranks_that_no_longer_agree_all_stop_and_show_both_states(
     assert errors == [errors[0]] * ranks
     alike, controller, weight, disk = errors[0]
     assert alike == ""
-    assert "rank 0: step 0, lambda 1.006" in controller or "lambda 0.994" in controller
-    assert "rank 1: step 0, lambda 1.5" in controller
+    for rank, area_weight in enumerate((1.25, 1.5)):
+        assert f"rank {rank}: step 0, ControllerState(area_weight={area_weight}" in controller
     hashes = [part.split()[0].strip(";)") for part in weight.split("weights ")[1:]]
     assert len(hashes) == ranks
     assert len(set(hashes)) == 2

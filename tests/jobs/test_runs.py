@@ -10,7 +10,6 @@ from jobs.runs import (
     load_nets,
     read_config,
     read_weights,
-    tensors_path,
     write_weights,
 )
 from pipeline.errors import UserError
@@ -67,7 +66,7 @@ def test_a_safetensors_file_of_foreign_bytes_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_weights(path, some_tensors(), {})
     (tmp_path / "y.json").write_bytes(path.read_bytes())
-    tensors_path(path).write_bytes(b"cos\nsystem\n(S'echo'\ntR.")
+    path.with_suffix(".safetensors").write_bytes(b"cos\nsystem\n(S'echo'\ntR.")
     with pytest.raises(DamagedError, match="bytes instead of"):
         read_weights(path)
 
@@ -85,7 +84,7 @@ def test_weights_are_readable_without_this_program(tmp_path: Path) -> None:
 
 def test_a_runs_configuration_is_read_without_its_weights(random_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(random_run, tmp_path / "run")
-    weights = tensors_path(run / "model" / "model.json")
+    weights = run / "model" / "model.safetensors"
     weights.unlink()
     assert read_config(run) == load_nets(random_run).config
     with pytest.raises(UserError, match=r"model\.safetensors is missing"):

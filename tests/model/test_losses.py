@@ -115,9 +115,7 @@ def test_imitation_loss_and_its_gradient_stay_finite_at_certain_masks(value: flo
 
 
 @pytest.mark.parametrize("value", [-2.0, 0.0, 1.0, 3.0])
-def test_imitation_loss_is_least_where_the_mask_is_what_the_evidence_asks_for(
-    value: float,
-) -> None:
+def test_imitation_loss_is_least_where_the_mask_is_what_the_evidence_asks_for(value: float) -> None:
     masks = torch.linspace(0.001, 0.999, 999)
     losses = imitation_loss(masks.view(-1, 1, 1), torch.full((999, 1, 1), value), OBJECTIVE)
     wanted = 1 / (1 + math.exp(-2 * value) * 3)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from model.classifier import Classifier
-from model.controller import ControllerConfig, ControllerState, update
+from model.controller import ControllerState, update
 from model.corruption import LOGIT_LIMIT, CorruptionNet
 from model.evidence import evidence
 from model.losses import Objective, confusion_loss, corruption_loss, imitation_loss
@@ -298,21 +298,16 @@ def areas_from_full_masks(logit_limit: float, steps: int) -> list[float]:
     for _ in range(60):
         result = clean_step(classifier, images, labels, 16)
         descend(classifier, classifier_adam, result.classifier_gradients)
-    state, config = ControllerState(area_weight=1.0, accuracy=0.25), ControllerConfig(target=0.6)
+    state = ControllerState(area_weight=1.0, accuracy=0.25)
     areas = []
     for _ in range(steps):
-        batch = Inputs(
-            images=images,
-            segments=GRID.expand(16, -1, -1),
-            labels=labels,
-            noise=gumbel_difference((16, SUPERPIXELS), random),
-            total=16,
-        )
+        noise = gumbel_difference((16, SUPERPIXELS), random)
+        batch = Inputs(images, GRID.expand(16, -1, -1), labels, noise, 16)
         weight = torch.tensor(state.area_weight)
         result = adversarial_step(nets, batch, Objective(), weight, joint=state.joint)
         descend(corruption, corruption_adam, result.corruption_gradients)
         descend(classifier, classifier_adam, result.classifier_gradients)
-        state = update(state, config, float(result.sums["correct"]), 16)
+        state = update(state, float(result.sums["correct"]), 16, target=0.6, rate=0.006)
         areas.append(float(result.sums["area"]) / 16)
     return areas
 

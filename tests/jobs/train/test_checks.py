@@ -50,7 +50,7 @@ def test_another_configuration_on_the_same_output_is_refused(
 def test_a_run_of_an_earlier_version_is_refused(small_set: Path, tmp_path: Path) -> None:
     content = {"configuration": {"net_width": 8, "residual_blocks": 0}, "data_sha256": ""}
     (tmp_path / "run.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"run\.json is of format 1, .* another --output"):
+    with pytest.raises(UserError, match=r"run\.json is of format 1; .* another --output"):
         claim(config_for(small_set, output=tmp_path))
     with pytest.raises(UserError, match=r"run\.json is of format 1"):
         check_warmup(config_for(small_set, warmup_from=tmp_path), read_manifest(small_set))

@@ -208,5 +208,5 @@ def test_example_pictures_show_fixed_images_as_their_masks_change(
     assert first.shape == last.shape == (3 * side + 4, 8 * side + 4, 3)
     assert (first[:side] == last[:side]).all(), "the images themselves"
     assert (first[side:] != last[side:]).any(), "their masks"
-    stored = examples.images[3].permute(1, 2, 0).numpy()
+    stored = examples[0][3].permute(1, 2, 0).numpy()
     assert (first[6:132:4, 3 * side + 6 : 4 * side : 4, ::-1] == stored).all()

@@ -30,9 +30,7 @@ def test_the_same_seed_trains_the_same_nets_and_another_seed_others(small_set: P
     assert not torch.equal(weights(trainers[0]), weights(trainers[2]))
 
 
-def test_warm_up_trains_the_classifier_alone_and_keeps_it_as_the_clean_one(
-    small_set: Path,
-) -> None:
+def test_warm_up_trains_the_classifier_alone_and_keeps_it_as_the_clean_one(small_set: Path) -> None:
     trainer = new_trainer(config_for(small_set))
     state = trainer.state
     before = copy.deepcopy(state.corruption)
@@ -45,9 +43,7 @@ def test_warm_up_trains_the_classifier_alone_and_keeps_it_as_the_clean_one(
     assert not equal(state.corruption, before)
 
 
-def test_below_the_target_both_nets_train_once_the_first_numbers_are_read(
-    small_set: Path,
-) -> None:
+def test_below_the_target_both_nets_train_once_the_first_numbers_are_read(small_set: Path) -> None:
     trainer = new_trainer(config_for(small_set, target=1 - 1e-9))
     train_epochs(trainer, 3)
     assert trainer.state.epoch.joint_steps == trainer.epoch_steps - LAG
