@@ -1,18 +1,16 @@
 """`python -m benchmarks.training`: what a training step costs, alone, fed, and on two workers.
 
 Every comparison is made side by side in one run, in turns, each process pinned to one core, and
-reported as a ratio of medians, by the clock and by processor time. The latter says what the work
-itself costs on a machine that others use too; it leaves out waiting, also that of one worker for
-another, so for workers it is an upper bound, and the processes of the plain peer's loader.
+reported as a ratio of medians, by the clock and by processor time. The latter leaves out waiting,
+also that of one worker for another, and the processes of the plain peer's loader.
 
 Default nets at 64 px, 196 superpixels, --batch-size images a step over all workers; adversarial
 steps joint with clean images, the dearest, unless named otherwise. The peers are:
 
 - DDP: both nets wrapped, the same method and loader; the classifier must be run a second time,
   outside the corruption net's graph, so that each wrapper sees one backward pass;
-- plain: as this method is usually written at first. DDP, a forward and a backward pass over both
-  nets for either loss, the accuracy read at once, a DataLoader that decodes JPEG files and cuts
-  superpixels on the fly.
+- plain: as this method is usually written at first. A forward and a backward pass over both nets
+  for either loss, a DataLoader that decodes JPEG files and cuts superpixels on the fly.
 
 On a machine with a GPU, `--device cuda` measures one process in bfloat16: the step alone and fed,
 its kernels replayed or launched one by one. Nothing is pinned there.
@@ -23,8 +21,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -117,12 +116,9 @@ class Setting:
         )
 
 
-def in_turns(works: dict[str, Callable[[], Any]], images: int) -> dict[str, float]:
-    """Return the images per second of each work, which handles `images`.
-
-    The median over rounds in which all take turns, after one that is not counted. Under NAME +
-    CPU_TIME the same by the processor time of this process, which other work hardly touches.
-    """
+def in_turns(works: Mapping[str, Callable[[], Any]], images: int) -> dict[str, float]:
+    """Return the images per second of each work, which handles `images`: the median over rounds in
+    which all take turns, after one that is not counted; under NAME + CPU_TIME by processor time."""
     seconds: dict[str, list[float]] = {name + kind: [] for name in works for kind in ("", CPU_TIME)}
     for round_number in range(ROUNDS + 1):
         for name, work in works.items():
@@ -146,9 +142,8 @@ def make_steps(trainer: Trainer, phase: str, batches: Iterator[Batch], steps: in
         if phase == "warm-up":
             trainer.warmup_step(batch)
         else:
-            state.controller = ControllerState(
-                area_weight=1.0, accuracy=0.5, joint=phase == "joint"
-            )
+            joint = phase == "joint"
+            state.controller = ControllerState(area_weight=1.0, accuracy=0.5, joint=joint)
             trainer.adversarial_step(batch)
         state.step += 1
         while len(state.pending) > 1:
@@ -162,23 +157,20 @@ def fed_and_unfed(setting: Setting) -> dict[str, float]:
     which shares the core. On a GPU in bfloat16, also with kernels launched one by one."""
     batches = setting.batches()
     same = repeat(next(batches))
-    flags: tuple[str, ...] = ()
-    if setting.device.type == "cuda":
-        flags = ("--precision", "bfloat16")
+    gpu = setting.device.type == "cuda"
+    flags = ("--precision", "bfloat16") if gpu else ()
     kinds = {"unfed": (flags, same), "fed": (flags, batches)}
-    if setting.device.type == "cuda":
+    if gpu:
         kinds["unfed, one by one"] = ((*flags, "--no-graphs"), same)
 
-    def work(phase: str, trainer: Trainer, source: Iterator[Batch]) -> Callable[[], Any]:
-        return lambda: make_steps(trainer, phase, source, setting.config.steps)
-
+    steps = setting.config.steps
     rates: dict[str, float] = {}
     for phase in PHASES:
         works = {
-            f"{phase}, {name}": work(phase, setting.trainer(*given), source)
+            f"{phase}, {name}": partial(make_steps, setting.trainer(*given), phase, source, steps)
             for name, (given, source) in kinds.items()
         }
-        rates |= in_turns(works, setting.config.steps * setting.config.batch_size)
+        rates |= in_turns(works, steps * setting.config.batch_size)
     return rates
 
 
@@ -293,16 +285,8 @@ def _enter(rank: int, ranks: int, setting: Setting) -> None:
     batches = setting.batches(rank, ranks)
     photos = Photos(folder / "images" / "train")
     sampler: DistributedSampler[Any] = DistributedSampler(photos, ranks, rank)
-    stream = endless(
-        DataLoader(
-            photos,
-            batch_size // ranks,
-            sampler=sampler,
-            num_workers=1,
-            drop_last=True,
-            prefetch_factor=2,
-        )
-    )
+    each = batch_size // ranks
+    stream = endless(DataLoader(photos, each, sampler=sampler, num_workers=1, drop_last=True))
     one_step: dict[str, Callable[[], Any]] = {
         "ours, warm-up": lambda: make_steps(ours, "warm-up", batches, steps),
         "ours, joint": lambda: make_steps(ours, "joint", batches, steps),
@@ -310,15 +294,12 @@ def _enter(rank: int, ranks: int, setting: Setting) -> None:
         "plain, joint": lambda: [plain.plain_step(*next(stream)) for _ in range(steps)],
     }
 
-    def together(work: Callable[[], Any]) -> Callable[[], Any]:
-        def begin_and_end_together() -> None:
-            dist.barrier()
-            work()
-            dist.barrier()
+    def together(work: Callable[[], Any]) -> None:
+        dist.barrier()
+        work()
+        dist.barrier()
 
-        return begin_and_end_together
-
-    works = {name: together(work) for name, work in one_step.items()}
+    works = {name: partial(together, work) for name, work in one_step.items()}
     rates = in_turns(works, steps * batch_size)
     if rank == 0:
         (folder / f"rates-{ranks}.json").write_text(json.dumps(rates))
@@ -350,20 +331,17 @@ def make_data(folder: Path, images: int) -> None:
 
 def ratios(rates: dict[str, float]) -> dict[str, float]:
     """Return the ratios that docs/results.md names, by the clock and by processor time."""
-    pairs = {f"{phase}: fed / unfed": (f"{phase}, fed", f"{phase}, unfed") for phase in PHASES}
+    pairs = {}
     for phase in PHASES:
-        pairs[f"{phase}: replayed / one by one"] = (
-            f"{phase}, unfed",
-            f"{phase}, unfed, one by one",
-        )
+        unfed = f"{phase}, unfed"
+        pairs[f"{phase}: fed / unfed"] = (f"{phase}, fed", unfed)
+        pairs[f"{phase}: replayed / one by one"] = (unfed, f"{unfed}, one by one")
     for name in ("ours, warm-up", "ours, joint", "DDP, joint", "plain, joint"):
         pairs[f"{name}: 2 workers / 1"] = (f"{name}, workers: 2", f"{name}, workers: 1")
     for ranks in (1, 2):
         for peer in ("DDP", "plain"):
-            pairs[f"ours / {peer}, workers: {ranks}"] = (
-                f"ours, joint, workers: {ranks}",
-                f"{peer}, joint, workers: {ranks}",
-            )
+            ours, theirs = (f"{name}, joint, workers: {ranks}" for name in ("ours", peer))
+            pairs[f"ours / {peer}, workers: {ranks}"] = (ours, theirs)
     return {
         name + kind: rates[above + kind] / rates[below + kind]
         for kind in ("", CPU_TIME)

@@ -103,30 +103,28 @@ def save_nets(run: Path, nets: Nets, record: dict[str, Any]) -> None:
 
 def read_config(run: Path) -> ModelConfig:
     """Read the shape of a run's nets, and no weights. Raises UserError as `load_nets` does."""
-    path = run / MODEL_NAME
     with _remedies(run):
-        return _model_config(path, read_content(path))
+        content = read_content(run / MODEL_NAME)
+    if content.get("format") != MODEL_FORMAT:
+        raise UserError(
+            f"{run / MODEL_NAME} has format {content.get('format')}; this program reads "
+            f"{MODEL_FORMAT}."
+        )
+    values = content["config"].items()
+    config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values}
+    return ModelConfig(**config)
 
 
 def load_nets(run: Path) -> Nets:
     """Read RUN/model/ onto the CPU, in evaluation mode. Raises UserError for missing, damaged or
     foreign files."""
-    path = run / MODEL_NAME
+    config = read_config(run)
     with _remedies(run):
-        tensors, content = read_weights(path)
-    config = _model_config(path, content)
+        tensors, _ = read_weights(run / MODEL_NAME)
     classifiers = (new_classifier(config).eval() for _ in range(2))
     nets = Nets(config, new_corruption(config).eval(), *classifiers)
     load_net_tensors(nets.modules(), tensors)
     return nets
-
-
-def _model_config(path: Path, content: Mapping[str, Any]) -> ModelConfig:
-    if content.get("format") != MODEL_FORMAT:
-        found = content.get("format")
-        raise UserError(f"{path} has format {found}; this program reads {MODEL_FORMAT}.")
-    config: dict[str, Any] = content["config"]
-    return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 
 
 @contextmanager
@@ -142,8 +140,8 @@ def _remedies(run: Path) -> Iterator[None]:
         yield
     except DamagedError as error:
         raise UserError(
-            f"{error}; copy the run again, or delete {path.parent} and give the training's command "
-            "again: it goes on from the last checkpoint"
+            f"{error}; copy the run again, or delete {path.parent} and train on from the last "
+            "checkpoint by the same command"
         ) from error
 
 

@@ -139,8 +139,8 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
         )
     cache_config = loading.cache_config()
     order = Order(batch_size=config.optimization.batch_size, window=loading.window(manifest))
-    workers = config.resources.most_workers
-    check_window(loading.data, manifest, cache_config.limit_bytes, order, workers)
+    _, most_workers = config.resources.worker_range
+    check_window(loading.data, manifest, cache_config.limit_bytes, order, most_workers)
     check_sizes(loading.data, manifest, "train")
     if not is_remote(loading.data):
         cache = ShardCache(loading.data, manifest, "train", cache_config)

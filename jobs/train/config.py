@@ -154,18 +154,14 @@ class ResourcesConfig(Group):
     def __post_init__(self) -> None:
         super().__post_init__()
         numbers = re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", self.workers)
-        if not numbers or self.fewest_workers > self.most_workers:
+        if not numbers or self.worker_range[0] > self.worker_range[1]:
             raise ValueError(f"--workers {self.workers} is out of range: from 1, or MIN:MAX")
 
     @property
-    def fewest_workers(self) -> int:
-        """MIN of --workers MIN:MAX, or the number."""
-        return int(self.workers.partition(":")[0])
-
-    @property
-    def most_workers(self) -> int:
-        """MAX of --workers MIN:MAX, or the number."""
-        return int(self.workers.rpartition(":")[2])
+    def worker_range(self) -> tuple[int, int]:
+        """MIN and MAX of --workers MIN:MAX, the number twice without a range."""
+        fewest, _, most = self.workers.partition(":")
+        return int(fewest), int(most or fewest)
 
 
 @dataclass(frozen=True, kw_only=True)

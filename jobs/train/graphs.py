@@ -20,7 +20,7 @@ TRIAL_CALLS = 3  # before the recording: libraries choose and load their kernels
 Colours = tuple[Tensor, Tensor]  # mean and deviation per channel, float32 [3] each, in 0..255
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StepSettings:
     """All that a step depends on besides tensors. total: images over all ranks. objective: None in
     the warm-up. joint: whether both nets train. probing: whether `probe` is called."""
@@ -70,7 +70,7 @@ def compute_step(
         return step
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Recording:
     graph: torch.cuda.CUDAGraph
     tensors: tuple[Tensor, ...]
@@ -112,4 +112,4 @@ class Recordings:
         # thread_local: the loader's thread may allocate meanwhile
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step = self.work(settings, own)
-        return Recording(graph=graph, tensors=own, step=step)
+        return Recording(graph, own, step)

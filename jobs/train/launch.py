@@ -25,11 +25,11 @@ def check_resources(resources: ResourcesConfig) -> None:
     """Raise UserError for more workers than this machine's cores or GPUs, for which Ray Train would
     wait for ever; a cluster may still grow."""
     resource = "GPU" if resources.device == "cuda" else "CPU"
-    available = int(ray.cluster_resources().get(resource, 0))
-    if available >= resources.fewest_workers:
+    available, (fewest, _) = int(ray.cluster_resources().get(resource, 0)), resources.worker_range
+    if available >= fewest:
         return
     if os.environ.get("RAY_ADDRESS"):
-        print(f"waiting for {resources.fewest_workers} {resource}s; the cluster has {available}")
+        print(f"waiting for {fewest} {resource}s; the cluster has {available}")
     else:
         raise UserError(
             f"--workers {resources.workers} asks for as many {resource}s, this machine has "
@@ -65,16 +65,15 @@ def launch(config: TrainConfig, record: dict[str, Any]) -> None:
     """Train to the end. Raises UserError with the cause where training cannot go on."""
     resources = config.resources
     check_resources(resources)
-    fewest, most = resources.fewest_workers, resources.most_workers
+    fewest, most = resources.worker_range
     gpus = ray.cluster_resources().get("GPU", 0)
     use_gpu = resources.device == "cuda" or (resources.device == "auto" and gpus >= fewest)
+    workers = fewest if fewest == most else (fewest, most)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"config": config, "record": record},
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
-        scaling_config=ScalingConfig(
-            num_workers=fewest if fewest == most else (fewest, most), use_gpu=use_gpu
-        ),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         run_config=RunConfig(
             name=RAY_NAME,
             storage_path=str(config.output),

@@ -158,13 +158,9 @@ def waiting_summary(run: Path) -> str:
 
 def summary(run: Path) -> str:
     """Return the table at the end: each phase's steps, time and rate, and its last values."""
-    columns = (
-        *(("accuracy", "accuracy"), ("clean_accuracy", "clean"), ("context_accuracy", "context")),
-        ("swapped_accuracy", "swapped"),
-        *(("target", "target"), ("area", "area"), ("area_weight", "lambda")),
-        *(("joint_share", "joint"), ("corruption_loss", "corruption loss")),
-        ("classifier_loss", "classifier loss"),
-    )
+    accuracies = ("accuracy", "clean_accuracy", "context_accuracy", "swapped_accuracy")
+    others = ("target", "area", "area_weight", "joint_share", "corruption_loss", "classifier_loss")
+    names = (*accuracies, *others)
     intervals = _intervals(run)
     rows, start = [], 0
     for phase in dict.fromkeys(values["phase"] for values in intervals):
@@ -177,10 +173,11 @@ def summary(run: Path) -> str:
         last = {name: value for values in own for name, value in values.items()}
         rows.append(
             [phase, str(steps), duration(seconds), f"{images / seconds:.0f}"]
-            + [f"{last[name]:.3g}" if name in last else "-" for name, _ in columns]
+            + [f"{last[name]:.3g}" if name in last else "-" for name in names]
         )
-    headers = ["phase", "steps", "time", "images/s", *(title for _, title in columns)]
-    return table(headers, rows)
+    titles = ["accuracy", "clean", "context", "swapped", "target", "area", "lambda", "joint"]
+    losses = ["corruption loss", "classifier loss"]
+    return table(["phase", "steps", "time", "images/s", *titles, *losses], rows)
 
 
 def line(values: dict[str, Any]) -> str:

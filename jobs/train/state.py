@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,7 @@ from model.collapse import CollapseState
 from model.controller import ControllerState
 from model.corruption import CorruptionNet
 from model.step import Gradients, trainable
-
-if TYPE_CHECKING:
-    from pipeline.loading.loader import Batch
+from pipeline.loading.loader import Batch
 
 RAMP_STEPS = 50  # of the learning rates at the start of the adversarial phase
 DECAY_SHARE = 0.3  # of the adversarial phase, at its end, in which they fall to 0
@@ -53,7 +51,7 @@ class Pending:
     names: tuple[str, ...]
     values: Tensor
     ready: torch.cuda.Event | None = None
-    batch: "Batch | None" = None
+    batch: Batch | None = None
 
     def read(self) -> dict[str, float]:
         """Wait for the sums, and return them by name."""
@@ -66,7 +64,7 @@ class Pending:
         return {"step": self.step, "total": self.total, "joint": self.joint, "sums": self.read()}
 
 
-def send(step: int, batch: "Batch", sums: Mapping[str, Tensor], joint: bool) -> Pending:
+def send(step: int, batch: Batch, sums: Mapping[str, Tensor], joint: bool) -> Pending:
     """Start a step's sums on their way to the host; on a GPU nothing waits for them."""
     names = tuple(sorted(sums))
     values = torch.stack([sums[name] for name in names])
@@ -154,10 +152,7 @@ def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> 
         convert_conv2d_weight_memory_format(net, memory_layout(device))
     fused = device.type == "cuda"  # one kernel each
     warmup = torch.optim.AdamW(
-        classifier.parameters(),
-        settings.warmup_rate,
-        weight_decay=WARMUP_WEIGHT_DECAY,
-        fused=fused,
+        classifier.parameters(), settings.warmup_rate, weight_decay=WARMUP_WEIGHT_DECAY, fused=fused
     )
     adversarial = {
         name: torch.optim.Adam(trainable(net), rate, ADVERSARIAL_BETAS, fused=fused)

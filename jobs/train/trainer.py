@@ -1,7 +1,7 @@
 """One rank's training: the steps, the balance of the nets, and what the log says of them."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,10 +64,9 @@ class Trainer:
         self.nets = TrainingNets(*nets)
         self.colours = colour_statistics(model, device)
         self.half = settings.precision == "bfloat16"
-        self.compute: Callable[[StepSettings, tuple[Tensor, ...]], Step]
-        self.compute = partial(compute_step, self.nets, self.colours)
-        if config.resources.graphs and device.type == "cuda":
-            self.compute = Recordings(self.compute).compute
+        compute = partial(compute_step, self.nets, self.colours)
+        graphs = config.resources.graphs and device.type == "cuda"
+        self.compute = Recordings(compute).compute if graphs else compute
         # A function and not an AveragedModel, whose count of updates a GPU would have to be asked.
         self.average = get_ema_multi_avg_fn(settings.averaging)
         self.noise = torch.Generator(device)
@@ -93,9 +92,8 @@ class Trainer:
     @property
     def at_checkpoint(self) -> bool:
         """Whether the state is to be kept: every so many steps, and at the end of an epoch."""
-        step = self.state.step
-        interval = self.config.logging.checkpoint_interval
-        return step % interval == 0 or step % self.epoch_steps == 0
+        intervals = (self.config.logging.checkpoint_interval, self.epoch_steps)
+        return any(self.state.step % interval == 0 for interval in intervals)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Take the next step. At the end of an epoch nothing is pending."""
@@ -220,7 +218,7 @@ class Trainer:
         state.clean_accuracy = clean_accuracy
         chance = 1 / len(self.model.classes)
         relative = relative_target(chance, clean_accuracy, balance.target_share)
-        state.target = balance.target if balance.target is not None else relative
+        state.target = balance.target or relative
 
     def _read(self) -> None:
         """Take in the oldest pending step's numbers, which are the same on all ranks, so that all

@@ -28,12 +28,10 @@ SPLITS = {1: [8], 2: [4, 4], 3: [1, 5, 2]}
 
 def _enter(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks
-    )
-    results = {
-        work.__name__: work(rank, ranks) for work in (two_steps, unequal_accuracy, agreement)
-    }
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
+    works = (two_steps, unequal_accuracy, agreement)
+    results = {work.__name__: work(rank, ranks) for work in works}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -53,7 +51,7 @@ def two_steps(rank: int, ranks: int) -> dict[str, Any]:
     """A warm-up step and two joint adversarial ones on this rank's uneven part of a batch."""
     torch.manual_seed(0)
     corruption, classifier = CorruptionNet((32, 32), 8, 16).double(), Classifier(3, 8).double()
-    nets = TrainingNets(corruption=corruption, classifier=classifier, clean_classifier=classifier)
+    nets = TrainingNets(corruption, classifier, classifier)
     optimizers = [torch.optim.Adam(net.parameters(), 1e-3) for net in (corruption, classifier)]
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(IMAGES, 3, 32, 32, generator=generator, dtype=torch.float64)

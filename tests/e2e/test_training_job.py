@@ -14,12 +14,8 @@ from tests.e2e.commands import descendants, end, kill_when, run, start, wait_unt
 
 pytestmark = pytest.mark.slow
 SMALL = (
-    *("--warmup-epochs", "2"),
-    *("--epochs", "3"),
-    *("--batch-size", "16"),
-    *("--net-width", "8"),
-    *("--bottleneck", "16"),
-    *("--log-interval", "1"),
+    *("--warmup-epochs=2", "--epochs=3", "--batch-size=16"),
+    *("--net-width=8", "--bottleneck=16", "--log-interval=1"),
 )
 
 

@@ -12,16 +12,10 @@ from model.masking import (
 )
 
 
-def random_segments(
-    rng: np.random.Generator, shape: tuple[int, int, int], count: int
-) -> np.ndarray:
-    return rng.integers(0, count, shape)
-
-
 @pytest.mark.parametrize("count", [1, 7, 40])
 def test_superpixel_mean_equals_a_loop_over_labels(count: int) -> None:
     rng = np.random.default_rng(count)
-    values, segments = rng.random((3, 8, 6)), random_segments(rng, (3, 8, 6), count)
+    values, segments = rng.random((3, 8, 6)), rng.integers(0, count, (3, 8, 6))
     result = superpixel_mean(torch.tensor(values), torch.tensor(segments), count).numpy()
     for image in range(3):
         for label in range(count):
@@ -32,7 +26,7 @@ def test_superpixel_mean_equals_a_loop_over_labels(count: int) -> None:
 
 def test_painting_the_means_keeps_each_superpixels_sum() -> None:
     rng = np.random.default_rng(0)
-    values, segments = rng.random((2, 9, 9)), random_segments(rng, (2, 9, 9), 5)
+    values, segments = rng.random((2, 9, 9)), rng.integers(0, 5, (2, 9, 9))
     means = superpixel_mean(torch.tensor(values), torch.tensor(segments), 12)
     painted = paint(means, torch.tensor(segments)).numpy()
     for image in range(2):

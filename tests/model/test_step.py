@@ -66,9 +66,8 @@ def step(
 
 
 def probabilities(nets: TrainingNets, batch: Inputs) -> Tensor:
-    return superpixel_mean(
-        torch.sigmoid(nets.corruption(batch.images)), batch.segments, SUPERPIXELS
-    )
+    values = torch.sigmoid(nets.corruption(batch.images))
+    return superpixel_mean(values, batch.segments, SUPERPIXELS)
 
 
 def masked_logits(nets: TrainingNets, batch: Inputs) -> tuple[Tensor, Tensor]:
@@ -117,21 +116,15 @@ def test_imitation_enters_the_corruption_gradient_alone_with_its_weight(
     assert "imitation_loss" not in alone.sums
 
 
-def test_classifier_gradient_is_that_of_the_cross_entropy_on_masked_images(
-    nets: TrainingNets, batch: Inputs
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_classifier_gradient_is_that_of_the_cross_entropy_on_masked_and_weighted_clean_images(
+    nets: TrainingNets, batch: Inputs, weight: float
 ) -> None:
-    result = step(nets, batch)
-    loss = cross_entropy(masked_logits(nets, batch)[0], batch.labels)
-    assert_gradients(nets.classifier, loss, result.classifier_gradients)
-
-
-def test_clean_images_enter_the_classifiers_gradient_with_their_weight(
-    nets: TrainingNets, batch: Inputs
-) -> None:
-    result = step(nets, batch, clean_weight=3.0)
+    result = step(nets, batch, clean_weight=weight)
     masked = cross_entropy(masked_logits(nets, batch)[0], batch.labels)
     clean = cross_entropy(nets.classifier(batch.images), batch.labels)
-    assert_gradients(nets.classifier, masked / 4 + 3 * clean / 4, result.classifier_gradients)
+    loss = (masked + weight * clean) / (1 + weight)
+    assert_gradients(nets.classifier, loss, result.classifier_gradients)
 
 
 def test_with_a_closed_gate_no_gradient_of_the_classifier_exists(
@@ -183,11 +176,8 @@ def test_parts_of_a_batch_sum_to_the_whole(nets: TrainingNets, batch: Inputs) ->
     def everything(result: Step) -> list[Tensor]:
         assert result.corruption_gradients is not None
         assert result.classifier_gradients is not None
-        return [
-            *result.corruption_gradients,
-            *result.classifier_gradients,
-            *(result.sums[name] for name in sorted(result.sums)),
-        ]
+        sums = [result.sums[name] for name in sorted(result.sums)]
+        return [*result.corruption_gradients, *result.classifier_gradients, *sums]
 
     names = ("images", "segments", "labels", "noise")
     first, second = (
@@ -260,18 +250,10 @@ def test_a_joint_step_runs_at_larger_inputs(size: int) -> None:
     rows = torch.arange(size) * 20 // size
     segments = (rows[:, None] * 20 + rows).expand(2, -1, -1)  # 400 squares
     classifier = Classifier(5, 8)
-    nets = TrainingNets(
-        corruption=CorruptionNet((size, size), 8, 16),
-        classifier=classifier,
-        clean_classifier=classifier,
-    )
-    batch = Inputs(
-        images=torch.randn(2, 3, size, size),
-        segments=segments,
-        labels=torch.tensor([0, 4]),
-        noise=gumbel_difference((2, 400), torch.Generator().manual_seed(0)),
-        total=2,
-    )
+    nets = TrainingNets(CorruptionNet((size, size), 8, 16), classifier, classifier)
+    images, labels = torch.randn(2, 3, size, size), torch.tensor([0, 4])
+    noise = gumbel_difference((2, 400), torch.Generator().manual_seed(0))
+    batch = Inputs(images, segments, labels, noise, total=2)
     result = step(nets, batch, clean_weight=1.0)
     assert 0 < result.sums["area"] / 2 < 1
     for gradients in (result.corruption_gradients, result.classifier_gradients):

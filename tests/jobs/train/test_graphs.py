@@ -34,11 +34,8 @@ class Reads(TorchDispatchMode):
 
 def adam_steps(trainer: Trainer) -> list[torch.Tensor]:
     """Adam's own step counts, which a CPU's optimizer reads itself."""
-    return [
-        values["step"]
-        for optimizer in trainer.state.optimizers.values()
-        for values in optimizer.state.values()
-    ]
+    optimizers = trainer.state.optimizers.values()
+    return [values["step"] for optimizer in optimizers for values in optimizer.state.values()]
 
 
 @pytest.mark.parametrize("joint", [True, False])
@@ -137,21 +134,15 @@ def test_a_replayed_step_is_the_launched_one_with_the_weights_and_the_batch_of_n
     trainer, batches = on_gpu
     last = 0.0
     for number, batch in enumerate(islice(batches, 6)):
-        settings = StepSettings(
-            total=batch.total,
-            half=False,
-            objective=trainer.objective,
-            joint=number % 2 == 0,
-            probing=True,
-        )
+        objective, joint = trainer.objective, number % 2 == 0
+        settings = StepSettings(batch.total, False, objective, joint, probing=True)
         weight = torch.tensor(1.0 + number, device=trainer.device)
         tensors = (*trainer.adversarial_tensors(batch), weight)
         replayed = trainer.compute(settings, tensors)
         launched = compute_step(trainer.nets, trainer.colours, settings, tensors)
         pairs = list(zip(gradients(replayed), gradients(launched), strict=True))
-        assert len(pairs) == len(trainable(trainer.state.corruption)) + settings.joint * len(
-            trainable(trainer.state.classifier)
-        )
+        nets = (trainer.state.corruption, trainer.state.classifier)[: 1 + joint]
+        assert len(pairs) == sum(len(trainable(net)) for net in nets)
         for a, b in pairs:
             assert float((a - b).norm()) <= 1e-3 * float(b.norm()) + 1e-7
         assert set(replayed.sums) == set(launched.sums)
