@@ -40,25 +40,23 @@ def check_resources(resources: ResourcesConfig) -> None:
 @contextmanager
 def following(path: Path) -> Iterator[None]:
     """Print what is appended to a file from now on, to its end when the context is left."""
-    path.touch()
     stop = threading.Event()
+    with path.open("a+") as file:  # which stands at its end
 
-    def copy() -> None:
-        with path.open() as file:
-            file.seek(0, os.SEEK_END)
+        def copy() -> None:
             stopping = False
             while not stopping:
                 stopping = stop.wait(POLL_SECONDS)
                 sys.stdout.write(file.read())
                 sys.stdout.flush()
 
-    thread = threading.Thread(target=copy)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+        thread = threading.Thread(target=copy)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
 
 def launch(config: TrainConfig, record: dict[str, Any]) -> None:
