@@ -17,6 +17,11 @@ from pipeline.shards.format import read_manifest
 from tests.jobs.train.small import config_for
 
 
+@pytest.fixture
+def copy(small_set: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(small_set, tmp_path / "shards")
+
+
 def claim(config: TrainConfig) -> None:
     manifest = read_manifest(config.loading.data)
     claim_output(config.output, describe_run(config, manifest, record(config)))
@@ -27,7 +32,7 @@ def check(config: TrainConfig) -> None:
 
 
 def test_another_configuration_on_the_same_output_is_refused(
-    small_set: Path, tmp_path: Path
+    small_set: Path, copy: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     claim(config_for(small_set, output=run))
@@ -39,12 +44,10 @@ def test_another_configuration_on_the_same_output_is_refused(
     ):
         with pytest.raises(UserError, match=f"another configuration: {message}"):
             claim(config_for(small_set, output=run, **{name: value}))
-    copied = tmp_path / "shards"
-    shutil.copytree(small_set, copied)
-    claim(config_for(copied, output=run))
-    (copied / "dataset.json").write_text((copied / "dataset.json").read_text() + " ")
+    claim(config_for(copy, output=run))
+    (copy / "dataset.json").write_text((copy / "dataset.json").read_text() + " ")
     with pytest.raises(UserError, match=r"the data set \(its dataset\.json is another\)"):
-        claim(config_for(copied, output=run))
+        claim(config_for(copy, output=run))
 
 
 def test_a_run_of_an_earlier_version_is_refused(small_set: Path, tmp_path: Path) -> None:
@@ -123,13 +126,9 @@ def test_more_workers_than_cores_are_refused_instead_of_waited_for(
         check_resources(ResourcesConfig(workers="12"))
 
 
-def test_shards_that_are_missing_or_of_another_format_are_named(
-    small_set: Path, tmp_path: Path
-) -> None:
+def test_shards_that_are_missing_or_of_another_format_are_named(copy: Path) -> None:
     with pytest.raises(UserError, match="no finished set of shards"):
-        train(config_for(tmp_path / "nowhere"))
-    copy = tmp_path / "shards"
-    shutil.copytree(small_set, copy)
+        train(config_for(copy / "nowhere"))
     (copy / "train" / "train-000002.tar").unlink()
     with pytest.raises(UserError, match=r"train-000002\.tar is missing"):
         train(config_for(copy))
@@ -137,12 +136,10 @@ def test_shards_that_are_missing_or_of_another_format_are_named(
     (copy / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="format version 99; this program reads 1"):
         train(config_for(copy))
-    assert not (tmp_path / "run").exists()
+    assert not (copy.parent / "run").exists()
 
 
-def test_damaged_shards_are_named_before_training_starts(small_set: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "shards"
-    shutil.copytree(small_set, copy)
+def test_damaged_shards_are_named_before_training_starts(copy: Path, small_set: Path) -> None:
     check(config_for(copy))
     (copy / "train" / "train-000001.idx").write_text("")
     with pytest.raises(UserError, match=r"train-000001\.idx"):
@@ -154,11 +151,7 @@ def test_damaged_shards_are_named_before_training_starts(small_set: Path, tmp_pa
         check(config_for(copy))
 
 
-def test_a_changed_byte_is_found_where_every_byte_is_asked_for(
-    small_set: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "shards"
-    shutil.copytree(small_set, copy)
+def test_a_changed_byte_is_found_where_every_byte_is_asked_for(copy: Path) -> None:
     shard = copy / "train" / "train-000002.tar"
     content = bytearray(shard.read_bytes())
     content[600] ^= 1  # a pixel of the first image
