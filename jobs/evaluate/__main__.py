@@ -22,6 +22,7 @@ from jobs.evaluate.sources import Source, constant_boxes, read_source
 from model.localization import RULE_TEXTS
 from pipeline.errors import UserError
 from pipeline.evaluation.formats import Guesses, write_guesses
+from pipeline.evaluation.lines import MissingClassesError
 from pipeline.evaluation.metrics import SUBSETS
 from pipeline.evaluation.protocols import PROTOCOLS, TOP
 from pipeline.evaluation.results import Evaluation, write_evaluation
@@ -59,7 +60,10 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Ev
     started = time.monotonic()
     inputs = read_inputs(config)
     truth = inputs.truth
-    source = read_source(config, inputs, progress)
+    try:
+        source = read_source(config, inputs, progress)
+    except MissingClassesError as error:
+        raise UserError(f"{error}; give --classes FILE, as LOC_synset_mapping.txt.") from None
     localizations = list(source.localizations)
     centred = None
     if inputs.maps is not None:

@@ -1,12 +1,11 @@
-"""Results of other programs, read and written: boxes, classes and score maps.
+"""Results of other programs, read and written: boxes, classes and score maps (docs/formats.md).
 
-`docs/formats.md` describes the formats. Rows are matched to the images of a ground truth by id, or
-by file name where that is unique; each image has to come exactly once.
+Rows are matched to the images of a ground truth by id, or by file name where that is unique; each
+image has to come exactly once.
 """
 
 import csv
 import io
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,24 +15,25 @@ import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.errors import SHOWN, UserError
 from pipeline.evaluation.lines import (
     Lines,
+    MissingClassesError,
     brief,
     check_boxes,
-    check_once,
     find_classes,
-    find_images,
+    find_each,
     index_in,
     list_lengths,
     read_csv,
     read_parquet,
+    refuse_names,
     slots,
     stems,
 )
 from pipeline.evaluation.protocols import TOP
+from pipeline.evaluation.results import parquet_bytes
 from pipeline.evaluation.truth import GroundTruth
 from pipeline.sources.labels import WNID
 from pipeline.storage import write_atomically
@@ -41,6 +41,7 @@ from pipeline.storage import write_atomically
 MAP_SIZE = 224  # side of a written score map, in pixels
 NUMBER = r"^[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
 INDEX = "^[0-9]{1,9}$"
+GUESS_COLUMNS = "id, labels, boxes"
 LARGEST = 2**31  # no corner and no class index is beyond it
 UNKNOWN = -(2**31)  # a label that is null; out of range
 
@@ -68,29 +69,32 @@ def read_guesses(path: Path, truth: GroundTruth) -> Guesses:
     Raises UserError, naming file and line, for unknown, missing or double images, classes out of
     range, malformed numbers, and boxes turned round or outside their image.
     """
-    match path.suffix:
-        case ".csv":
-            rows = _read_csv_rows(path, truth.classes)
-        case ".parquet":
-            rows = _read_parquet_rows(path)
-        case _:
-            raise _suffix_error(path)
-    ids = pa.array(truth.ids, pa.string())
-    images = find_images(rows.lines.at, rows.ids, ids)
-    if (rows.counts > TOP).any():
-        first = int(np.argmax(rows.counts > TOP))
-        raise UserError(
-            f"{rows.lines.at(first)} has {rows.counts[first]} guesses; the rule allows {TOP} an "
-            "image. Leave out the worst."
-        )
-    check_once(rows.lines, images, ids)
-    owners = np.repeat(images, rows.counts)
-    _check_guesses(rows, truth, owners)
-    slot = slots(rows.counts)
-    labels = np.full((len(ids), TOP), -1)
+    is_csv = _is_csv(path, GUESS_COLUMNS)
+    rows = _read_csv_rows(path, truth.classes) if is_csv else _read_parquet_rows(path)
+    rows.lines.refuse(
+        rows.counts > TOP,
+        lambda i: f"has {rows.counts[i]} guesses",
+        f"the rule allows {TOP} an image: leave out the worst",
+    )
+    images = find_each(rows.lines, rows.ids, pa.array(truth.ids, pa.string()))
+    owners, slot = np.repeat(images, rows.counts), slots(rows.counts)
+    each = rows.lines.parts(rows.counts, "guess")
+    each.refuse(
+        ~(np.abs(rows.boxes) < LARGEST).all(axis=1),
+        "has a corner that is missing, NaN or beyond all images",
+        "expected four numbers, x0 y0 x1 y1",
+    )
+    check_boxes(each, rows.boxes, None if truth.sizes is None else truth.sizes[owners])
+    limit = LARGEST if truth.classes is None else len(truth.classes)
+    each.refuse(
+        (rows.labels < -1) | (rows.labels >= limit),
+        lambda i: f"has label {rows.labels[i]}",
+        f"expected -1 for no class, or 0 to {limit - 1}, the position in the sorted wnids",
+    )
+    labels = np.full((len(images), TOP), -1)
     labels[owners, slot] = rows.labels
     whole = (rows.boxes == np.floor(rows.boxes)).all()
-    boxes = np.full((len(ids), TOP, 4), -1, np.int64 if whole else np.float64)
+    boxes = np.full((len(images), TOP, 4), -1, np.int64 if whole else np.float64)
     boxes[owners, slot] = rows.boxes
     return Guesses(labels=labels, boxes=boxes)
 
@@ -101,15 +105,22 @@ def write_guesses(path: Path, truth: GroundTruth, guesses: Guesses) -> None:
     CSV names images as Kaggle does, without folder and suffix, where that is unique. Raises
     UserError where the format cannot express a guess: CSV needs classes by wnid.
     """
+    is_csv = _is_csv(path, GUESS_COLUMNS)
     present = (guesses.boxes != -1).any(axis=2)
-    match path.suffix:
-        case ".csv":
-            content = _csv_bytes(truth.ids, _prediction_strings(path, truth, guesses, present))
-        case ".parquet":
-            content = _parquet_bytes(truth.ids, guesses, present)
-        case _:
-            raise _suffix_error(path)
-    write_atomically(path, content)
+    labels, boxes = (
+        [own[some].tolist() for own, some in zip(values, present, strict=True)]
+        for values in (guesses.labels, guesses.boxes)
+    )
+    if is_csv:
+        write_atomically(path, _csv_bytes(path, truth, labels, boxes))
+        return
+    corners = pa.list_(pa.list_(pa.from_numpy_dtype(guesses.boxes.dtype)))
+    table = {
+        "id": pa.array(truth.ids, pa.string()),
+        "labels": pa.array(labels, pa.list_(pa.int64())),
+        "boxes": pa.array(boxes, corners),
+    }
+    write_atomically(path, parquet_bytes(pa.table(table)))
 
 
 def read_top_classes(path: Path, truth: GroundTruth) -> np.ndarray:
@@ -119,29 +130,24 @@ def read_top_classes(path: Path, truth: GroundTruth) -> np.ndarray:
     `id` and `classes` (a list). A class is its name in the ground truth, else its index, counted
     from 0 in the sorted wnids. Raises UserError, naming file and line.
     """
-    if path.suffix == ".csv":
+    if _is_csv(path, "id, classes"):
         lines, rows = read_csv(path)
         names = pa.array([row[0] for row in rows], pa.string())
         cells = pa.array([_without_blanks(row[1:]) for row in rows], pa.list_(pa.string()))
-    elif path.suffix == ".parquet":
+    else:
         types = {"id": pa.string(), "classes": pa.list_(pa.string())}
         lines, columns = read_parquet(path, types)
         names, cells = columns["id"], columns["classes"]
-    else:
-        raise UserError(f"{path} has suffix {path.suffix!r}; classes come as .csv or .parquet.")
-    ids = pa.array(truth.ids, pa.string())
-    images = find_images(lines.at, names, ids)
-    check_once(lines, images, ids)
+    images = find_each(lines, names, pa.array(truth.ids, pa.string()))
     counts = list_lengths(cells)
-    wrong = (counts < 1) | (counts > TOP)
-    if wrong.any():
-        first = int(np.argmax(wrong))
-        raise UserError(
-            f"{lines.at(first)} has {counts[first]} classes; expected 1 to {TOP}, best first."
-        )
-    top = np.full((len(ids), TOP), -1)
+    lines.refuse(
+        (counts < 1) | (counts > TOP),
+        lambda i: f"has {counts[i]} classes",
+        f"expected 1 to {TOP}, best first",
+    )
+    top = np.full((len(images), TOP), -1)
     top[np.repeat(images, counts), slots(counts)] = _names_or_indices(
-        lines.repeat(counts), cells.flatten(), truth.classes
+        lines.parts(counts, "class"), cells.flatten().fill_null(""), truth.classes
     )
     return top
 
@@ -218,11 +224,12 @@ def _check_values(name: str, values: np.ndarray) -> None:
         )
 
 
-def _suffix_error(path: Path) -> UserError:
-    return UserError(
-        f"{path} has suffix {path.suffix!r}; guesses come as .csv (Kaggle) or .parquet "
-        "(columns id, labels, boxes)."
-    )
+def _is_csv(path: Path, columns: str) -> bool:
+    if path.suffix not in (".csv", ".parquet"):
+        raise UserError(
+            f"{path} has suffix {path.suffix!r}; expected .csv, or .parquet with columns {columns}."
+        )
+    return path.suffix == ".csv"
 
 
 class _Rows(NamedTuple):
@@ -245,29 +252,23 @@ def _read_csv_rows(path: Path, classes: Sequence[str] | None) -> _Rows:
     cells = pa.array([row[1] or None if len(row) == 2 else "x" for row in rows], pa.string())
     split = pc.ascii_split_whitespace(cells)
     words = list_lengths(split)
-    if (words % 5).any():
-        first = int(np.argmax(words % 5 > 0))
-        raise UserError(
-            f"{lines.at(first)} is {','.join(rows[first])[:SHOWN]!r}; expected an id, a comma and "
-            "groups of five words, `wnid x0 y0 x1 y1`."
-        )
-    counts = words // 5
-    guesses = lines.repeat(counts)
-    flat = split.flatten()
-    is_corner = np.arange(len(flat)) % 5 > 0
-    corners = flat.filter(pa.array(is_corner))
-    numeric = np.asarray(pc.match_substring_regex(corners, NUMBER), bool)
-    if not numeric.all():
-        first = int(np.argmin(numeric))
-        raise UserError(
-            f"{guesses.at(first // 4)} has {corners[first].as_py()[:SHOWN]!r} for a corner; "
-            "expected a class and four numbers, x0 y0 x1 y1. Repair the line."
-        )
+    lines.refuse(
+        words % 5 > 0,
+        lambda i: f"is {','.join(rows[i])[:SHOWN]!r}",
+        "expected an id, a comma and groups of five words, `wnid x0 y0 x1 y1`",
+    )
+    guesses, flat = lines.parts(words // 5, "guess"), split.flatten()
+    corners = flat.filter(pa.array(np.arange(len(flat)) % 5 > 0))
+    guesses.parts(np.full(len(flat) // 5, 4), "corner").refuse(
+        ~np.asarray(pc.match_substring_regex(corners, NUMBER), bool),
+        lambda i: f"is {corners[i].as_py()[:SHOWN]!r}",
+        "expected a class and four numbers, x0 y0 x1 y1",
+    )
     return _Rows(
         lines=lines,
         ids=pa.array([row[0] for row in rows], pa.string()),
-        counts=counts,
-        labels=find_classes(guesses.at, flat.filter(pa.array(~is_corner)), classes),
+        counts=words // 5,
+        labels=find_classes(guesses, flat[::5], classes),
         boxes=corners.cast(pa.float64()).to_numpy().reshape(-1, 4),
     )
 
@@ -279,45 +280,22 @@ def _read_parquet_rows(path: Path) -> _Rows:
         "labels": pa.list_(pa.int64()),
     }
     lines, columns = read_parquet(path, types)
-    counts = list_lengths(columns["boxes"])
-    boxes = columns["boxes"].flatten()
-    wrong = list_lengths(boxes) != 4
-    if wrong.any():
-        raise UserError(
-            f"{lines.repeat(counts).at(int(np.argmax(wrong)))} has a box of other than four "
-            "numbers; expected x0 y0 x1 y1."
-        )
+    counts, boxes = list_lengths(columns["boxes"]), columns["boxes"].flatten()
+    lines.parts(counts, "guess").refuse(
+        list_lengths(boxes) != 4,
+        "has a box of other than four numbers",
+        "expected x0 y0 x1 y1",
+    )
     corners = boxes.flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
     labels = np.full(len(corners), -1)
     if "labels" in columns:
-        uneven = list_lengths(columns["labels"]) != counts
-        if uneven.any():
-            raise UserError(
-                f"{lines.at(int(np.argmax(uneven)))} has other than one label a box; expected a "
-                "class index for each box, -1 where it names no class."
-            )
+        lines.refuse(
+            list_lengths(columns["labels"]) != counts,
+            "has other than one label a box",
+            "expected a class index for each box, -1 where it names no class",
+        )
         labels = columns["labels"].flatten().fill_null(UNKNOWN).to_numpy(zero_copy_only=False)
     return _Rows(lines=lines, ids=columns["id"], counts=counts, labels=labels, boxes=corners)
-
-
-def _check_guesses(rows: _Rows, truth: GroundTruth, owners: np.ndarray) -> None:
-    """Raise UserError for a malformed box or label; owners: int64 [K], the image of each guess."""
-    at = rows.lines.repeat(rows.counts).at
-    malformed = ~(np.abs(rows.boxes) < LARGEST).all(axis=1)
-    if malformed.any():
-        raise UserError(
-            f"{at(int(np.argmax(malformed)))} has a corner that is missing, NaN or beyond all "
-            "images; expected four numbers, x0 y0 x1 y1."
-        )
-    check_boxes(at, rows.boxes, None if truth.sizes is None else truth.sizes[owners])
-    limit = len(truth.classes) if truth.classes is not None else LARGEST
-    astray = (rows.labels < -1) | (rows.labels >= limit)
-    if astray.any():
-        first = int(np.argmax(astray))
-        raise UserError(
-            f"{at(first)} has label {rows.labels[first]}; expected a class index from 0 to "
-            f"{limit - 1}, the position in the sorted wnids, or -1 for no class."
-        )
 
 
 def _without_blanks(cells: list[str]) -> list[str]:
@@ -328,33 +306,28 @@ def _without_blanks(cells: list[str]) -> list[str]:
 
 def _names_or_indices(lines: Lines, cells: pa.Array, classes: Sequence[str] | None) -> np.ndarray:
     """Return the class index of each cell, a name among `classes` or else an index: int64 [K]."""
-    limit = len(classes) if classes is not None else LARGEST
+    if classes is None:
+        refuse_names(lines, np.asarray(pc.match_substring_regex(cells, f"^{WNID.pattern}$"), bool))
+    limit = LARGEST if classes is None else len(classes)
     named = index_in(cells, pa.array(classes or (), pa.string()))
     digits = pc.if_else(pc.match_substring_regex(cells, INDEX), cells, pa.scalar(None, pa.string()))
-    indices = digits.cast(pa.int64()).fill_null(limit).to_numpy()
-    wrong = (named < 0) & (indices >= limit)
-    if wrong.any():
-        first = int(np.argmax(wrong))
-        cell = cells[first].as_py()
-        if cell is not None and WNID.fullmatch(cell):
-            find_classes(lambda _: lines.at(first), cells[first : first + 1], classes)
-        raise UserError(
-            f"{lines.at(first)} has class {cell!r:.{SHOWN}}; expected a wnid, or an index from "
-            f"0 to {limit - 1}, the position in the sorted wnids. Repair the line."
-        )
-    return np.where(named < 0, indices, named)
+    indices = np.where(named < 0, digits.cast(pa.int64()).fill_null(limit).to_numpy(), named)
+    lines.refuse(
+        indices >= limit,
+        lambda i: f"is {cells[i].as_py()!r:.{SHOWN}}",
+        f"expected one of the wnids, or 0 to {limit - 1}, the position in the sorted wnids",
+    )
+    return indices
 
 
-def _prediction_strings(
-    path: Path, truth: GroundTruth, guesses: Guesses, present: np.ndarray
-) -> list[str]:
-    """Return `wnid x0 y0 x1 y1 ...` of each image; present: bool [N, 5], which guesses exist."""
+def _csv_bytes(
+    path: Path, truth: GroundTruth, labels: list[list[int]], boxes: list[list[list[int]]]
+) -> bytes:
     if truth.classes is None:
-        raise UserError(
-            f"{path} names classes by wnid, and the ground truth has only their numbers; a list "
-            "of the classes is needed, or write .parquet."
+        raise MissingClassesError(
+            f"{path} names classes by wnid, and the ground truth has only their numbers"
         )
-    if (guesses.labels[present] < 0).any():
+    if any(label < 0 for own in labels for label in own):
         raise UserError(
             f"{path} cannot hold a box without a class; give the classes, or write .parquet."
         )
@@ -363,38 +336,12 @@ def _prediction_strings(
         raise UserError(
             f"{path} separates by blanks, and class {blank[0]!r} holds one; write .parquet."
         )
-    words = [
-        f"{truth.classes[label]} {x0} {y0} {x1} {y1}"
-        for label, (x0, y0, x1, y1) in zip(
-            guesses.labels[present].tolist(), guesses.boxes[present].tolist(), strict=True
-        )
-    ]
-    ends = np.cumsum(present.sum(axis=1)).tolist()
-    return [" ".join(words[a:b]) for a, b in itertools.pairwise([0, *ends])]
-
-
-def _csv_bytes(ids: Sequence[str], strings: Sequence[str]) -> bytes:
-    short = stems(pa.array(ids, pa.string())).to_pylist()
+    short = stems(pa.array(truth.ids, pa.string())).to_pylist()
+    names = short if len(set(short)) == len(short) else truth.ids
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["ImageId", "PredictionString"])
-    writer.writerows(zip(short if len(set(short)) == len(ids) else ids, strings, strict=True))
+    for name, classes, corners in zip(names, labels, boxes, strict=True):
+        guesses = ((truth.classes[x], *box) for x, box in zip(classes, corners, strict=True))
+        writer.writerow([name, " ".join(" ".join(map(str, guess)) for guess in guesses)])
     return text.getvalue().encode()
-
-
-def _parquet_bytes(ids: Sequence[str], guesses: Guesses, present: np.ndarray) -> bytes:
-    starts = pa.array(np.concatenate([[0], np.cumsum(present.sum(axis=1))]), pa.int32())
-    boxes = guesses.boxes[present]
-    corners = pa.array(np.arange(len(boxes) + 1) * 4, pa.int32())
-    table = pa.table(
-        {
-            "id": pa.array(ids, pa.string()),
-            "labels": pa.ListArray.from_arrays(starts, pa.array(guesses.labels[present])),
-            "boxes": pa.ListArray.from_arrays(
-                starts, pa.ListArray.from_arrays(corners, pa.array(boxes.ravel()))
-            ),
-        }
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    return sink.getvalue().to_pybytes()

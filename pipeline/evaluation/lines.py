@@ -1,8 +1,4 @@
-"""Lines of others' files: read, matched to images and classes, checked.
-
-Such files have thousands of lines, so columns are checked as a whole, and every error names file
-and line.
-"""
+"""Lines of others' files: read, matched to images and classes, and checked column by column."""
 
 import csv
 import gzip
@@ -23,27 +19,34 @@ from pipeline.sources.listing import IMAGE_SUFFIXES
 CSV_IDS = {"id", "imageid"}  # the first cell of a header, without case and underscores
 IMAGE_SUFFIX = rf"(?i)\.({'|'.join(suffix[1:] for suffix in IMAGE_SUFFIXES)})$"
 
-At = Callable[[int], str]  # names the file and the line of an element by its index
+
+class MissingClassesError(UserError):
+    """Classes are named, and the ground truth has only their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lines:
-    """The lines of a file (rows if it is Parquet) that were read.
-
-    numbers: int64 [K], each one's number in the file, counted from 1.
-    """
+    """The elements that were read from a file. at: names file and line of one, by its index."""
 
     path: Path
-    numbers: np.ndarray
+    at: Callable[[int], str]
 
-    def at(self, index: int) -> str:
-        """Name the file and the line of an element, for an error."""
-        unit = "row" if self.path.suffix == ".parquet" else "line"
-        return f"{self.path} {unit} {self.numbers[index]}"
+    def parts(self, counts: np.ndarray, name: str) -> "Lines":
+        """Return the parts of each element, `name` 1, 2 ... of it; counts: int64 [K]."""
+        owners, numbers = np.repeat(np.arange(len(counts)), counts), slots(counts) + 1
+        return Lines(path=self.path, at=lambda i: f"{self.at(owners[i])} {name} {numbers[i]}")
 
-    def repeat(self, counts: np.ndarray) -> "Lines":
-        """Return the line of each of several elements per line; counts: int64 [K]."""
-        return Lines(path=self.path, numbers=np.repeat(self.numbers, counts))
+    def refuse(self, wrong: np.ndarray, fault: str | Callable[[int], str], remedy: str) -> None:
+        """Raise UserError with the fault of the first that is wrong (bool [K]), if any is."""
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            text = fault if isinstance(fault, str) else fault(first)
+            raise UserError(f"{self.at(first)} {text}; {remedy}.")
+
+
+def _numbered(path: Path, numbers: np.ndarray, unit: str = "line") -> Lines:
+    """Name elements by their numbers in the file, int64 [K], counted from 1."""
+    return Lines(path=path, at=lambda i: f"{path} {unit} {numbers[i]}")
 
 
 def read_text(path: Path) -> str:
@@ -71,7 +74,7 @@ def read_lines(path: Path) -> tuple[Lines, pa.Array]:
     filled = np.flatnonzero(pc.not_equal(text, ""))
     if not len(filled):
         raise UserError(f"{path} is empty; it was cut off or never filled. Make it again.")
-    return Lines(path=path, numbers=filled + 1), text.take(pa.array(filled))
+    return _numbered(path, filled + 1), text.take(pa.array(filled))
 
 
 def read_csv(path: Path) -> tuple[Lines, list[list[str]]]:
@@ -90,13 +93,12 @@ def read_csv(path: Path) -> tuple[Lines, list[list[str]]]:
                 rows.append(cells)
     except csv.Error as error:
         raise UserError(
-            f"{path} line {reader.line_num} is not CSV ({error}); repair its quotes and line "
-            "breaks."
+            f"{path} line {reader.line_num} is not CSV ({error}); repair its quotes."
         ) from error
     header = bool(rows) and rows[0][0].lower().replace("_", "") in CSV_IDS
     if len(rows) == header:
         raise UserError(f"{path} has no rows but a header; it was cut off. Make it again.")
-    return Lines(path=path, numbers=np.array(numbers[header:])), rows[header:]
+    return _numbered(path, np.array(numbers[header:])), rows[header:]
 
 
 def read_parquet(path: Path, types: dict[str, pa.DataType]) -> tuple[Lines, dict[str, pa.Array]]:
@@ -115,12 +117,11 @@ def read_parquet(path: Path, types: dict[str, pa.DataType]) -> tuple[Lines, dict
             f"{path} cannot be read ({brief(error)}); expected a Parquet file with columns "
             + ", ".join(f"{name} ({kind})" for name, kind in types.items())
         ) from error
-    lines = Lines(path=path, numbers=np.arange(table.num_rows) + 1)
     if not table.num_rows:
         raise UserError(f"{path} has no rows; expected one per image. Make it again.")
-    nameless = np.flatnonzero(pc.is_null(columns["id"]))
-    if len(nameless):
-        raise UserError(f"{lines.at(nameless[0])} has no id; expected that of an image.")
+    lines = _numbered(path, np.arange(table.num_rows) + 1, "row")
+    nameless = np.asarray(pc.is_null(columns["id"]))
+    lines.refuse(nameless, "has no id", "expected that of an image")
     return lines, columns
 
 
@@ -162,32 +163,31 @@ def match_ids(names: pa.Array, ids: pa.Array) -> np.ndarray:
     return indices
 
 
-def find_images(at: At, names: pa.Array, ids: pa.Array) -> np.ndarray:
+def find_images(lines: Lines, names: pa.Array, ids: pa.Array) -> np.ndarray:
     """Return the index in `ids` of the image that each name means: int64.
 
-    Raises UserError, naming the line, for a name that no image has or that several share.
+    Raises UserError for a name that no image has or that several share.
     """
     indices = match_ids(names, ids)
-    if (indices < 0).any():
-        first = int(np.argmin(indices))
-        raise UserError(
-            f"{at(first)} names image {names[first].as_py()!r}, which the ground truth does not "
-            f"have, or has more than once by file name; its ids are such as {ids[0].as_py()!r}. "
-            "Use these, and the file that belongs to this ground truth."
-        )
+    lines.refuse(
+        indices < 0,
+        lambda i: f"names image {names[i].as_py()!r}, which is no id and no name of only one file",
+        f"use the ids of the ground truth, such as {ids[0].as_py()!r}",
+    )
     return indices
 
 
-def check_once(lines: Lines, images: np.ndarray, ids: pa.Array) -> None:
-    """Raise UserError unless the lines name every image once; images: int64 [K], of each line."""
+def find_each(lines: Lines, names: pa.Array, ids: pa.Array) -> np.ndarray:
+    """Return `find_images`. Raises UserError unless every image is named once."""
+    images = find_images(lines, names, ids)
     named, firsts = np.unique(images, return_index=True)
-    if len(named) < len(images):
-        second = int(np.setdiff1d(np.arange(len(images)), firsts)[0])
-        first = int(np.argmax(images == images[second]))
-        raise UserError(
-            f"{lines.at(second)} names image {ids[images[second]].as_py()!r} again, after "
-            f"{lines.numbers[first]}; it would count twice. Keep one of them."
-        )
+    again = np.bincount(firsts, minlength=len(images)) == 0
+
+    def earlier(i: int) -> str:
+        first = lines.at(int(np.argmax(images == images[i])))
+        return f"names image {ids[images[i]].as_py()!r} again, after {first}"
+
+    lines.refuse(again, earlier, "keep one of them")
     missing = np.setdiff1d(np.arange(len(ids)), named).tolist()
     if missing:
         shown = ", ".join(ids[image].as_py() for image in missing[:NAMED])
@@ -196,51 +196,53 @@ def check_once(lines: Lines, images: np.ndarray, ids: pa.Array) -> None:
             f"{lines.path} lacks {len(missing)} of {len(ids)} images: {shown}{more}; figures over "
             "the rest would not compare. Add a line for each, or use the ground truth of those."
         )
+    return images
 
 
-def check_boxes(at: At, boxes: np.ndarray, sizes: np.ndarray | None) -> None:
-    """Raise UserError, naming the line, for a box turned round or outside its image.
+def check_boxes(lines: Lines, boxes: np.ndarray, sizes: np.ndarray | None) -> None:
+    """Raise UserError for a box turned round or outside its image.
 
     boxes: [K, 4]; sizes: (height, width) of each box's image [K, 2], or None. x1 == width and
     y1 == height pass, since tools that count pixels from 1 write them.
     """
-    turned = (boxes[:, 0] > boxes[:, 2]) | (boxes[:, 1] > boxes[:, 3])
+    turned = np.any(boxes[:, :2] > boxes[:, 2:], axis=1)
     outside = np.any(boxes < 0, axis=1)
     if sizes is not None:
         limits = sizes[:, ::-1]
         outside |= ((boxes[:, :2] >= limits) | (boxes[:, 2:] > limits)).any(axis=1)
-    if not (turned | outside).any():
-        return
-    first = int(np.argmax(turned | outside))
-    if turned[first]:
-        fault = "its minimum is above its maximum"
-    elif sizes is None:
-        fault = "it is outside its image"
-    else:
-        fault = "it is outside its image of {1} x {0} pixels".format(*sizes[first])
-    corners = " ".join(f"{value:g}" for value in boxes[first])
-    raise UserError(
-        f"{at(first)} has corners {corners}: {fault}; expected x0 y0 x1 y1, inclusive pixels of "
-        "the original image. Repair it, or leave it out."
-    )
+
+    def fault(i: int) -> str:
+        corners = " ".join(f"{value:g}" for value in boxes[i])
+        if turned[i]:
+            return f"has corners {corners}: its minimum is above its maximum"
+        size = "" if sizes is None else " of {1} x {0} pixels".format(*sizes[i])
+        return f"has corners {corners}: it is outside its image{size}"
+
+    expected = "expected x0 y0 x1 y1, inclusive pixels of the original image"
+    lines.refuse(turned | outside, fault, expected)
 
 
-def find_classes(at: At, names: pa.Array, classes: Sequence[str] | None) -> np.ndarray:
+def find_classes(lines: Lines, names: pa.Array, classes: Sequence[str] | None) -> np.ndarray:
     """Return the index of each class name: int64.
 
-    Raises UserError, naming the line, for an unknown name, and where `classes` is None: the
-    ground truth has only numbers.
+    Raises UserError for an unknown name; MissingClassesError where `classes` is None.
     """
-    if classes is None and len(names):
-        raise UserError(
-            f"{at(0)} names classes by wnid, and the ground truth has only their numbers; a list "
-            "of the classes is needed, such as LOC_synset_mapping.txt."
-        )
-    indices = index_in(names, pa.array(classes or (), pa.string()))
-    if (indices < 0).any():
-        first = int(np.argmin(indices))
-        raise UserError(
-            f"{at(first)} names class {names[first].as_py()!r}, which is none of the "
-            f"{len(classes or ())} known. Repair the line, or list all classes."
-        )
+    if classes is None:
+        refuse_names(lines, np.ones(len(names), bool))
+        return np.zeros(0, np.int64)
+    indices = index_in(names, pa.array(classes, pa.string()))
+    lines.refuse(
+        indices < 0,
+        lambda i: f"names class {names[i].as_py()!r}, which is none of the {len(classes)} known",
+        "repair the line, or list all classes",
+    )
     return indices
+
+
+def refuse_names(lines: Lines, named: np.ndarray) -> None:
+    """Raise MissingClassesError if any element names a class: bool [K]."""
+    if named.any():
+        location = lines.at(int(np.argmax(named)))
+        raise MissingClassesError(
+            f"{location} names classes by wnid, and the ground truth has only their numbers"
+        )

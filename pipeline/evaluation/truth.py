@@ -1,11 +1,11 @@
 """Ground truth of any origin: ids, labels, sizes and boxes of the images that are scored.
 
-It comes from the ledger of a set of shards, from the four metadata files of wsolevaluation, from
-ILSVRC's XML files or from a Kaggle solution; `docs/formats.md` describes them. What does not hold
-together is an error that names file and line: an image silently left out would change every figure.
+It comes from a ledger, from wsolevaluation's metadata, from ILSVRC's XML files or from a Kaggle
+solution (docs/formats.md). Whatever does not hold together is an error that names file and line.
 """
 
 import glob
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +19,13 @@ from pipeline.errors import SHOWN, UserError
 from pipeline.evaluation.lines import (
     Lines,
     check_boxes,
-    check_once,
     find_classes,
+    find_each,
     find_images,
     match_ids,
     read_csv,
     read_lines,
     read_text,
-    slots,
 )
 from pipeline.sources.annotations import Annotation, fit_boxes, read_annotation
 from pipeline.sources.labels import WNID, class_lines, parse_prediction
@@ -39,6 +38,10 @@ METADATA = {  # wsolevaluation's files: a line as a pattern, and in words
     "image_sizes.txt": (f"[^,]+(,{NUMBER}){{2}}", "id,width,height"),
     "localization.txt": (f"[^,]+(,-?{NUMBER}){{4}}", "id,x0,y0,x1,y1"),
 }
+KINDS = (
+    "give a folder of wsolevaluation metadata, a folder of XML files, or a Kaggle "
+    "LOC_*_solution.csv"
+)
 
 Classes = tuple[tuple[str, ...], tuple[str, ...]]  # sorted wnids, and their readable names
 
@@ -78,26 +81,32 @@ def read_ground_truth(
     for `read_classes`; without it the classes of XML and CSV are the wnids that occur, and those
     of metadata stay numbers. Raises UserError, naming file and line, for whatever is wrong.
     """
-    known = read_classes(classes) if classes is not None else None
+    known = None if classes is None else read_classes(classes)
     if not path.exists():
-        raise UserError(f"ground truth {path} does not exist; name a folder or a .csv file.")
+        raise UserError(f"ground truth {path} does not exist; {KINDS}.")
     if path.is_file():
         if path.suffix != ".csv":
+            raise UserError(f"ground truth {path} is neither a folder nor a .csv file; {KINDS}.")
+        return _from_annotations(path, _read_solution(path), image_sizes, known)
+    files = {  # plain ones before packed ones
+        name: file
+        for name in METADATA
+        for file in (path / f"{name}.gz", path / name)
+        if file.is_file()
+    }
+    if "class_labels.txt" in files:
+        if "localization.txt" not in files:
             raise UserError(
-                f"ground truth {path} is neither a folder nor a .csv file; give a folder of "
-                "metadata or XML files (unpacked), or a Kaggle LOC_*_solution.csv."
+                f"ground truth {path} has class_labels.txt and no localization.txt, so no boxes "
+                "to score with; add the file, or name the folder of a split that has it."
             )
-        return _from_annotations(_read_solution(path), image_sizes, known)
-    if _metadata_file(path, "class_labels.txt") is not None:
-        return _read_metadata(path, image_sizes, known)
+        return _read_metadata(files, image_sizes, known)
     # Unlike Path.rglob, this follows links to folders and passes over hidden files.
-    names = glob.glob("**/*.xml", root_dir=path, recursive=True)  # noqa: PTH207
+    names = sorted(glob.glob("**/*.xml", root_dir=path, recursive=True))  # noqa: PTH207
     if not names:
-        raise UserError(
-            f"ground truth {path} has neither class_labels.txt nor XML files; give a folder of "
-            "wsolevaluation metadata, a folder of XML files, or a Kaggle LOC_*_solution.csv."
-        )
-    return _from_annotations(_read_xml_files(path, sorted(names)), image_sizes, known)
+        raise UserError(f"ground truth {path} has neither class_labels.txt nor XML files; {KINDS}.")
+    entries = _read_xml_files(path, names, sized=image_sizes is not None)
+    return _from_annotations(path, entries, image_sizes, known)
 
 
 def ground_truth_of(
@@ -137,20 +146,17 @@ def write_metadata(folder: Path, truth: GroundTruth) -> None:
                 f"id {name!r} holds a comma, a line break or outer blanks, which metadata files "
                 "have no way to tell; rename the image."
             )
-    labels, sizes = truth.labels.tolist(), truth.sizes.tolist()
     owners = np.repeat(np.arange(len(truth.ids)), np.diff(truth.starts)).tolist()
-    lines = {
-        "image_ids.txt": truth.ids,
-        "class_labels.txt": [f"{a},{b}" for a, b in zip(truth.ids, labels, strict=True)],
-        "image_sizes.txt": [f"{a},{w},{h}" for a, (h, w) in zip(truth.ids, sizes, strict=True)],
-        "localization.txt": [
-            f"{truth.ids[owner]},{x0},{y0},{x1},{y1}"
-            for owner, (x0, y0, x1, y1) in zip(owners, truth.boxes.tolist(), strict=True)
-        ],
+    columns: dict[str, list[Sequence[object]]] = {
+        "image_ids.txt": [truth.ids],
+        "class_labels.txt": [truth.ids, truth.labels.tolist()],
+        "image_sizes.txt": [truth.ids, *truth.sizes.T[::-1].tolist()],
+        "localization.txt": [[truth.ids[i] for i in owners], *truth.boxes.T.tolist()],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in lines.items():
-        write_atomically(folder / name, "".join(f"{line}\n" for line in content).encode())
+    for name, parts in columns.items():
+        lines = (",".join(map(str, row)) + "\n" for row in zip(*parts, strict=True))
+        write_atomically(folder / name, "".join(lines).encode())
 
 
 def read_classes(path: Path) -> Classes:
@@ -177,185 +183,148 @@ def read_classes(path: Path) -> Classes:
     return wnids, tuple(names[wnid] for wnid in wnids)
 
 
-def _metadata_file(folder: Path, name: str) -> Path | None:
-    candidates = (folder / name, folder / f"{name}.gz")
-    return next((path for path in candidates if path.is_file()), None)
-
-
 def _read_table(path: Path, name: str) -> tuple[Lines, pa.Array, np.ndarray]:
     """Read a file of METADATA: its lines, ids [K], and numbers int64 [K, ...]."""
     pattern, words = METADATA[name]
     lines, content = read_lines(path)
-    fits = np.asarray(pc.match_substring_regex(content, f"^{pattern}$"))
-    if not fits.all():
-        first = int(np.argmin(fits))
-        raise UserError(
-            f"{lines.at(first)} is {content[first].as_py()[:SHOWN]!r}; expected `{words}`, whole "
-            "numbers without blanks. Repair the line."
-        )
+    lines.refuse(
+        ~np.asarray(pc.match_substring_regex(content, f"^{pattern}$")),
+        lambda i: f"is {content[i].as_py()[:SHOWN]!r}",
+        f"expected `{words}`, whole numbers without blanks",
+    )
     fields = pc.split_pattern(content, ",")
-    columns = [pc.list_element(fields, i) for i in range(1 + words.count(","))]
-    numbers = [column.cast(pa.int64()).to_numpy() for column in columns[1:]]
-    return lines, columns[0], np.array(numbers, np.int64).T
+    ids, *columns = (pc.list_element(fields, i) for i in range(1 + words.count(",")))
+    numbers = [column.cast(pa.int64()).to_numpy() for column in columns]
+    return lines, ids, np.array(numbers, np.int64).T
 
 
-def _read_metadata(folder: Path, image_sizes: Path | None, known: Classes | None) -> GroundTruth:
-    labels_path = _metadata_file(folder, "class_labels.txt")
-    boxes_path = _metadata_file(folder, "localization.txt")
-    ids_path = _metadata_file(folder, "image_ids.txt")
-    assert labels_path is not None
-    if boxes_path is None:
-        raise UserError(
-            f"{folder} has class_labels.txt and no localization.txt, so no boxes to score with; "
-            "add the file, or name the folder of a split that has it."
-        )
-    lines, labelled, labels = _read_table(labels_path, "class_labels.txt")
+def _read_metadata(
+    files: dict[str, Path], image_sizes: Path | None, known: Classes | None
+) -> GroundTruth:
+    """Read the files of METADATA that there are."""
+    lines, labelled, labels = _read_table(files["class_labels.txt"], "class_labels.txt")
     ids = labelled
-    if ids_path is not None:
-        id_lines, ids, _ = _read_table(ids_path, "image_ids.txt")
-        check_once(id_lines, find_images(id_lines.at, ids, ids), ids)
-    images = find_images(lines.at, labelled, ids)
-    check_once(lines, images, ids)
-    if known is not None and labels.max() >= len(known[0]):
-        first = int(np.argmax(labels >= len(known[0])))
-        raise UserError(
-            f"{lines.at(first)} has label {labels[first, 0]}, and there are {len(known[0])} "
-            "classes; list all of them."
+    if "image_ids.txt" in files:
+        id_lines, ids, _ = _read_table(files["image_ids.txt"], "image_ids.txt")
+        find_each(id_lines, ids, ids)
+    images = find_each(lines, labelled, ids)
+    classes, class_names = known or (None, None)
+    if classes is not None:
+        lines.refuse(
+            labels[:, 0] >= len(classes),
+            lambda i: f"has label {labels[i, 0]}, and there are {len(classes)} classes",
+            "list all of them",
         )
-    sizes_path = image_sizes or _metadata_file(folder, "image_sizes.txt")
+    sizes_path = image_sizes or files.get("image_sizes.txt")
     sizes = _read_sizes(sizes_path, ids) if sizes_path else None
-    box_lines, owner_ids, boxes = _read_table(boxes_path, "localization.txt")
-    owners = find_images(box_lines.at, owner_ids, ids)
-    check_boxes(box_lines.at, boxes, None if sizes is None else sizes[owners])
+    box_lines, owner_ids, boxes = _read_table(files["localization.txt"], "localization.txt")
+    owners = find_images(box_lines, owner_ids, ids)
+    check_boxes(box_lines, boxes, None if sizes is None else sizes[owners])
     return GroundTruth(
         ids=tuple(ids.to_pylist()),
         labels=labels[np.argsort(images), 0],
         sizes=sizes,
         boxes=boxes[np.argsort(owners, kind="stable")],
         starts=np.cumsum([0, *np.bincount(owners, minlength=len(ids))]),
-        classes=known[0] if known else None,
-        class_names=known[1] if known else None,
+        classes=classes,
+        class_names=class_names,
     )
 
 
 def _read_sizes(path: Path, ids: pa.Array) -> np.ndarray:
     """Read (height, width) of each image from a file that may have others: int64 [N, 2]."""
     lines, sized, sizes = _read_table(path, "image_sizes.txt")
-    if not sizes.all():
-        first = int(np.argmin(sizes.all(axis=1)))
-        raise UserError(
-            f"{lines.at(first)} has a width or height of 0; expected at least 1. Repair the line."
-        )
-    check_once(lines, find_images(lines.at, sized, sized), sized)
+    empty = np.any(sizes == 0, axis=1)
+    lines.refuse(empty, "has a width or height of 0", "expected at least 1")
+    find_each(lines, sized, sized)
     rows = match_ids(ids, sized)
     if (rows < 0).any():
         raise UserError(
             f"{path} lacks the size of {ids[int(np.argmin(rows))].as_py()!r}, or has several by "
-            "file name; expected a line `id,width,height` for every image. Add it."
+            "file name; add a line `id,width,height`."
         )
     return sizes[rows, ::-1]
 
 
 class _Entry(NamedTuple):
-    """The annotation of one image in a file; line: its number in a CSV file, else None."""
+    """The annotation of one image; location: its file, and its line in a CSV file."""
 
     id: str
+    location: str
     annotation: Annotation
-    file: Path
-    line: int | None = None
-
-    @property
-    def location(self) -> str:
-        return f"{self.file}" if self.line is None else f"{self.file} line {self.line}"
 
 
 def _read_solution(path: Path) -> list[_Entry]:
     lines, rows = read_csv(path)
-    for i, row in enumerate(rows):
-        if len(row) != 2:
-            raise UserError(
-                f"{lines.at(i)} is {','.join(row)[:SHOWN]!r}; expected an id, a comma and groups "
-                "of five words, `wnid x0 y0 x1 y1`."
-            )
+    lines.refuse(
+        np.array([len(row) != 2 for row in rows]),
+        lambda i: f"is {','.join(rows[i])[:SHOWN]!r}",
+        "expected an id, a comma and groups of five words, `wnid x0 y0 x1 y1`",
+    )
     ids = pa.array([row[0] for row in rows], pa.string())
-    check_once(lines, find_images(lines.at, ids, ids), ids)
-    numbers = lines.numbers.tolist()
-    return [
-        _Entry(id, parse_prediction(text), path, number)
-        for number, (id, text) in zip(numbers, rows, strict=True)
-    ]
+    find_each(lines, ids, ids)
+    return [_Entry(id, lines.at(i), parse_prediction(text)) for i, (id, text) in enumerate(rows)]
 
 
-def _read_xml_files(folder: Path, names: Sequence[str]) -> list[_Entry]:
+def _read_xml_files(folder: Path, names: Sequence[str], *, sized: bool) -> list[_Entry]:
+    """Read each image's annotation. sized: whether sizes come from elsewhere."""
     by_id: dict[str, Path] = {}
     for path in (folder / name for name in names):
         other = by_id.setdefault(path.stem, path)
         if other != path and other.resolve() != path.resolve():
             raise UserError(f"{other} and {path} are of one image by name; keep one of them.")
-    return [_Entry(id, read_annotation(path.read_bytes()), path) for id, path in by_id.items()]
+    entries = []
+    for id, path in by_id.items():
+        annotation = read_annotation(path.read_bytes())
+        if not (sized or annotation.box_size or annotation.note):
+            raise UserError(f"{path}: it has no size, and no file of image sizes is given.")
+        entries.append(_Entry(id, str(path), annotation))
+    return entries
 
 
 def _from_annotations(
-    entries: list[_Entry], image_sizes: Path | None, known: Classes | None
+    path: Path, entries: list[_Entry], image_sizes: Path | None, known: Classes | None
 ) -> GroundTruth:
-    """Check the annotations of unique images, and put them in file-name order."""
+    """Check the annotations of unique images, and put them in file-name order.
+
+    Boxes that were annotated at another size than the image's are checked within that, and scaled.
+    """
     entries = sorted(entries, key=lambda entry: (entry.id.rpartition("/")[2], entry.id))
+    annotations = [entry.annotation for entry in entries]
     for entry in entries:
         fault = entry.annotation.note
         if fault is None and not entry.annotation.wnid:
             fault = "it names no class, or several; expected objects of one wnid"
-        elif (
-            fault is None and entry.line is None and not (entry.annotation.box_size or image_sizes)
-        ):
-            fault = "it has no size, and no file of image sizes is given"
         if fault is not None:
             raise UserError(f"{entry.location}: {fault}; repair it, or remove it with its image.")
-    wnids = pa.array([entry.annotation.wnid for entry in entries], pa.string())
-    if known is None:
-        occurring = tuple(sorted(pc.unique(wnids).to_pylist()))
-        known = occurring, occurring
-    labels = find_classes(lambda i: entries[i].location, wnids, known[0])
-    ids = [entry.id for entry in entries]
-    given = _read_sizes(image_sizes, pa.array(ids, pa.string())) if image_sizes else None
-    sizes, boxes = _sizes_and_boxes(entries, given)
+    lines = Lines(path=path, at=lambda i: entries[i].location)
+    wnids = [annotation.wnid for annotation in annotations]
+    occurring = tuple(sorted({wnid for wnid in wnids if wnid}))
+    classes, class_names = known or (occurring, occurring)
+    labels = find_classes(lines, pa.array(wnids, pa.string()), classes)
+    ids = tuple(entry.id for entry in entries)
+    own_sizes = np.array([x.box_size or (0, 0) for x in annotations], np.int64)[:, ::-1]
+    sizes = own_sizes
+    if image_sizes is not None:
+        sizes = _read_sizes(image_sizes, pa.array(ids, pa.string()))
+    annotated = np.where(own_sizes > 0, own_sizes, sizes)
+    boxes: list[Sequence[Sequence[int]]] = [annotation.boxes for annotation in annotations]
+    counts = np.array([len(own) for own in boxes])
+    limits = np.repeat(annotated, counts, axis=0) if sizes.all() else None
+    check_boxes(lines.parts(counts, "box"), _flat(boxes), limits)
+    for i in np.flatnonzero((annotated != sizes).any(axis=1)).tolist():
+        height, width = sizes[i].tolist()
+        boxes[i], _ = fit_boxes(boxes[i], annotations[i].box_size, width, height)
     return GroundTruth(
-        ids=tuple(ids),
+        ids=ids,
         labels=labels,
-        sizes=sizes,
+        sizes=sizes if sizes.all() else None,
         boxes=_flat(boxes),
         starts=np.cumsum([0, *map(len, boxes)]),
-        classes=known[0],
-        class_names=known[1],
+        classes=classes,
+        class_names=class_names,
     )
 
 
-def _sizes_and_boxes(
-    entries: list[_Entry], given: np.ndarray | None
-) -> tuple[np.ndarray | None, list[Sequence[Sequence[int]]]]:
-    """Return (height, width) int64 [N, 2], None where unknown, and the boxes in these pixels.
-
-    given: int64 [N, 2], sizes from elsewhere. Boxes that were annotated at another size are
-    checked within that, and scaled.
-    """
-    annotated = np.zeros((len(entries), 2), np.int64) if given is None else given.copy()
-    for i, entry in enumerate(entries):
-        if entry.annotation.box_size is not None:
-            annotated[i] = entry.annotation.box_size[::-1]
-    sizes = annotated if given is None else given
-    boxes: list[Sequence[Sequence[int]]] = [entry.annotation.boxes for entry in entries]
-    counts = np.array([len(x) for x in boxes])
-    owners = np.repeat(np.arange(len(entries)), counts)
-    numbers = slots(counts) + 1
-
-    def at(i: int) -> str:
-        return f"{entries[owners[i]].location} box {numbers[i]}"
-
-    check_boxes(at, _flat(boxes), annotated[owners] if sizes.all() else None)
-    for i in np.flatnonzero((annotated != sizes).any(axis=1)).tolist():
-        height, width = sizes[i].tolist()
-        boxes[i], _ = fit_boxes(boxes[i], entries[i].annotation.box_size, width, height)
-    return (sizes if sizes.all() else None), boxes
-
-
 def _flat(boxes: Sequence[Sequence[Sequence[int]]]) -> np.ndarray:
-    return np.array([box for own in boxes for box in own], np.int64).reshape(-1, 4)
+    return np.array([*itertools.chain(*boxes)], np.int64).reshape(-1, 4)

@@ -120,6 +120,16 @@ def test_given_predictions_by_the_official_rule(
     assert given.protocols["devkit, first box"]["top5_loc"] == 2 / 4  # box 2 of image 4 is out
 
 
+@pytest.mark.parametrize(("flag", "row"), [("predictions", " 0 0 9 9"), ("classifier", "")])
+def test_classes_by_wnid_need_a_list_of_them(
+    four: GroundTruth, tmp_path: Path, flag: str, row: str
+) -> None:
+    path = tmp_path / "given.csv"
+    path.write_text("".join(f"{image_id},n00000001{row}\n" for image_id in four.ids))
+    with pytest.raises(UserError, match=r"given\.csv line 1 .*wnid.*--classes FILE"):
+        scored(tmp_path / "meta", tmp_path, **{flag: path})
+
+
 def test_score_maps_by_hand(four: GroundTruth, tmp_path: Path) -> None:
     """Maps that are .8 on a true box and .2 elsewhere, but for the last image: all .2."""
     for i in range(4):
