@@ -97,19 +97,16 @@ def name(location: str | Path) -> str:
 def _s3(bucket: str, query: str) -> fs.S3FileSystem:
     """Return the client for a bucket; the URI's query goes before the environment."""
     options = {name: values[-1] for name, values in parse_qs(query).items()}
-    endpoint = options.pop("endpoint_override", None) or _environment(
-        "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"
-    )
-    region = options.pop("region", None) or _environment("AWS_REGION", "AWS_DEFAULT_REGION")
-    scheme = options.pop("scheme", None)
+
+    def option(name: str, *variables: str) -> str | None:
+        return next(filter(None, [options.pop(name, None), *map(os.environ.get, variables)]), None)
+
+    endpoint = option("endpoint_override", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    region = option("region", "AWS_REGION", "AWS_DEFAULT_REGION")
+    scheme = option("scheme")
     if options:
         raise pa.ArrowInvalid(f"options {', '.join(options)} are unknown")
     return _s3_client(bucket, endpoint, region, scheme)
-
-
-def _environment(*variables: str) -> str | None:
-    """Return the first of the variables that is set and not empty."""
-    return next(filter(None, map(os.environ.get, variables)), None)
 
 
 @lru_cache
@@ -176,9 +173,8 @@ def attempt(location: str | Path, action: Callable[[], Result]) -> Result:
             detail = _line(error)
             if isinstance(error, PermissionError) or any(word in detail for word in REFUSED):
                 raise UnreachableError(
-                    f"access to {location} is denied ({detail}); give this user or these "
-                    "credentials (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...) leave "
-                    "to use it."
+                    f"access to {location} is denied ({detail}); allow it to this user or these "
+                    "credentials (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, ...)."
                 ) from error
             if "NO_SUCH_BUCKET" in detail:
                 raise MissingError(f"the bucket of {location} does not exist.") from error

@@ -66,7 +66,8 @@ class ListingBuilder:
         problem: str | None = None,
     ) -> None:
         """Add one image, see SCHEMA. A name that is not UTF-8 is escaped and is its problem."""
-        if _escaped(id + path + (wnid or "")) != id + path + (wnid or ""):
+        names = f"{id}{path}{wnid}"
+        if names != _escaped(names):
             id, path = _escaped(id), _escaped(path)
             wnid = wnid if wnid and _escaped(wnid) == wnid else None
             problem = "file name is not UTF-8: rename it"
@@ -87,9 +88,8 @@ class ListingBuilder:
 
     def _flush(self) -> None:
         if self._rows:
-            columns = zip(SCHEMA, zip(*self._rows, strict=True), strict=True)
-            arrays = [pa.array(values, field.type) for field, values in columns]
-            self._batches.append(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
+            columns = dict(zip(SCHEMA.names, zip(*self._rows, strict=True), strict=True))
+            self._batches.append(pa.RecordBatch.from_pydict(columns, SCHEMA))
             self._rows = []
 
 
