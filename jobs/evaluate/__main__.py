@@ -25,7 +25,7 @@ from pipeline.evaluation.formats import Guesses, write_guesses
 from pipeline.evaluation.lines import MissingClassesError
 from pipeline.evaluation.metrics import SUBSETS
 from pipeline.evaluation.protocols import PROTOCOLS, TOP
-from pipeline.evaluation.results import Evaluation, write_evaluation
+from pipeline.evaluation.results import Evaluation, clear_maps, write_evaluation
 from pipeline.evaluation.scoring import (
     Localization,
     class_lists,
@@ -60,6 +60,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Ev
     started = time.monotonic()
     inputs = read_inputs(config)
     truth = inputs.truth
+    clear_maps(config.output)
     try:
         source = read_source(config, inputs, progress)
     except MissingClassesError as error:

@@ -21,7 +21,7 @@ from pipeline.evaluation.formats import (
     score_map_path,
 )
 from pipeline.evaluation.protocols import SIDE
-from pipeline.evaluation.results import clear_maps, write_maps
+from pipeline.evaluation.results import write_maps
 from pipeline.evaluation.scoring import Localization
 
 WHOLE_IMAGE_PAPER = (0.410, 0.343)  # metrics 1 and 2 of the paper's Table 1, "Max box"
@@ -185,7 +185,6 @@ def constant_boxes(
 def _collect(parts: Iterable[Part], output: Path, truth: MapTruth, progress: Progress) -> Part:
     """Return the parts joined in order, and write the maps of each as it comes. Raises UserError
     unless they are of every image."""
-    clear_maps(output)
     kept: list[Part] = []
     done = 0
     for part in parts:

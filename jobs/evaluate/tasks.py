@@ -46,7 +46,7 @@ def set_up_process(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def read_source(
+def load_source(
     config: EvaluateConfig, manifest: Manifest, device: torch.device
 ) -> RunSource | NetworkSource:
     """Read the run's nets or the network onto the device. Raises UserError."""
@@ -94,7 +94,7 @@ def score_range(
     assert config.data is not None
     device = set_up_process(use_gpu)
     manifest = read_manifest(config.data)
-    source = read_source(config, manifest, device)
+    source = load_source(config, manifest, device)
     cache = CacheConfig(folder=config.cache, limit_bytes=round(config.cache_limit * GIB))
     loader = Loader(config.data, manifest, device, cache)
     parts: Part | None = None

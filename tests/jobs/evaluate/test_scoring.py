@@ -14,7 +14,13 @@ from jobs.evaluate import scorer
 from jobs.evaluate.config import EvaluateConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.formats import Guesses, write_guesses, write_score_map
-from pipeline.evaluation.results import Evaluation, Row, RowFigures, read_evaluation
+from pipeline.evaluation.results import (
+    Evaluation,
+    Row,
+    RowFigures,
+    read_evaluation,
+    write_maps,
+)
 from pipeline.evaluation.truth import GroundTruth, write_metadata
 
 ROOT = Path(__file__).parents[3]
@@ -235,7 +241,9 @@ def test_the_job_scores_ground_truth_alone(
     four: GroundTruth, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "eval"
+    write_maps(output, 0, b"of an evaluation that was interrupted")
     job.main(["--ground-truth", str(tmp_path / "meta"), "--output", str(output)])
+    assert not (output / "maps").exists()
     evaluation = read_evaluation(output)
     whole = row_of(evaluation, "whole image").figures
     assert (whole["gt_known"], whole["top1_loc"]) == (1 / 4, None)
