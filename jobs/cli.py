@@ -120,6 +120,7 @@ def parse(
         prog=program,
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # the help names no default of None
     )
     _add_flags(parser, config_type)
     if presets is not None:
@@ -130,7 +131,6 @@ def parse(
     values = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(parser.parse_args(argv)).items()
-        if value is not None
     }
     try:
         return _build(config_type, values)
@@ -164,12 +164,11 @@ def _add_flag(
     parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", annotation: Any
 ) -> None:
     text = field.metadata.get("help", "").replace("%", "%%")
-    required = field.default is dataclasses.MISSING
     options: dict[str, Any] = {"help": text}
-    if required:
-        options |= {"required": True}
-    else:
-        options |= {"default": field.default}
+    if field.default is dataclasses.MISSING:
+        options["required"] = True
+    elif field.default not in (None, ""):
+        options["default"] = field.default
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # X | None
         annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
     if annotation is bool:
@@ -181,7 +180,7 @@ def _add_flag(
             parser.add_argument(field.name, nargs="+", type=annotation, help=text)
             return
         # --run A B and --run A --run B alike; a default would be extended, so `parse` leaves it out
-        options |= {"nargs": "+", "action": "extend", "default": None}
+        options |= {"nargs": "+", "action": "extend", "default": argparse.SUPPRESS}
     elif typing.get_origin(annotation) is typing.Literal:
         options["choices"] = typing.get_args(annotation)
         annotation = str

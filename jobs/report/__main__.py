@@ -1,8 +1,7 @@
 """`python -m jobs.report EVALUATION... --output report.html`: evaluations as one page.
 
-Any number of evaluations of the same images, side by side. Those that share a title are seeds of
-one method: the page shows their mean, lowest and highest. Reads their files, and the shards for
-pictures; needs no net.
+Evaluations of the same images stand side by side; those that share a title are seeds of one method,
+shown by their mean, lowest and highest. Reads their files, and the shards for pictures.
 """
 
 from collections.abc import Sequence
@@ -24,12 +23,10 @@ from pipeline.storage import write_atomically
 if TYPE_CHECKING:
     from jobs.report.pictures import Picture
 
-TEMPLATE = "report.html.j2"
-
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """What to show."""
+    """The evaluations and what they are called."""
 
     evaluation: tuple[Path, ...] = cli.option(
         help="folders that jobs.evaluate wrote, of the same images", positional=True
@@ -92,11 +89,11 @@ def render(entries: Sequence[Entry], pictures: "dict[str, list[Picture]]", reaso
         "percent": tables.percent,
         "number": tables.number,
         "points": tables.points,
-        "thousands": tables.thousands,
+        "thousands": "{:,.0f}".format,
     }
     metrics = entries[0].evaluations[0].metrics
     lines = tables.page_lines(entries)
-    return environment.get_template(TEMPLATE).render(
+    return environment.get_template("report.html.j2").render(
         m=metrics,
         entries=entries,
         several=len(entries) > 1,

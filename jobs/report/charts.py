@@ -16,9 +16,9 @@ from pipeline.evaluation.protocols import IOU_THRESHOLD
 
 SIZE = (5.0, 3.6)  # inches of 72 SVG units; the page scales the drawing
 PLOT = (0.1, 0.14, 0.87, 0.78)  # left, bottom, width and height of the axes, in shares
-COLOURS = {"aln": "a", "gradient": "b", "lrp": "c", "cam": "d", "given": "e", "layercam": "f"}
-OTHER_COLOUR = "g"  # of maps that are not listed
-VARIABLES = ("soft", "line", *(f"c-{name}" for name in "abcdefg"))  # the page's CSS variables
+COLOURS = tuple(f"c-{name}" for name in "abcdefg")
+MAPS = ("aln", "gradient", "lrp", "cam", "given", "layercam")  # in the order of their colours
+VARIABLES = ("soft", "line", *COLOURS)  # the page's CSS variables
 # While matplotlib draws, a colour that it has no other use for stands for each variable, so that
 # the drawing is legible on the page's light and its dark ground.
 STAND_INS = {name: f"#a1b2{number:02x}" for number, name in enumerate(VARIABLES)}
@@ -44,9 +44,9 @@ OPTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A line of a chart. values: float [K] in [0, 1]; spread: the lowest and the highest of several
-    seeds, float [2, K], or None; figure: the legend's number, a share; dash: an SVG dash array;
-    peak: index of the point to mark, or None."""
+    """A line of a chart. values: float [K] in [0, 1]; spread: the lowest and the highest of the
+    seeds, float [2, K], or None; figure: the legend's number, a share; colour: a CSS variable;
+    dash: an SVG dash array; peak: index of the point to mark, or None."""
 
     line: Line
     values: np.ndarray
@@ -64,7 +64,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A drawing with its title; curves: in the order of the legend."""
+    """A drawing; curves: in the order of the legend."""
 
     title: str
     curves: tuple[Curve, ...]
@@ -74,17 +74,17 @@ class Chart:
 def iou_charts(lines: Sequence[Line]) -> list[Chart]:
     """Draw CorLoc over the IoU. Of one entry: all maps by the paper's box rule, and the main map by
     every rule. Of several: their main rows side by side, and the maps of each."""
-    known = [line for line in lines if line.r.figures["n"]]
-    main = [line for line in known if line.own]
+    known = [x for x in lines if x.r.figures["n"]]
+    main = [x for x in known if x.own]
     if len(main) > 1:
-        sets = {"Side by side": [line for line in known if line.constant or line.own]}
+        sets = {"Side by side": [x for x in known if x.constant or x.own]}
         for own in main:
             of_entry = [x for x in known if x.entry == own.entry and not x.constant]
             sets[f"Maps of {own.entry}"] = of_entry
     else:
-        sets = {"Methods": [line for line in known if line.primary]}
+        sets = {"Methods": [x for x in known if x.primary]}
         for own in main:
-            of_map = [line for line in known if line.r.row.map == own.r.row.map]
+            of_map = [x for x in known if x.r.row.map == own.r.row.map]
             sets[f"{own.r.title} by box rule"] = of_map
     charts = []
     for title, shown in sets.items():
@@ -97,23 +97,23 @@ def iou_charts(lines: Sequence[Line]) -> list[Chart]:
 def threshold_charts(lines: Sequence[Line]) -> list[Chart]:
     """Draw CorLoc over the map's threshold, a chart for each IoU asked for, with the best threshold
     marked: of one entry all maps, of several their main ones."""
-    several = sum(line.own for line in lines) > 1
-    shown = [
-        line
-        for line in lines
-        if line.r.curves["corloc"] and line.r.figures["n"] and (line.own or not several)
+    shown = [x for x in lines if x.r.curves["corloc"] and x.r.figures["n"]]
+    if sum(x.own for x in lines) > 1:
+        shown = [x for x in shown if x.own]
+    if not shown:
+        return []
+    grid, x_title = shown[0].r.curves["thresholds"], "threshold, share of maximum"
+    return [
+        _draw(_curves(shown, level), grid, f"Right at IoU {level}", x_title)
+        for level in shown[0].r.curves["corloc"]
     ]
-    charts = []
-    for level in shown[0].r.curves["corloc"] if shown else []:
-        curves = _curves(shown, level)
-        grid, title = shown[0].r.curves["thresholds"], f"Right at IoU {level}"
-        charts.append(_draw(curves, grid, title, "threshold, share of maximum"))
-    return charts
 
 
 def _curves(lines: Sequence[Line], level: str | None) -> list[Curve]:
     """Return the lines' curves over the IoU, or over the threshold at an IoU level, the best first.
-    Those with the same values are drawn once."""
+    Those with the same values are drawn once. Rows of one map have its colour and differ by their
+    dash; the main rows of several methods have a colour each."""
+    mains = [line for line in lines if line.own]
     curves: list[Curve] = []
     for line in lines:
         of_members = [member.curves for member in line.members]
@@ -121,6 +121,10 @@ def _curves(lines: Sequence[Line], level: str | None) -> list[Curve]:
         mean, name = members.mean(axis=0), line.r.row.map
         if any((mean == other.values).all() for other in curves):
             continue
+        order = MAPS.index(name) if name in MAPS else len(MAPS)
+        if len(mains) > 1 and line.own:
+            order = mains.index(line)
+        colour = "soft" if line.constant else COLOURS[order % len(COLOURS)]
         alike = sum(other.line.r.row.map == name for other in curves)
         dash = 1 + CONSTANT.index(name) if line.constant else alike % len(DASHES)
         peak = int(mean.argmax()) if level else None
@@ -130,7 +134,7 @@ def _curves(lines: Sequence[Line], level: str | None) -> list[Curve]:
                 values=mean,
                 spread=np.stack([members.min(0), members.max(0)]) if len(members) > 1 else None,
                 figure=line.r.figures["gt_known"] if peak is None else float(mean[peak]),
-                colour="soft" if line.constant else f"c-{COLOURS.get(name, OTHER_COLOUR)}",
+                colour=colour,
                 dash=DASHES[dash],
                 peak=peak,
             )

@@ -22,7 +22,6 @@ MAIN_MAPS = {  # by kind of source
     "boxes": "given",
     "constant boxes": "centred box",
 }
-PAIRED = ("gt_known", "top1_loc", "mean_iou", "auc_gap")  # figures that are means over images
 SAME = "compare evaluations of the same ground truth by one protocol"
 AVERAGED = ("figures", "curves", "subsets", "box_sizes", "by_class", "protocols")
 
@@ -31,8 +30,7 @@ AVERAGED = ("figures", "curves", "subsets", "box_sizes", "by_class", "protocols"
 class Entry:
     """A method of the page: one evaluation, or those of several seeds.
 
-    members: each row's figures by evaluation, of every row that the evaluations have. main: the
-    row that they are about.
+    members: each row's figures, by evaluation; main: the row that the evaluations are about.
     """
 
     title: str
@@ -48,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A figure of two rows; interval: of second less first, 95 %, paired by image."""
+    """A figure of two rows; interval: 95 %, of second less first, paired by image."""
 
     first: float
     second: float
@@ -57,9 +55,8 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two rows compared on the same images. differences: by figure, without those that either
-    lacks. counts: images on which the box is right in both, in the first or second alone, in
-    neither; None where either is several seeds."""
+    """Two rows compared on the same images. differences: by figure that both have. counts: images
+    on which the box is right in both, in the first or second alone, in neither; None for seeds."""
 
     first: Entry
     second: Entry
@@ -71,8 +68,7 @@ class Pair:
 def entries_of(evaluations: Sequence[Evaluation], titles: Sequence[str]) -> list[Entry]:
     """Return the evaluations by title, in order: those of one title are seeds of one method.
 
-    Raises UserError where their images, true boxes or protocols differ, or the rows within one
-    title.
+    Raises UserError where their images, true boxes or protocols differ, or the rows of one title.
     """
     by_title: dict[str, list[Evaluation]] = {}
     for evaluation, title in zip(evaluations, titles, strict=True):
@@ -82,33 +78,9 @@ def entries_of(evaluations: Sequence[Evaluation], titles: Sequence[str]) -> list
         members = _members(chosen, title)
         main_map = MAIN_MAPS[chosen[0].metrics["source"]["kind"]]
         main = next(row for row in members if row.map == main_map)
-        entry = Entry(title=title, evaluations=tuple(chosen), members=members, main=main)
-        entries.append(entry)
+        entries.append(Entry(title=title, evaluations=tuple(chosen), members=members, main=main))
     _check_same_truth(entries)
     return entries
-
-
-def _check_same_truth(entries: Sequence[Entry]) -> None:
-    """Raise UserError unless all evaluations are of the same images and true boxes."""
-    every = [(entry, i) for entry in entries for i in range(len(entry.evaluations))]
-    for entry, i in every[1:]:
-        first, second = entries[0].evaluations[0], entry.evaluations[i]
-        both = f"{first.folder} and {second.folder}"
-        protocols = first.metrics["protocol"], second.metrics["protocol"]
-        if protocols[0] != protocols[1]:
-            raise UserError(f"{both} have the protocols {protocols[0]} and {protocols[1]}; {SAME}.")
-        images, others = entries[0].images[0], entry.images[i]
-        only = set(images["id"].to_pylist()) ^ set(others["id"].to_pylist())
-        if only:
-            raise UserError(f"{both}: {len(only)} images are in one only, as {min(only)}; {SAME}.")
-        for column in ("label", "boxes"):
-            columns = zip(images[column].to_pylist(), others[column].to_pylist(), strict=True)
-            differing = [number for number, (a, b) in enumerate(columns) if a != b]
-            if differing:
-                name = images["id"][differing[0]]
-                raise UserError(
-                    f"{both} have another {column} of {len(differing)} images, as {name}; {SAME}."
-                )
 
 
 def _members(evaluations: Sequence[Evaluation], title: str) -> dict[Row, tuple[RowFigures, ...]]:
@@ -122,17 +94,38 @@ def _members(evaluations: Sequence[Evaluation], title: str) -> dict[Row, tuple[R
     return {row: tuple(table[row] for table in tables) for row in tables[0]}
 
 
+def _check_same_truth(entries: Sequence[Entry]) -> None:
+    (first, images), *rest = [
+        pair for entry in entries for pair in zip(entry.evaluations, entry.images, strict=True)
+    ]
+    for second, others in rest:
+        both = f"{first.folder} and {second.folder}"
+        protocols = first.metrics["protocol"], second.metrics["protocol"]
+        if protocols[0] != protocols[1]:
+            raise UserError(f"{both} have the protocols {protocols[0]} and {protocols[1]}; {SAME}.")
+        only = set(images["id"].to_pylist()) ^ set(others["id"].to_pylist())
+        if only:
+            raise UserError(f"{both}: {len(only)} images are in one only, as {min(only)}; {SAME}.")
+        for column in ("label", "boxes"):
+            columns = (images["id"], images[column], others[column])
+            lines = zip(*(values.to_pylist() for values in columns), strict=True)
+            if differing := [name for name, a, b in lines if a != b]:
+                raise UserError(
+                    f"{both} have another {column} of {len(differing)} images, as {differing[0]}; "
+                    f"{SAME}."
+                )
+
+
 def combined(members: Sequence[RowFigures]) -> RowFigures:
     """Return the mean of seeds' figures; as interval, the lowest and the highest of them. One
     evaluation's figures stay as they are."""
     if len(members) == 1:
         return members[0]
     parts = {name: _mean([getattr(m, name) for m in members]) for name in AVERAGED}
-    values = {key: [m.figures[key] for m in members] for key in members[0].interval}
-    spread = {
-        key: None if None in of_key else [min(of_key), max(of_key)]
-        for key, of_key in values.items()
-    }
+    spread: dict[str, list[float] | None] = {}
+    for key in members[0].interval:
+        values = [m.figures[key] for m in members]
+        spread[key] = None if None in values else [min(values), max(values)]
     return replace(members[0], interval=spread, **parts)
 
 
@@ -148,14 +141,8 @@ def _mean(values: Sequence[Any]) -> Any:
     return None if None in values else fmean(values)
 
 
-def predictions(entry: Entry, number: int, row: Row) -> pa.Table:
-    """Return one evaluation's boxes by a row's map and rule, in the order of `entry.images`."""
-    table = entry.evaluations[number].predictions(row.map, row.rule)
-    return table.take(entry.images[number]["image"])
-
-
 def first_class(images: pa.Table, column: str, classes: str) -> pa.Array:
-    """Return the first of the classes (or "scores") of a classifier, null where it names none."""
+    """Return the first of the "classes" or "scores" of a classifier, null where it has none."""
     lists = pc.struct_field(images[column], classes).combine_chunks()
     return pc.list_slice(lists, 0, 1, return_fixed_size_list=True).flatten()
 
@@ -166,12 +153,12 @@ def right_classes(images: pa.Table, classes: str) -> np.ndarray:
     return same.fill_null(False).to_numpy(zero_copy_only=False)
 
 
-def pairs(compared: Sequence[Entry], seed: int) -> list[Pair]:
+def pairs(entries: Sequence[Entry], seed: int) -> list[Pair]:
     """Compare every entry with the first one: their main rows, then the other rows that both have
     by the paper's box rule."""
-    first = compared[0]
+    first, *rest = entries
     result = []
-    for second in compared[1:]:
+    for second in rest:
         shared = [
             (row, row)
             for row in first.members
@@ -183,37 +170,31 @@ def pairs(compared: Sequence[Entry], seed: int) -> list[Pair]:
 
 
 def _pair(first: Entry, second: Entry, rows: tuple[Row, Row], seed: int) -> Pair:
-    values = [_per_image(entry, row) for entry, row in zip((first, second), rows, strict=True)]
+    a, b = _per_image(first, rows[0]), _per_image(second, rows[1])
     differences = {}
-    for figure in PAIRED:
-        if figure in values[0] and figure in values[1]:
-            known = ~np.isnan(values[0][figure] + values[1][figure])
-            a, b = (of_row[figure][known] for of_row in values)
-            if known.any():
-                ((low, high),) = bootstrap_intervals((b - a)[:, None], seed).tolist()
-                differences[figure] = Difference(
-                    first=fmean(a), second=fmean(b), interval=(low, high)
-                )
+    for figure in [name for name in a if name in b]:
+        known = ~np.isnan(a[figure] + b[figure])
+        if known.any():
+            x, y = a[figure][known], b[figure][known]
+            ((low, high),) = bootstrap_intervals((y - x)[:, None], seed).tolist()
+            differences[figure] = Difference(first=fmean(x), second=fmean(y), interval=(low, high))
     counts = None
     if "gt_known" in differences and len(first.evaluations) == len(second.evaluations) == 1:
-        a, b = (of_row["gt_known"] == 1 for of_row in values)
-        known = ~np.isnan(values[0]["gt_known"])
-        counts = tuple(int((x & known).sum()) for x in (a & b, a & ~b, b & ~a, ~a & ~b))
+        x, y = (values["gt_known"][~np.isnan(a["gt_known"])] == 1 for values in (a, b))
+        counts = tuple(int(both.sum()) for both in (x & y, x & ~y, y & ~x, ~x & ~y))
     return Pair(first=first, second=second, rows=rows, differences=differences, counts=counts)
 
 
 def _per_image(entry: Entry, row: Row) -> dict[str, np.ndarray]:
-    """Return each of PAIRED that the row has, image by image, as the mean over the seeds: float64
-    [N], NaN where it is not known."""
-    columns: dict[str, list[np.ndarray]] = {}
-    for number, images in enumerate(entry.images):
-        table = predictions(entry, number, row)
+    """Return the row's figures that are means over images, image by image, as the mean over the
+    seeds: float64 [N], NaN where a figure is not known."""
+    seeds = []
+    for evaluation, images in zip(entry.evaluations, entry.images, strict=True):
+        table = evaluation.predictions(row.map, row.rule).take(images["image"])
         ious, auc, other = (table[name].to_numpy() for name in ("iou", "auc", "auc_other"))
         right = np.where(np.isnan(ious), np.nan, ious >= IOU_THRESHOLD)
-        columns.setdefault("gt_known", []).append(right)
-        columns.setdefault("mean_iou", []).append(ious)
-        columns.setdefault("auc_gap", []).append(auc - other)
+        figures = {"gt_known": right, "mean_iou": ious, "auc_gap": auc - other}
         if row.classes is not None:
-            named = right_classes(images, row.classes)
-            columns.setdefault("top1_loc", []).append(right * named)
-    return {figure: np.mean(of_figure, axis=0) for figure, of_figure in columns.items()}
+            figures["top1_loc"] = right * right_classes(images, row.classes)
+        seeds.append(figures)
+    return {name: np.mean([figures[name] for figures in seeds], axis=0) for name in seeds[0]}

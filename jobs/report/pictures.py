@@ -1,22 +1,19 @@
 """The report's pictures: images from the shards, with true boxes, predicted ones and the maps."""
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
-from jobs.pictures import heat
-from jobs.report.compare import Entry, first_class, predictions, right_classes
+from jobs.pictures import data_uri, encode_heat_png, encode_jpeg
+from jobs.report.compare import Entry, first_class, right_classes
 from jobs.report.tables import ERRORS
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.evaluation.results import Evaluation
 from pipeline.shards.format import Manifest, read_manifest, read_sample
 
 PER_GROUP = 6  # pictures of each of best, worst, random, each kind of error, and most different
@@ -26,9 +23,9 @@ LEVELS = 255  # a stored map's largest value
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What one evaluation makes of an image. number: of the evaluation on the page; box: in
-    original pixels; iou, error: None where no true box is known; found: False for a flat map;
-    predicted, score: None without classes; map: data URI at the map's size, None without maps."""
+    """An evaluation's result for an image. number: of the evaluation on the page; box: in original
+    pixels; iou, error: None where no true box is known; found: False for a flat map; predicted,
+    score: of the first class, or None; map: data URI at the map's size, None without maps."""
 
     title: str
     number: int
@@ -43,9 +40,8 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One image of the report. width, height: original pixels, in which the boxes are; image,
-    covered: data URIs at the stored size, `covered` of a single evaluation with maps; views: of
-    each evaluation that is shown."""
+    """An image of the report. width, height: original pixels, in which the boxes are; image,
+    covered: data URIs at the stored size, `covered` of a single evaluation with maps."""
 
     id: str
     label: str
@@ -63,9 +59,9 @@ def choose(
     """Return the positions of the pictures to show, by group: the `count` best and worst IoUs, as
     many random others, and as many of each kind of error.
 
-    ious: float64 [N], NaN where no box is known (never best or worst); errors: of each image, see
-    `View`. Of equal IoUs the first images come. Best, worst and random share no image; an error's
-    pictures are drawn at random from all of its kind, so that they stand for it.
+    ious: float64 [N], NaN where no box is known (never best or worst). Of equal IoUs the first
+    images come. Best, worst and random share no image; an error's pictures are drawn at random from
+    all of its kind, so that they stand for it.
     """
     known = np.flatnonzero(~np.isnan(ious))
     best = known[np.argsort(-ious[known], kind="stable")][:count]
@@ -92,72 +88,63 @@ def most_different(ious: np.ndarray, count: int) -> list[int]:
 def report_pictures(entries: Sequence[Entry], seed: int) -> dict[str, list[Picture]]:
     """Return pictures by group: "differ" where there are several evaluations, then those of
     `choose` by the first one's main row. Of several entries the first evaluation of each is shown,
-    of one all of its seeds.
+    of one all of its seeds. Some evaluation names shards.
 
-    Raises UserError where the evaluations name no shards, or these are gone or others.
+    Raises UserError where the shards are gone or others.
     """
-    every = [(entry, number) for entry in entries for number in range(len(entry.evaluations))]
-    if len(entries) > 1:
-        every = [(entry, 0) for entry in entries]
-    boxes = [_boxes(entry, number) for entry, number in every]
+    several = len(entries) > 1
+    every = [
+        (entry, evaluation, images)
+        for entry in entries
+        for evaluation, images in zip(entry.evaluations, entry.images, strict=True)
+    ]
+    shown = [x for x in every if not several or x[1] is x[0].evaluations[0]]
+    boxes = [_boxes(*x) for x in shown]
     ious = np.stack([table["iou"].to_numpy() for table in boxes])
-    groups = {"differ": most_different(ious, PER_GROUP)} if len(every) > 1 else {}
+    groups = {"differ": most_different(ious, PER_GROUP)} if len(shown) > 1 else {}
     groups |= choose(ious[0], boxes[0]["error"].to_pylist(), PER_GROUP, seed)
-    shown = sorted({position for group in groups.values() for position in group})
-    manifest, images, pixels = _read_images(every, shown)
-    views: list[list[View]] = [[] for _ in shown]
-    covered: list[str | None] = [None] * len(shown)
-    for number, ((entry, member), table) in enumerate(zip(every, boxes, strict=True)):
-        title = entry.title if len(entries) > 1 else f"{entry.title} {member + 1}"
-        rows = table.take(shown).to_pylist()
-        maps = entry.evaluations[member].maps(row["image"] for row in rows)
+    positions = sorted({position for group in groups.values() for position in group})
+    _, evaluation, images = next(x for x in every if x[1].metrics["data"] is not None)
+    manifest = read_manifest(evaluation.metrics["data"])
+    pixels = _read_images(evaluation, images, positions, manifest)
+    views: list[list[View]] = [[] for _ in positions]
+    covered: list[str | None] = [None] * len(positions)
+    for number, ((entry, evaluation, _), table) in enumerate(zip(shown, boxes, strict=True)):
+        rows = table.take(positions).to_pylist()
+        maps = evaluation.maps(row["image"] for row in rows)
         for i, row in enumerate(rows):
             levels = maps.get(row["image"])
-            views[i].append(_view(title, number, row, levels, manifest.class_names))
-            if len(every) == 1 and levels is not None:
-                covered[i] = _jpeg(_covered(pixels[i], levels, manifest))
+            view = View(
+                title=entry.title if several else f"{entry.title} {number + 1}",
+                number=number,
+                predicted=None if row["class"] is None else manifest.class_names[row["class"]],
+                map=None if levels is None else data_uri(encode_heat_png(levels / LEVELS), "png"),
+                **{name: row[name] for name in ("box", "iou", "error", "found", "score")},
+            )
+            views[i].append(view)
+            if len(shown) == 1 and levels is not None:
+                covered[i] = _jpeg_uri(_covered(pixels[i], levels, manifest))
     pictures = {
-        shown[i]: Picture(
+        positions[i]: Picture(
             id=row["id"],
             label=manifest.class_names[row["label"]],
             width=row["width"],
             height=row["height"],
             truths=row["boxes"] or [],
-            image=_jpeg(pixels[i]),
+            image=_jpeg_uri(pixels[i]),
             covered=covered[i],
             views=tuple(views[i]),
         )
-        for i, row in enumerate(images)
+        for i, row in enumerate(images.take(positions).to_pylist())
     }
-    return {name: [pictures[i] for i in positions] for name, positions in groups.items()}
+    return {name: [pictures[i] for i in group] for name, group in groups.items()}
 
 
-def _view(
-    title: str,
-    number: int,
-    row: dict[str, Any],
-    levels: np.ndarray | None,
-    class_names: Sequence[str],
-) -> View:
-    """Return a view; row: of `_boxes`; levels: the map, uint8 [H, W]."""
-    return View(
-        title=title,
-        number=number,
-        box=row["box"],
-        iou=row["iou"],
-        error=row["error"],
-        found=row["found"],
-        predicted=None if row["class"] is None else class_names[row["class"]],
-        score=row["score"],
-        map=None if levels is None else _map_png(levels),
-    )
-
-
-def _boxes(entry: Entry, number: int) -> pa.Table:
-    """Return an evaluation's boxes by its main row, where an error counts the class if the row
-    does; with the columns "class" and "score" of the first class, null without one."""
-    images, classes = entry.images[number], entry.main.classes
-    table = predictions(entry, number, entry.main)
+def _boxes(entry: Entry, evaluation: Evaluation, images: pa.Table) -> pa.Table:
+    """Return the boxes by the main row, where an error counts the class if the row does; with the
+    columns "class" and "score" of the first class, null without one."""
+    classes = entry.main.classes
+    table = evaluation.predictions(entry.main.map, entry.main.rule).take(images["image"])
     named = scores = pa.nulls(len(table))
     if classes is not None:
         named = first_class(images, "classes", classes)
@@ -171,29 +158,21 @@ def _boxes(entry: Entry, number: int) -> pa.Table:
 
 
 def _read_images(
-    every: Sequence[tuple[Entry, int]], shown: Sequence[int]
-) -> tuple[Manifest, list[dict[str, Any]], list[np.ndarray]]:
-    """Return the manifest of the first evaluation that names shards, the rows of its images at
-    these positions, and their pixels, uint8 [H, W, 3]."""
-    for entry, number in every:
-        metrics, images = entry.evaluations[number].metrics, entry.images[number]
-        if metrics["data"] is None:
-            continue
-        manifest = read_manifest(metrics["data"])
-        folder = storage.join(metrics["data"], metrics["split"])
-        rows, pixels = images.take(shown).to_pylist(), []
-        for row in rows:
-            # A shard's samples are in the order of the ledger's rows.
-            before = pc.and_(
-                pc.equal(images["shard"], row["shard"]), pc.less(images["row"], row["row"])
-            )
-            shard = storage.join(folder, row["shard"])
-            sample = read_sample(shard, pc.sum(before).as_py() or 0, manifest)
-            if sample.row != row["row"]:
-                raise UserError(f"{shard} holds other images than those that were evaluated.")
-            pixels.append(sample.image)
-        return manifest, rows, pixels
-    raise UserError("no shards were evaluated, only boxes or score maps.")
+    evaluation: Evaluation, images: pa.Table, positions: Sequence[int], manifest: Manifest
+) -> list[np.ndarray]:
+    """Read the images at these positions from the shards: uint8 [H, W, 3]."""
+    folder = storage.join(evaluation.metrics["data"], evaluation.metrics["split"])
+    pixels = []
+    for row in images.take(positions).select(["shard", "row"]).to_pylist():
+        # A shard's samples are in the order of the ledger's rows.
+        same_shard = pc.equal(images["shard"], row["shard"])
+        before = pc.and_(same_shard, pc.less(images["row"], row["row"]))
+        shard = storage.join(folder, row["shard"])
+        sample = read_sample(shard, pc.sum(before).as_py() or 0, manifest)
+        if sample.row != row["row"]:
+            raise UserError(f"{shard} holds other images than those that were evaluated.")
+        pixels.append(sample.image)
+    return pixels
 
 
 def _covered(image: np.ndarray, levels: np.ndarray, manifest: Manifest) -> np.ndarray:
@@ -203,20 +182,5 @@ def _covered(image: np.ndarray, levels: np.ndarray, manifest: Manifest) -> np.nd
     return np.rint(image * (1 - shares) + shares * np.array(manifest.mean)).astype(np.uint8)
 
 
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _jpeg(image: np.ndarray) -> str:
-    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
-    return _data_uri(cv2.imencode(".jpg", image[..., ::-1], options)[1].tobytes(), "jpeg")
-
-
-def _map_png(levels: np.ndarray) -> str:
-    """Return the map in `heat`'s colours as a PNG with a palette, a third of the size of a full
-    one."""
-    picture = Image.fromarray(levels, mode="P")
-    picture.putpalette(heat(np.arange(LEVELS + 1)[None] / LEVELS).tobytes())
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return _data_uri(buffer.getvalue(), "png")
+def _jpeg_uri(image: np.ndarray) -> str:
+    return data_uri(encode_jpeg(image, JPEG_QUALITY), "jpeg")

@@ -13,7 +13,7 @@ CLASS_COLUMNS = 5  # other rows that stand beside a class's figures
 
 
 class Figure(NamedTuple):
-    """A column: key in metrics.json, the heading that it stands under, and its title."""
+    """A column: key in metrics.json, the heading above it, and its title."""
 
     key: str
     group: str
@@ -74,11 +74,6 @@ def points(difference: float | None) -> str:
     return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
-def thousands(count: float) -> str:
-    """Return a count with its thousands apart."""
-    return f"{count:,.0f}"
-
-
 def range_text(low: float, high: float) -> str:
     """Return a range of shares of the image's area, in per cent."""
     return f"{100 * low:g}–{100 * high:g} %"
@@ -90,7 +85,7 @@ def group_title(group: str, main: "Line") -> str:
         return PICTURE_GROUPS[group]
     name, meaning = ERRORS[group]
     count = main.members[0].figures["errors"][group]
-    return f"Error, {name}: {meaning} ({thousands(count)} images)"
+    return f"Error, {name}: {meaning} ({count:,.0f} images)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,26 +102,22 @@ class Line:
 
     @property
     def constant(self) -> bool:
-        """Whether the box is the same for every image."""
+        """Return whether the box is the same for every image."""
         return self.r.row.map in CONSTANT
 
     @property
     def primary(self) -> bool:
-        """Whether the box follows by the paper's rule, or by none."""
+        """Return whether the box follows by the paper's rule, or by none."""
         return self.r.row.rule in (None, "paper")
 
     @property
     def name(self) -> str:
-        """Title and note in one."""
         return f"{self.r.title}, {self.note}" if self.note else self.r.title
 
 
 def page_lines(entries: Sequence[Entry]) -> list[Line]:
-    """Return the rows that the page shows, constant boxes first.
-
-    Of several entries, those by the paper's box rule, and a constant box once where it does as well
-    for each.
-    """
+    """Return the rows that the page shows, constant boxes first. Of several entries, those by the
+    paper's box rule, and a constant box once where it does as well for each."""
     lines: list[Line] = []
     for entry in entries:
         for row, members in entry.members.items():
@@ -153,11 +144,10 @@ def _note(figures: RowFigures, entry: str) -> str:
 
 def groups(lines: Sequence[Line], entries: Sequence[Entry]) -> list[tuple[str, list[Line]]]:
     """Return the lines under headings: constant boxes, then each entry's."""
-    result = [("The same for every image", [line for line in lines if line.constant])]
+    result = {"The same for every image": [x for x in lines if x.constant]}
     for entry, title in zip(entries, headings(entries), strict=True):
-        own = [line for line in lines if line.entry == entry.title and not line.constant]
-        result.append((title, own))
-    return [(title, of_group) for title, of_group in result if of_group]
+        result[title] = [x for x in lines if x.entry == entry.title and not x.constant]
+    return [(title, of_group) for title, of_group in result.items() if of_group]
 
 
 def headings(entries: Sequence[Entry]) -> list[str]:
@@ -185,8 +175,10 @@ def shown_figures(lines: Sequence[Line]) -> list[Figure]:
 
 def best_values(parts: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, float | None]:
     """Return the largest value of each key over the rows' figures; None where no row has one."""
-    values = {key: [part[key] for part in parts if part.get(key) is not None] for key in keys}
-    return {key: max(of_key, default=None) for key, of_key in values.items()}
+    return {
+        key: max((part[key] for part in parts if part.get(key) is not None), default=None)
+        for key in keys
+    }
 
 
 def comparisons(lines: Sequence[Line]) -> list[dict[str, str]]:
@@ -222,11 +214,8 @@ def class_columns(lines: Sequence[Line]) -> list[Line]:
     own, *others = [line for line in lines if line.own]
     if not others:
         left_out = (own.r.row.map, "whole image", "mean map")
-        by_map: dict[str, Line] = {}
-        for line in lines:
-            if line.primary and line.r.row.map not in left_out:
-                by_map.setdefault(line.r.row.map, line)
-        others = list(by_map.values())
+        first = {line.r.row.map: line for line in lines[::-1] if line.primary}
+        others = [x for x in lines if x.r.row.map not in left_out and x is first.get(x.r.row.map)]
     same_classes = [line for line in others if line.r.by_class.keys() == own.r.by_class.keys()]
     return same_classes[:CLASS_COLUMNS]
 
@@ -236,15 +225,10 @@ def class_rows(lines: Sequence[Line], names: dict[str, str]) -> list[dict[str, A
     first; classes without known boxes last. names: by wnid."""
     own = next(line for line in lines if line.own)
     others = class_columns(lines)
-    rows = [
-        {
-            "wnid": wnid,
-            "name": names.get(wnid, wnid),
-            **part,
-            "others": [other.r.by_class[wnid]["gt_known"] for other in others],
-        }
-        for wnid, part in own.r.by_class.items()
-    ]
+    rows = []
+    for wnid, part in own.r.by_class.items():
+        shares = [other.r.by_class[wnid]["gt_known"] for other in others]
+        rows.append({"wnid": wnid, "name": names.get(wnid, wnid), "others": shares, **part})
     rows.sort(key=lambda r: (r["gt_known"] is None, r["gt_known"], r["mean_iou"] or 0.0, r["wnid"]))
     return rows
 
@@ -256,8 +240,8 @@ def paired_figures(pairs: Sequence[Pair]) -> list[Figure]:
 
 def pair_title(pair: Pair) -> str:
     """Return the titles of a pair's rows with what tells them apart, once where they are equal."""
-    named = [
-        ", ".join(filter(None, (entry.members[row][0].title, _note(entry.members[row][0], ""))))
-        for entry, row in zip((pair.first, pair.second), pair.rows, strict=True)
-    ]
-    return " against ".join(dict.fromkeys(named[::-1]))
+    named = []
+    for entry, row in zip((pair.second, pair.first), pair.rows[::-1], strict=True):
+        figures = entry.members[row][0]
+        named.append(", ".join(filter(None, (figures.title, _note(figures, "")))))
+    return " against ".join(dict.fromkeys(named))

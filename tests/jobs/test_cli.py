@@ -35,6 +35,14 @@ def test_groups_are_flat_flags() -> None:
     assert config == Config(output="o", sides=(3, 4), nets=Nets(net_width=16))
 
 
+def test_the_help_names_the_defaults_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Config, ["--help"], "")
+    printed = capsys.readouterr().out
+    assert "(default: 24)" in printed
+    assert "None" not in printed
+
+
 def test_presets_reach_groups_and_flags_override_them() -> None:
     presets = {"small": {"net_width": 8, "rate": 0.5}}
     config = parse(Config, ["--output", "o", "--rate", "0.25"], "", presets)
