@@ -19,9 +19,12 @@ from pipeline.evaluation.results import read_evaluation
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 EXECUTABLE = next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = pytest.mark.skipif(
-    EXECUTABLE is None, reason=f"no browser ({', '.join(BROWSERS)}) in PATH; `make browser`"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        EXECUTABLE is None, reason=f"no browser ({', '.join(BROWSERS)}) in PATH; `make browser`"
+    ),
+]
 LEAST_CONTRAST = 4.5  # WCAG 2, level AA, for text of any size
 LONG = "a_name_without_a_space_" * 5
 

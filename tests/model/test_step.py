@@ -294,11 +294,13 @@ def areas_from_full_masks(logit_limit: float, steps: int) -> list[float]:
     return areas
 
 
+@pytest.mark.slow
 def test_masks_that_cover_everything_come_back_where_logits_are_bounded() -> None:
     areas = areas_from_full_masks(LOGIT_LIMIT, steps=160)
     assert areas[0] > 0.99
     assert min(areas) < 0.85
 
 
+@pytest.mark.slow
 def test_without_a_bound_masks_that_cover_everything_stay() -> None:
     assert min(areas_from_full_masks(0.0, steps=160)) == 1.0

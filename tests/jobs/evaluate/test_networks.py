@@ -100,7 +100,7 @@ def safe(path: Path, state: dict[str, Tensor]) -> Path:
     ("name", "write"),
     [
         ("torchvision:resnet18", plain),
-        ("torchvision:vgg11", nested_and_parallel),
+        pytest.param("torchvision:vgg11", nested_and_parallel, marks=pytest.mark.slow),
         ("torchvision:densenet121", safe),
         ("torchvision:mobilenet_v3_small", plain),
         ("timm:resnet18", safe),

@@ -50,7 +50,10 @@ def assert_as_drawn(levels: np.ndarray) -> None:
         assert (tuple(found.boxes[row].tolist()) if row >= 0 else None) == largest, t
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (7, 1), (3, 3), (3, 4)])
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(1, 1), (1, 7), (7, 1), (3, 3), pytest.param(3, 4, marks=pytest.mark.slow)],
+)
 def test_every_small_binary_map_is_as_drawn(height: int, width: int) -> None:
     for bits in range(1 << height * width):
         drawn = np.array([bits >> i & 1 for i in range(height * width)], np.uint8)
