@@ -51,12 +51,11 @@ def fit_centred_box(
     1/40, 2/40 ... 1 is tried, on at most 20,000 images spread evenly over the set. Of equally
     good pairs the one with the smallest height, then width, wins. None where no box is known.
     """
-    usable = np.array([i for i, boxes in enumerate(truths) if boxes], np.int64)
-    if not len(usable):
+    usable = [i for i, boxes in enumerate(truths) if boxes]
+    if not usable:
         return None
-    step = -(-len(usable) // MAX_FIT_IMAGES)
-    usable = usable[::step]
-    flat = np.concatenate([np.array(truths[i], np.int64).reshape(-1, 4) for i in usable])
+    usable = usable[:: -(-len(usable) // MAX_FIT_IMAGES)]
+    flat = np.array([box for i in usable for box in truths[i]], np.int64)
     amounts = np.array([len(truths[i]) for i in usable])
     starts = np.cumsum(amounts) - amounts
     sizes_m = np.repeat(sizes[usable], amounts, axis=0)

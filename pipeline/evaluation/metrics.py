@@ -23,7 +23,7 @@ SUBSETS = {
     "off_centre": "every true box's centre is more than an eighth of the side from the image's",
 }
 SUBSET_GROUPS = {"small_boxes": [1, 3], "off_centre": [2, 3]}  # of Sweep's first axis
-SHARES = ("gt_known", "top1_loc", "top5_loc", "max_box_acc", "top1_cls", "top5_cls")
+SHARES = ("gt_known", "top1_loc", "top5_loc", "top1_cls", "top5_cls")
 CLASS_SHARES = ("top1_cls", "top5_cls")  # of all images; the other shares: of those with boxes
 SIZE_EDGES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # shares of the image
 ERRORS = (
@@ -188,37 +188,31 @@ def figures_by_group(outcomes: Outcomes, groups: np.ndarray, count: int) -> list
         "top5_cls": counts_of(outcomes.top5, every),
     }
     scored = every & known
-    kinds = np.bincount(
-        groups[scored] * len(ERRORS) + outcomes.errors[scored], minlength=count * len(ERRORS)
-    ).reshape(count, len(ERRORS))
+    kinds = np.zeros((count, len(ERRORS)), np.int64)
+    np.add.at(kinds, (groups[scored], outcomes.errors[scored]), 1)
     means = {
         "mean_iou": _means(outcomes.ious, groups, count),
         "auc": _means(outcomes.auc, groups, count),
         "auc_other": _means(outcomes.auc_other, groups, count),
         "auc_gap": _means(_gap(outcomes), groups, count),
     }
-    return [
-        _group_figures(
-            {name: values[i] for name, values in counts.items() if values is not None},
-            {name: values[i] for name, values in means.items()},
-            kinds[i].tolist(),
+    parts = []
+    for i in range(count):
+        numbers = {name: values[i] for name, values in counts.items() if values is not None}
+        shares: Figures = {}
+        for name in SHARES:
+            total = numbers["images" if name in CLASS_SHARES else "with_boxes"]
+            shares[name] = numbers[name] / total if total and name in numbers else None
+        parts.append(
+            {
+                **shares,
+                **{name: values[i] for name, values in means.items()},
+                "n": numbers["with_boxes"],
+                "counts": numbers,
+                "errors": dict(zip(ERRORS, kinds[i].tolist(), strict=True)),
+            }
         )
-        for i in range(count)
-    ]
-
-
-def _group_figures(
-    counts: dict[str, int], means: dict[str, float | None], kinds: list[int]
-) -> Figures:
-    images, n = counts["images"], counts["with_boxes"]
-
-    def share(name: str) -> float | None:
-        total = images if name in CLASS_SHARES else n
-        return counts[name] / total if total and name in counts else None
-
-    shares = {name: share(name) for name in SHARES if name != "max_box_acc"}
-    errors = dict(zip(ERRORS, kinds, strict=True))
-    return {**shares, **means, "n": n, "counts": counts, "errors": errors}
+    return parts
 
 
 def _gap(outcomes: Outcomes) -> np.ndarray | None:
@@ -348,7 +342,7 @@ def intervals(
     result: list[dict[str, list[float] | None]] = []
     columns: dict[tuple[int, str], np.ndarray] = {}
     for i, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
-        result.append({figure: _interval(row, figure) for figure in SHARES})
+        result.append({figure: _interval(row, figure) for figure in (*SHARES, "max_box_acc")})
         columns[i, "mean_iou"] = outcome.ious
         gap = _gap(outcome)
         if gap is not None and outcome.auc is not None and outcome.auc_other is not None:

@@ -132,19 +132,12 @@ def read_evaluation(folder: Path) -> Evaluation:
             f"{path} has format {content.get('format')}; this program reads {FORMAT}. "
             "Evaluate again."
         )
-    rows = tuple(_row_from_json(row) for row in content.pop("rows"))
+    names = [field.name for field in fields(Row)]
+    rows = tuple(
+        RowFigures(row=Row(**{name: row.pop(name) for name in names}), **row)
+        for row in content.pop("rows")
+    )
     return Evaluation(folder=folder, metrics=content, rows=rows)
-
-
-def _row_from_json(content: Mapping[str, Any]) -> RowFigures:
-    row = Row(**{field.name: content[field.name] for field in fields(Row)})
-    own = (field.name for field in fields(RowFigures) if field.name != "row")
-    return RowFigures(row=row, **{name: content[name] for name in own})
-
-
-def _row_to_json(row: RowFigures) -> dict[str, Any]:
-    content = {field.name: getattr(row, field.name) for field in fields(row)}
-    return asdict(content.pop("row")) | content
 
 
 def write_evaluation(
@@ -165,7 +158,8 @@ def write_evaluation(
     shutil.rmtree(folder / MAPS_NAME, ignore_errors=True)
     if (folder / NEW_MAPS_NAME).is_dir():
         (folder / NEW_MAPS_NAME).rename(folder / MAPS_NAME)
-    content = {"format": FORMAT, **metrics, "rows": [_row_to_json(row) for row in rows]}
+    lines = [asdict(row.row) | {k: v for k, v in vars(row).items() if k != "row"} for row in rows]
+    content = {"format": FORMAT, **metrics, "rows": lines}
     write_atomically(folder / METRICS_NAME, (json.dumps(content) + "\n").encode())
 
 

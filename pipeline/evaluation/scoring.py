@@ -34,7 +34,7 @@ from pipeline.evaluation.protocols import (
     scale_boxes,
     truth_boxes,
 )
-from pipeline.evaluation.results import Figures, Row, RowFigures
+from pipeline.evaluation.results import Row, RowFigures
 from pipeline.evaluation.truth import GroundTruth
 
 PROTOCOL_FIGURES = ("gt_known", "top1_loc", "top5_loc", "mean_iou", "n")
@@ -66,16 +66,9 @@ class Localization:
     sweep: Sweep | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A way to compare boxes: by a protocol, with all true boxes of an image or the first."""
-
-    protocol: str
-    first_box: bool = False
-
-
+# Ways to compare boxes: the protocol, and whether only the first true box of an image counts.
 VARIANTS = {
-    f"{protocol}{', first box' if first else ''}": Variant(protocol=protocol, first_box=first)
+    f"{protocol}{', first box' if first else ''}": (protocol, first)
     for first in (False, True)
     for protocol in PROTOCOLS
 }
@@ -95,29 +88,32 @@ def original_boxes(localization: Localization, truth: GroundTruth) -> np.ndarray
 
 
 def box_ious(
-    boxes: np.ndarray, grid: np.ndarray | None, truth: GroundTruth, variant: Variant
+    boxes: np.ndarray,
+    grid: np.ndarray | None,
+    truth: GroundTruth,
+    protocol: str,
+    first_box: bool = False,
 ) -> np.ndarray:
     """Return the IoU of each box with the best true box: float64 [N], NaN where none is known.
 
     boxes, grid: see `Localization`.
     """
     truths, starts, sizes = truth.boxes, truth.starts, image_sizes(truth)
-    if variant.first_box:
+    if first_box:
         known = np.diff(starts) > 0
-        truths, starts = truths[starts[:-1][known]], np.concatenate([[0], np.cumsum(known)])
-    protocol = variant.protocol
+        truths, starts = truths[starts[:-1][known]], np.cumsum([0, *known])
     owners = np.repeat(np.arange(len(sizes)), np.diff(starts))
-    read = truth_boxes(truths, sizes[owners], protocol)
     if grid is None:
         compared = truth_boxes(boxes, sizes, protocol)
     else:
         compared = own_boxes(boxes, grid, sizes, protocol)
+    read = truth_boxes(truths, sizes[owners], protocol)
     return best_iou(compared, read, starts, PROTOCOLS[protocol].plus)
 
 
 def box_outcomes(localization: Localization, truth: GroundTruth, protocol: str) -> Outcomes:
     """Return how the boxes fare, the class left aside."""
-    ious = box_ious(localization.boxes, localization.grid, truth, Variant(protocol=protocol))
+    ious = box_ious(localization.boxes, localization.grid, truth, protocol)
     found = np.ones(len(ious), bool) if localization.found is None else localization.found
     right = np.nan_to_num(ious) >= IOU_THRESHOLD
     boxes = original_boxes(localization, truth)
@@ -135,12 +131,13 @@ def class_outcomes(
     classes: np.ndarray | None,
     guesses: Guesses | None,
     truth: GroundTruth,
-    variant: Variant,
+    variant: tuple[str, bool],
 ) -> Outcomes:
     """Return `box_outcomes` with a classifier's classes, int [N, 5], best first, -1 for none.
 
     classes: None leaves the outcomes as they are. guesses: whose boxes count each with its own
-    class (the official rule); None where the one box goes with all five classes.
+    class (the official rule); None where the one box goes with all five classes. variant: see
+    VARIANTS.
     """
     if classes is None:
         return outcomes
@@ -152,7 +149,7 @@ def class_outcomes(
         named = guesses.labels == truth.labels[:, None]
         top5_right = right & named[:, 0]
         for i in np.flatnonzero(named[:, 1:].any(axis=0)) + 1:
-            ious = box_ious(guesses.boxes[:, i], None, truth, variant)
+            ious = box_ious(guesses.boxes[:, i], None, truth, *variant)
             top5_right |= named[:, i] & (np.nan_to_num(ious) >= IOU_THRESHOLD)
     errors = with_classes(outcomes.errors, top1)
     return replace(outcomes, errors=errors, top1=top1, top5=top5, top5_right=top5_right)
@@ -171,89 +168,71 @@ def score(
     classes: by classifier, int [N, 5], best first, -1 for none. seed: of the bootstrap.
     """
     rows, outcomes, lines = [], [], []
-    groups = _groups(truth)
+    subsets, shares, variants = {}, None, {}
+    if truth.sizes is not None:
+        subsets = subset_masks(truth.boxes, truth.starts, truth.sizes)
+        shares = largest_shares(truth.boxes, truth.starts, truth.sizes)
+        variants = VARIANTS
     for localization in localizations:
         boxes = box_outcomes(localization, truth, protocol)
-        variants = _variants(localization, boxes, truth, protocol)
         lines.append(prediction_lines(localization, truth, boxes))
+        others = {
+            name: boxes.ious
+            if name == protocol
+            else box_ious(localization.boxes, localization.grid, truth, *variant)
+            for name, variant in variants.items()
+        }
         for source in localization.classes:
-            given = None if source is None else classes[source]
             named = partial(
-                class_outcomes, classes=given, guesses=localization.guesses, truth=truth
+                class_outcomes,
+                classes=None if source is None else classes[source],
+                guesses=localization.guesses,
+                truth=truth,
             )
-            outcomes.append(named(boxes, variant=Variant(protocol=protocol)))
-            row = Row(map=localization.map, rule=localization.rule, classes=source)
-            others = {name: named(variants[name], variant=VARIANTS[name]) for name in variants}
-            rows.append(_row_figures(row, localization, outcomes[-1], others, groups))
+            protocols = {}
+            for name, ious in others.items():
+                other = Outcomes(ious=ious, errors=boxes.errors)
+                part = figures(named(other, variant=variants[name]))
+                protocols[name] = {figure: part[figure] for figure in PROTOCOL_FIGURES}
+            outcomes.append(named(boxes, variant=(protocol, False)))
+            row = _row_figures(localization, source, outcomes[-1], truth, subsets, shares)
+            rows.append(replace(row, protocols=protocols))
     bounds = intervals(outcomes, [row.figures for row in rows], seed)
     rows = [replace(row, interval=bound) for row, bound in zip(rows, bounds, strict=True)]
     return rows, pa.concat_tables(lines)
 
 
-def _variants(
-    localization: Localization, outcomes: Outcomes, truth: GroundTruth, protocol: str
-) -> dict[str, Outcomes]:
-    """Return how the boxes fare by each of VARIANTS; none where sizes are unknown."""
-    if truth.sizes is None:
-        return {}
-    ious = {
-        name: outcomes.ious
-        if name == protocol
-        else box_ious(localization.boxes, localization.grid, truth, variant)
-        for name, variant in VARIANTS.items()
-    }
-    return {name: Outcomes(ious=values, errors=outcomes.errors) for name, values in ious.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Groups:
-    """The images of each subset, the share of each that its largest box covers (None where sizes
-    are unknown), and the class of each, by index in `wnids`."""
-
-    subsets: dict[str, np.ndarray]
-    shares: np.ndarray | None
-    labels: np.ndarray
-    wnids: tuple[str, ...]
-
-
-def _groups(truth: GroundTruth) -> _Groups:
-    subsets, shares = {}, None
-    if truth.sizes is not None:
-        subsets = subset_masks(truth.boxes, truth.starts, truth.sizes)
-        shares = largest_shares(truth.boxes, truth.starts, truth.sizes)
-    return _Groups(subsets=subsets, shares=shares, labels=truth.labels, wnids=truth.classes or ())
-
-
 def _row_figures(
-    row: Row,
     localization: Localization,
+    source: str | None,
     outcomes: Outcomes,
-    variants: dict[str, Outcomes],
-    groups: _Groups,
+    truth: GroundTruth,
+    subsets: dict[str, np.ndarray],
+    shares: np.ndarray | None,
 ) -> RowFigures:
-    """Return one row but for its intervals."""
-    whole = figures(outcomes) | sweep_figures(outcomes, None, np.ones(len(groups.labels), bool))
+    """Return one row, but for its intervals and its figures by other protocols.
+
+    subsets, shares: see `subset_masks` and `largest_shares`; none where sizes are unknown.
+    """
+    whole = figures(outcomes) | sweep_figures(outcomes, None, np.ones(len(truth.ids), bool))
     if localization.found is not None:
         whole["counts"]["nothing_found"] = int((~localization.found).sum())
-    paper = localization.paper if row.classes == localization.classes[0] else None
-    by_class: list[Figures] = []
-    if groups.wnids:
-        by_class = figures_by_group(outcomes, groups.labels, len(groups.wnids))
-    by_variant = {name: figures(other) for name, other in variants.items()}
+    paper = localization.paper if source == localization.classes[0] else None
+    by_class = {}
+    if truth.classes:
+        parts = figures_by_group(outcomes, truth.labels, len(truth.classes))
+        by_class = dict(zip(truth.classes, parts, strict=True))
     return RowFigures(
-        row=row,
+        row=Row(map=localization.map, rule=localization.rule, classes=source),
         title=localization.title,
         paper=None if paper is None else {"metric1": paper[0], "metric2": paper[1]},
         figures=whole,
         interval={},
         curves=curves(outcomes),
-        subsets=subset_figures(outcomes, groups.subsets),
-        box_sizes=[] if groups.shares is None else size_figures(outcomes, groups.shares),
-        by_class=dict(zip(groups.wnids, by_class, strict=True)),
-        protocols={
-            name: {figure: part[figure] for figure in PROTOCOL_FIGURES}
-            for name, part in by_variant.items()
-        },
+        subsets=subset_figures(outcomes, subsets),
+        box_sizes=[] if shares is None else size_figures(outcomes, shares),
+        by_class=by_class,
+        protocols={},
     )
 
 

@@ -132,13 +132,8 @@ def level_boxes(levels: np.ndarray) -> LevelBoxes:
         if len(basins):
             parts += loops.find_enclosed(levels, basins, loops.JOINS_8, loops.GAINS)
     boxes, first, last = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return LevelBoxes(
-        boxes=boxes,
-        first=first,
-        last=last,
-        largest=outer.largest,
-        maximum=int(levels.max()),
-    )
+    maximum = int(levels.max())
+    return LevelBoxes(boxes=boxes, first=first, last=last, largest=outer.largest, maximum=maximum)
 
 
 def level_ious(
