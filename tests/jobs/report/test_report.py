@@ -26,7 +26,7 @@ from jobs.report.charts import iou_charts
 from jobs.report.compare import Entry, combined, entries_of, pairs
 from jobs.report.pictures import choose, most_different, report_pictures
 from pipeline.errors import UserError
-from pipeline.evaluation.results import Row, read_evaluation
+from pipeline.evaluation.results import Row, RowFigures, read_evaluation
 from tests.pipeline.made_set import stored_samples
 
 ROOT = Path(__file__).parents[3]
@@ -109,6 +109,15 @@ def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], None]) -
     edit(metrics)
     (target / "metrics.json").write_text(json.dumps(metrics))
     return target
+
+
+def aln_figures(folder: Path) -> RowFigures:
+    return next(figures for figures in read_evaluation(folder).rows if figures.row == ALN)
+
+
+def rows_as_shown(folder: Path) -> list[RowFigures]:
+    """The rows of an evaluation, constant boxes first."""
+    return sorted(read_evaluation(folder).rows, key=lambda r: r.row.map not in tables.CONSTANT)
 
 
 @pytest.fixture(scope="module")
@@ -292,12 +301,8 @@ def test_pictures_are_left_out_where_the_shards_are_gone_or_others(
 def test_the_table_shows_every_row_with_its_figures_and_intervals(
     evaluations: Evaluations, run_page: Page
 ) -> None:
-    rows = read_evaluation(evaluations[0]).rows
     shown = [row for row in run_page.tables["All methods"][2:] if len(row) > 1]
-    assert len(shown) == len(rows)
-    for cells, row in zip(
-        shown, sorted(rows, key=lambda r: r.row.map not in tables.CONSTANT), strict=True
-    ):
+    for cells, row in zip(shown, rows_as_shown(evaluations[0]), strict=True):
         name = " ".join(cells[0].split())
         assert name.startswith(row.title)
         assert name.endswith(f"class: {row.row.classes}")
@@ -323,7 +328,7 @@ def test_the_best_of_each_column_is_marked_and_ties_are_all_marked(
 
 
 def test_other_tables_show_the_rows_figures(evaluations: Evaluations, run_page: Page) -> None:
-    (own,) = [row for row in read_evaluation(evaluations[0]).rows if row.row == ALN]
+    own = aln_figures(evaluations[0])
     percent, number, name = tables.percent, tables.number, "ALN class: co-trained"
     part = own.protocols["int224"]
     cells = run_page.row("Protocols", name)
@@ -349,11 +354,9 @@ def test_other_tables_show_the_rows_figures(evaluations: Evaluations, run_page: 
 
 def test_stacked_bars_have_the_counts_as_widths(evaluations: Evaluations) -> None:
     html = render(entries(evaluations[0]), {}, "")
-    rows = read_evaluation(evaluations[0]).rows
+    rows = rows_as_shown(evaluations[0])
     bars = re.findall(r'<span class="stack".*?</span>', html, re.DOTALL)[: len(rows)]
-    for bar, row in zip(
-        bars, sorted(rows, key=lambda r: r.row.map not in tables.CONSTANT), strict=True
-    ):
+    for bar, row in zip(bars, rows, strict=True):
         widths = [int(width) for width in re.findall(r"flex:(\d+) 0 0", bar)]
         assert sorted(widths) == sorted(filter(None, row.figures["errors"].values()))
 
@@ -372,11 +375,7 @@ def test_the_tiles_compare_the_best_row_of_either_side(evaluations: Evaluations)
 
 
 def test_seeds_are_shown_by_mean_and_range(evaluations: Evaluations) -> None:
-    both = [read_evaluation(folder) for folder in evaluations[:2]]
-    shares = [
-        next(row.figures["gt_known"] for row in evaluation.rows if row.row == ALN)
-        for evaluation in both
-    ]
+    shares = [aln_figures(folder).figures["gt_known"] for folder in evaluations[:2]]
     assert shares[0] != shares[1]
     seeds = page(*evaluations[:2], titles=("ALN", "ALN"))
     texts = [tables.percent(value) for value in (sum(shares) / 2, min(shares), max(shares))]
@@ -403,10 +402,7 @@ def test_two_methods_are_compared_image_by_image(evaluations: Evaluations) -> No
     assert runs.rows == (ALN, ALN)
     assert boxes.rows == (ALN, Row(map="given", classes="boxes"))
     assert {pair.rows[1].map for pair in compared} >= {"cam", "layercam", "gradient", "lrp"}
-    figures = [
-        next(row.figures for row in read_evaluation(folder).rows if row.row == ALN)
-        for folder in evaluations[:2]
-    ]
+    figures = [aln_figures(folder).figures for folder in evaluations[:2]]
     for name, difference in runs.differences.items():
         assert difference.first == pytest.approx(figures[0][name])
         assert difference.second == pytest.approx(figures[1][name])
@@ -430,8 +426,7 @@ def test_pairing_leaves_what_the_images_share_out_of_the_interval(
 ) -> None:
     (pair, *_) = pairs(entries(evaluations[1], evaluations[1], titles=("a", "b")), seed=0)
     assert pair.differences["mean_iou"].interval == (0, 0)
-    own = next(row for row in read_evaluation(evaluations[1]).rows if row.row == ALN)
-    low, high = own.interval["mean_iou"] or (0, 0)
+    low, high = aln_figures(evaluations[1]).interval["mean_iou"] or (0, 0)
     assert high - low > 0.01
 
 
@@ -445,38 +440,30 @@ def test_a_comparison_shows_differences_in_points(evaluations: Evaluations) -> N
     assert row[-4:] == [str(count) for count in first.counts or ()]
 
 
-def remove_an_image(folder: Path) -> None:
-    path = folder / "images.parquet"
-    pq.write_table(pq.read_table(path).slice(1), path)
-
-
-def move_a_box(folder: Path) -> None:
-    path = folder / "images.parquet"
-    images = pq.read_table(path)
+def move_a_box(images: pa.Table) -> pa.Table:
     boxes = [[[0, 0, 1, 1]], *images["boxes"].to_pylist()[1:]]
     column = pa.array(boxes, images["boxes"].type)
-    pq.write_table(images.drop_columns("boxes").append_column("boxes", column), path)
-
-
-def other_protocol(folder: Path) -> None:
-    path = folder / "metrics.json"
-    path.write_text(path.read_text().replace('"protocol": "devkit"', '"protocol": "int224"'))
+    return images.drop_columns("boxes").append_column("boxes", column)
 
 
 @pytest.mark.parametrize(
-    ("damage", "fact"),
+    ("protocol", "damage", "fact"),
     [
-        (remove_an_image, "ILSVRC2012_val_00000001"),
-        (move_a_box, "boxes.*1 image.*ILSVRC2012_val_00000001"),
-        (other_protocol, "devkit and int224"),
+        ("devkit", lambda images: images.slice(1), "ILSVRC2012_val_00000001"),
+        ("devkit", move_a_box, "boxes.*1 image.*ILSVRC2012_val_00000001"),
+        ("int224", lambda images: images, "devkit and int224"),
     ],
 )
 def test_evaluations_of_other_ground_truth_are_refused(
-    evaluations: Evaluations, tmp_path: Path, damage: Callable[[Path], None], fact: str
+    evaluations: Evaluations,
+    tmp_path: Path,
+    protocol: str,
+    damage: Callable[[pa.Table], pa.Table],
+    fact: str,
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(evaluations[1], other)
-    damage(other)
+    other = edited(evaluations[1], tmp_path / "other", lambda m: m.update(protocol=protocol))
+    path = other / "images.parquet"
+    pq.write_table(damage(pq.read_table(path)), path)
     with pytest.raises(UserError, match=rf"(?s){evaluations[0]}.*{other}.*{fact}"):
         entries(evaluations[0], other)
 
@@ -515,6 +502,15 @@ def test_a_chart_draws_each_curve_where_its_values_are(evaluations: Evaluations)
     assert {c.colour for c in chart.curves if c.line.constant} == {"soft"}
 
 
+def test_methods_side_by_side_have_a_colour_each(evaluations: Evaluations) -> None:
+    side_by_side, *_ = iou_charts(tables.page_lines(entries(*evaluations[:2])))
+    own = [curve for curve in side_by_side.curves if curve.line.own]
+    assert {curve.line.entry: curve.colour for curve in own} == {
+        "evaluation-0": "c-a",
+        "evaluation-1": "c-b",
+    }
+
+
 def test_rows_with_the_same_boxes_are_drawn_once_and_all_others_are(
     evaluations: Evaluations,
 ) -> None:
@@ -533,10 +529,9 @@ def test_worst_and_best_classes_are_shown_where_there_are_many(
     shown = page(evaluations[1])
     worst = shown.tables["The 3 worst classes of 8, worst first"][1:]
     best = shown.tables["The 3 best classes, best first; metrics.json has all"][1:]
-    whole = page(evaluations[1]).tables
     assert len(worst) == len(best) == 3
     assert float(worst[0][1]) <= float(worst[2][1]) <= float(best[2][1]) <= float(best[0][1])
-    assert "All classes, worst first" not in whole
+    assert "All classes, worst first" not in shown.tables
 
 
 def test_names_from_the_data_cannot_become_markup(evaluations: Evaluations, tmp_path: Path) -> None:
