@@ -25,7 +25,7 @@ from jobs.evaluate.scorer import map_truth, score_maps
 from jobs.loading import LoadingConfig
 from jobs.runs import Nets, colour_statistics, load_nets, new_classifier, new_corruption, save_nets
 from jobs.train.config import TrainConfig
-from jobs.train.worker import model_config
+from jobs.train.trainer import model_config
 from model.localization import RULES
 from model.masking import normalize
 from pipeline.evaluation.sweep import quantize, stretch

@@ -42,7 +42,6 @@ from benchmarks.machine import hardware, quiet, write_result
 from jobs import cli
 from jobs.train.config import TrainConfig
 from jobs.train.trainer import Trainer
-from jobs.train.worker import model_config
 from model.controller import ControllerState
 from model.losses import area_penalty, classification_loss, correct, corruption_loss
 from model.masking import (
@@ -102,8 +101,7 @@ class Setting:
         }
         given = [text for name, value in fixed.items() for text in (cli.flag(name), str(value))]
         config = cli.parse(TrainConfig, [*given, *flags], "")
-        manifest = read_manifest(config.loading.data)
-        return Trainer(config, model_config(config, manifest), manifest, self.device, ranks)
+        return Trainer(config, read_manifest(config.loading.data), self.device, ranks)
 
     def batches(self, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Return the loader's batches."""

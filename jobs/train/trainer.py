@@ -1,7 +1,9 @@
 """One rank's training: the steps, the balance of the nets, and what the log says of them."""
 
+import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,16 +44,28 @@ ADVERSARIAL_COST = 5  # an adversarial step over a warm-up step, until it is mea
 WARNING_SHARE = 0.2  # of --collapse-steps, after which the log says what stops the run in the end
 
 
+def model_config(config: TrainConfig, manifest: Manifest) -> ModelConfig:
+    """Return the nets' shape for a data set."""
+    superpixels = manifest.configuration["superpixels"]
+    return ModelConfig(
+        classes=manifest.classes,
+        class_names=manifest.class_names,
+        height=manifest.height,
+        width=manifest.width,
+        mean=manifest.mean,
+        std=manifest.std,
+        superpixels=max(manifest.max_superpixels, superpixels),
+        compactness=manifest.configuration["compactness"],
+        **asdict(config.nets),
+    )
+
+
 class Trainer:
     def __init__(
-        self,
-        config: TrainConfig,
-        model: ModelConfig,
-        manifest: Manifest,
-        device: torch.device,
-        ranks: int,
+        self, config: TrainConfig, manifest: Manifest, device: torch.device, ranks: int
     ) -> None:
-        self.config, self.model, self.device = config, model, device
+        self.config, self.device = config, device
+        self.model = model_config(config, manifest)
         settings = config.optimization
         images = split_of(manifest, "train").images
         self.epoch_steps = steps_per_epoch(images, settings.batch_size, ranks)
@@ -59,10 +73,10 @@ class Trainer:
         self.warmup_steps = warmup_epochs * self.epoch_steps
         self.steps = self.warmup_steps + settings.epochs * self.epoch_steps
         self.objective = config.objective.objective()
-        self.state = new_state(config, model, device)
+        self.state = new_state(config, self.model, device)
         nets = (self.state.corruption, self.state.classifier, self.state.clean_classifier)
         self.nets = TrainingNets(*nets)
-        self.colours = colour_statistics(model, device)
+        self.colours = colour_statistics(self.model, device)
         self.half = settings.precision == "bfloat16"
         compute = partial(compute_step, self.nets, self.colours)
         graphs = config.resources.graphs and device.type == "cuda"
@@ -226,11 +240,10 @@ class Trainer:
         state = self.state
         pending = state.pending.popleft()
         sums = pending.read()
-        bad = [name for name, value in sums.items() if not abs(value) < float("inf")]
+        bad = ", ".join(name for name, value in sums.items() if not math.isfinite(value))
         if bad:
             raise TrainingError(
-                f"{', '.join(bad)} became NaN or infinite at step {pending.step}; "
-                f"{NOT_FINITE_REMEDY}"
+                f"{bad} became NaN or infinite at step {pending.step}; {NOT_FINITE_REMEDY}"
             )
         if state.controller is not None:
             state.controller = update(

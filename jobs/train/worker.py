@@ -8,7 +8,7 @@ import ray.train.torch
 import torch
 
 from jobs.pictures import encode_png
-from jobs.runs import ModelConfig, save_nets
+from jobs.runs import save_nets
 from jobs.train.checkpoints import read_checkpoint, write_checkpoint
 from jobs.train.collectives import check_ranks, on_first_rank
 from jobs.train.config import TrainConfig, by_flag
@@ -18,23 +18,7 @@ from jobs.train.state import TrainingError, fill_state, finished_nets, state_num
 from jobs.train.trainer import Trainer
 from pipeline.loading.loader import Loader
 from pipeline.loading.order import Order
-from pipeline.shards.format import Manifest, read_manifest
-
-
-def model_config(config: TrainConfig, manifest: Manifest) -> ModelConfig:
-    """Return the nets' shape for a data set."""
-    superpixels = manifest.configuration["superpixels"]
-    return ModelConfig(
-        classes=manifest.classes,
-        class_names=manifest.class_names,
-        height=manifest.height,
-        width=manifest.width,
-        mean=manifest.mean,
-        std=manifest.std,
-        superpixels=max(manifest.max_superpixels, superpixels),
-        compactness=manifest.configuration["compactness"],
-        **asdict(config.nets),
-    )
+from pipeline.shards.format import read_manifest
 
 
 def resume(trainer: Trainer) -> list[str]:
@@ -84,8 +68,7 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
         torch.cuda.set_device(device)
     loading, optimization = config.loading, config.optimization
     manifest = read_manifest(loading.data)
-    model = model_config(config, manifest)
-    trainer = Trainer(config, model, manifest, device, ranks)
+    trainer = Trainer(config, manifest, device, ranks)
     notes = resume(trainer)
     if optimization.warmup_from is not None and not notes:
         trainer.take_warmup(optimization.warmup_from)
@@ -107,7 +90,7 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
             write_state(trainer, examples)
     if trainer.log is not None:
         trainer.log.close()
-    nets = finished_nets(trainer.state, model)
+    nets = finished_nets(trainer.state, trainer.model)
     on_first_rank(lambda: save_nets(config.output, nets, record), "the trained nets")
 
 

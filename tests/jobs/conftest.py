@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from jobs.runs import Nets, new_classifier, new_corruption, save_nets
-from jobs.train.worker import model_config
+from jobs.train.trainer import model_config
 from pipeline.shards.format import read_manifest
 from tests.jobs.train.small import config_for
 

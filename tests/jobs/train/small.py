@@ -13,7 +13,6 @@ from jobs.train.config import PRESETS, TrainConfig
 from jobs.train.log import METRICS_NAME, TrainingLog
 from jobs.train.state import state_numbers, state_tensors
 from jobs.train.trainer import Trainer
-from jobs.train.worker import model_config
 from pipeline.loading.augmentation import Augmentation
 from pipeline.loading.loader import Batch, Loader
 from pipeline.loading.order import Order
@@ -45,8 +44,7 @@ def config_for(data: Path | str, **changes: object) -> TrainConfig:
 
 
 def new_trainer(config: TrainConfig, device: torch.device = CPU) -> Trainer:
-    manifest = read_manifest(config.loading.data)
-    return Trainer(config, model_config(config, manifest), manifest, device, ranks=1)
+    return Trainer(config, read_manifest(config.loading.data), device, ranks=1)
 
 
 def batches_for(trainer: Trainer) -> Iterator[Batch]:
