@@ -115,7 +115,8 @@ def check_warmup(config: TrainConfig, manifest: Manifest) -> None:
         theirs, ours = other["configuration"]["nets"][name], getattr(config.nets, name)
         if theirs != ours:
             raise UserError(
-                f"--warmup-from {run} has nets of {cli.flag(name)} {theirs}, not {ours}"
+                f"--warmup-from {run} has {cli.flag(name)} {theirs}, not {ours}; give the same, or "
+                "warm up anew"
             )
 
 

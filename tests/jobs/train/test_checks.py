@@ -77,8 +77,8 @@ def test_a_warm_up_on_other_images_or_of_other_nets_is_refused_one_on_other_supe
         with pytest.raises(UserError, match="was trained on other images than"):
             check_warmup(from_source, other)
     for changes, message in (
-        ({"net_width": 16}, r"has nets of --net-width 8, not 16"),
-        ({"residual_blocks": 2}, r"has nets of --residual-blocks 0, not 2"),
+        ({"net_width": 16}, r"has --net-width 8, not 16"),
+        ({"residual_blocks": 2}, r"has --residual-blocks 0, not 2"),
         ({"warmup_from": tmp_path}, r"holds no run\.json"),
     ):
         options = {"warmup_from": tmp_path / "source"} | changes
