@@ -12,7 +12,7 @@ from model.classifier import Classifier
 from model.masking import paint, superpixel_mean
 from model.saliency import layer_cams
 
-ENLARGEMENT = 1.5  # of the image's sides; docs/experiments.md compares others, of one classifier
+ENLARGEMENT = 1.5  # of the image's sides; docs/log.md compares others, of one classifier
 LEVEL = 1e-4  # a map whose deviation is a smaller part of its values says nothing
 
 
