@@ -28,7 +28,7 @@ demo: env
 	$(BIN)/python -m jobs.demo --output demo
 
 # Two processes, each with the tests of a file; in either, tests that need Ray share one.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # Before each commit: linters, types and the fast tests.
 check: lint
