@@ -250,7 +250,7 @@ def _finish(
     recorded: the manifest of a set that was finished before, which stays as it is.
     """
     records = [task.record(plan.output) for task in plan.tasks]
-    splits, classes = list(plan.listed.images), len(plan.listed.classes)
+    splits, classes = list(plan.collection.images), len(plan.collection.classes)
     totals, ledger = merge_records(records, plan.output, splits, classes)
     rejected = sum(total.rejected for total in totals.values())
     if _too_many(rejected, progress.total, config):
@@ -263,8 +263,8 @@ def _finish(
             "with rejected images again, or allow more."
         )
     manifest = make_manifest(
-        classes=plan.listed.classes,
-        class_names=plan.listed.class_names,
+        classes=plan.collection.classes,
+        class_names=plan.collection.class_names,
         source=recorded.configuration["source"] if recorded else plan.source,
         fingerprint=plan.fingerprint,
         facts={

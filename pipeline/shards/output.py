@@ -50,7 +50,7 @@ def claim_output(plan: Plan) -> None:
             f"{plan.output} is not empty and holds no {PLAN_NAME}; choose an empty folder."
         )
     if not storage.is_remote(plan.output):
-        for split in plan.listed.images:
+        for split in plan.collection.images:
             (storage.local_path(plan.output) / split).mkdir(parents=True, exist_ok=True)
     content = json.dumps(plan.fingerprint, indent=1, sort_keys=True) + "\n"
     storage.write_atomically(path, content.encode())

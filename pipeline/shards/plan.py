@@ -119,7 +119,7 @@ class Plan:
 
     source: str
     output: str
-    listed: Source
+    collection: Source
     tasks: tuple[ShardTask, ...]
     order: np.ndarray
     fingerprint: dict[str, Any]
@@ -127,7 +127,7 @@ class Plan:
     def images(self, task: ShardTask) -> pa.Table:
         """Return a copy of the listed rows of one shard, in its order, and nothing more to send."""
         rows = self.order[task.first_row : task.first_row + task.rows]
-        return self.listed.images[task.split].take(rows)
+        return self.collection.images[task.split].take(rows)
 
 
 def make_plan(config: PreprocessConfig) -> Plan:
@@ -140,8 +140,8 @@ def make_plan(config: PreprocessConfig) -> Plan:
         raise UserError(f"output {output} lies inside source {source}; choose one outside it.")
     with SourceFiles(source) as files:
         layout = find_layout(files) if config.layout == "auto" else config.layout
-        listed = list_images(files, layout)
-    counts = {split: table.num_rows for split, table in listed.images.items()}
+        collection = list_images(files, layout)
+    counts = {split: table.num_rows for split, table in collection.images.items()}
     shuffle = np.random.default_rng(config.seed).permutation
     orders = [
         shuffle(count) if split == "train" else np.arange(count) for split, count in counts.items()
@@ -151,13 +151,13 @@ def make_plan(config: PreprocessConfig) -> Plan:
         "configuration": {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS},
         "layout": layout,
         "images": counts,
-        "listing": {split: digest(table) for split, table in listed.images.items()},
+        "listing": {split: digest(table) for split, table in collection.images.items()},
         "versions": {name: version(name) for name in VERSIONS},
     }
     return Plan(
         source=source,
         output=output,
-        listed=listed,
+        collection=collection,
         tasks=tuple(shard_tasks(counts, config.samples_per_shard)),
         order=np.concatenate(orders),
         fingerprint=fingerprint,

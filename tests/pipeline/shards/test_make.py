@@ -378,14 +378,14 @@ def test_the_dashboard_counts_images_rejects_and_shards(
 def test_tiny_imagenet_is_read_whole(tiny_imagenet: Path, tmp_path: Path) -> None:
     config = configured(tiny_imagenet, tmp_path / "out", image_size=64, samples_per_shard=200)
     plan = make_plan(config)
-    assert plan.listed.layout == "tiny-imagenet"
-    assert len(plan.listed.classes) == 20
-    assert plan.listed.class_names[0] == "goldfish, Carassius auratus"
-    assert {split: len(x) for split, x in plan.listed.images.items()} == {
+    assert plan.collection.layout == "tiny-imagenet"
+    assert len(plan.collection.classes) == 20
+    assert plan.collection.class_names[0] == "goldfish, Carassius auratus"
+    assert {split: len(x) for split, x in plan.collection.images.items()} == {
         "train": 10_000,
         "val": 1000,
     }
-    for images in plan.listed.images.values():
+    for images in plan.collection.images.values():
         assert pc.all(pc.equal(pc.list_value_length(images["boxes"]), 1)).as_py()
     val = next(task for task in plan.tasks if task.split == "val")
     report = make_shard(val, plan.images(val), plan.source, plan.output, config)
