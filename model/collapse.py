@@ -12,8 +12,8 @@ MARGIN = 3.0  # standard deviations above chance that count as chance
 TEXTS = {
     "full": "masks cover everything: the target is too low",
     "empty": "masks are empty: the area weighs too much",
-    "closed": "the gate is stuck, only the corruption net trains: it does not bring the accuracy "
-    "on masked images down to the target",
+    "closed": "the gate is stuck, only the corruption net trains: it does not lower the accuracy "
+    "on masked images to the target",
     "open": "the gate is stuck, every step is joint: the accuracy on masked images does not come "
     "up to the target",
     "chance": "accuracy at chance: the classifier knows nothing",

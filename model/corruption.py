@@ -35,7 +35,7 @@ def bound_logits(logits: Tensor, limit: float) -> Tensor:
     """Project logits onto [-limit, limit] (0: not at all), so that no probability stays saturated.
 
     A sigmoid's slope p (1 - p) vanishes at large logits: once every probability was 1, no weight
-    of the area brought the masks back. From a bound descent can move a logit back inside only.
+    of the area restored the masks. From a bound descent can move a logit back inside only.
     """
     return _Projection.apply(logits, limit) if limit else logits
 

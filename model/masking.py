@@ -2,7 +2,7 @@
 
 Shapes: B images, H x W pixels, K the largest number of superpixels in the data set (`superpixels`).
 Images with fewer leave the last columns of [B, K] tensors empty. images: normalized float
-[B, 3, H, W], where not said otherwise; segments: int64 [B, H, W], labels below K.
+[B, 3, H, W], unless stated otherwise; segments: int64 [B, H, W], labels below K.
 """
 
 import torch

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.masking import normalize
-from pipeline.errors import UserError
+from pipeline.errors import NAMED, UserError
 from pipeline.sources.labels import class_lines
 
 SMALLEST_SIZE = 64  # most networks divide the side by 32: below, one feature is the whole image
-LISTED = 5  # names in an error
 NESTED = ("state_dict", "model")  # where training scripts keep the weights in their checkpoints
 # Densenet's official files name layers norm.1 that are now called norm1.
 OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
@@ -45,7 +44,7 @@ class Network:
 
 
 def _some(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:LISTED]) + (", ..." if len(names) > LISTED else "")
+    return ", ".join(list(names)[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
 def _import_error(package: str, error: Exception) -> UserError:
@@ -58,13 +57,13 @@ def _import_error(package: str, error: Exception) -> UserError:
 
 
 def _unknown(package: str, name: str, known: list[str]) -> UserError:
-    near = difflib.get_close_matches(name, known, LISTED)
+    near = difflib.get_close_matches(name, known, NAMED)
     hint = f" Near it: {', '.join(near)}." if near else ""
     return UserError(f"{package} knows no classifier {name!r}.{hint}")
 
 
 def _build(kind: str, name: str, outputs: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A network of random weights; `size` and, in 0..1, `mean` and `std` it is usually fed with."""
+    """Return a network of random weights, and its usual `size`, `mean` and `std` (in 0..1)."""
     if kind == "torchvision":
         try:
             from torchvision import models
@@ -91,7 +90,7 @@ def _build(kind: str, name: str, outputs: int) -> tuple[nn.Module, dict[str, Any
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by name. Raises UserError for a file that is none."""
+    """Read the tensors of a weights file by name. Raises UserError for a file that is none."""
     if not path.is_file():
         raise UserError(f"weights file {path} is missing; nothing is downloaded.")
     try:
@@ -140,7 +139,7 @@ def _load_weights(name: str, module: nn.Module, path: Path, outputs: int) -> Non
 
 
 def _read_classes(path: Path) -> list[str]:
-    """The first word of each line: a wnid per line, or LOC_synset_mapping.txt."""
+    """Read the first word of each line: a wnid per line, or LOC_synset_mapping.txt."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -158,10 +157,10 @@ def _read_classes(path: Path) -> list[str]:
 
 
 def _features_layer(name: str, module: nn.Module, size: int) -> nn.Module:
-    """The module whose output is the last to have places, adaptive pooling aside.
+    """Return the module whose output is the last with positions, adaptive pooling aside.
 
     Found by feeding an empty image. Raises UserError for a network that cannot be fed this size
-    or whose last places are not a square map [B, C, h, w], as those of a transformer.
+    or whose last positions are not a square map [B, C, h, w], as those of a transformer.
     """
     last: list[tuple[nn.Module, torch.Size]] = []
 
@@ -198,7 +197,7 @@ def load_network(
     network_classes: Path | None,
     size: int | None,
 ) -> Network:
-    """A torchvision or timm classifier with its weights, on the CPU; nothing is downloaded.
+    """Load a torchvision or timm classifier with its weights, on the CPU; nothing is downloaded.
 
     name: torchvision:NAME or timm:NAME. weights: .safetensors, or .pth or .pt of tensors, plain or
     under `state_dict` or `model`. classes: the data set's wnids in order. network_classes: a file

@@ -105,7 +105,7 @@ class ShardCache:
     def __init__(
         self, data: str | Path, manifest: Manifest, split: str, config: CacheConfig
     ) -> None:
-        """Raises UserError where the folder cannot be used or the limit holds no shard."""
+        """Open the cache. Raises UserError for an unusable folder or a limit below one shard."""
         self._ahead: set[str] = set()  # hashes of shards to prefetch that are not in use yet
         self._queue: deque[Shard] = deque()  # shards that its thread has still to fetch
         self._thread: threading.Thread | None = None
