@@ -1,7 +1,6 @@
 """`python -m jobs.train`: adversarial training on Ray Train, resumable by the same command."""
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -165,8 +164,6 @@ def train(config: TrainConfig) -> None:
     check_warmup(config, manifest)
     record = cli.record(config)
     claim_output(output, describe_run(config, manifest, record))
-    if config.logging.mlflow is not None and importlib.util.find_spec("mlflow") is None:
-        raise UserError("--mlflow needs the package mlflow: pip install mlflow-skinny")
     if (output / MODEL_NAME).exists():
         print(f"{output / MODEL_NAME} is there already: nothing left to train")
         return

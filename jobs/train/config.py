@@ -182,9 +182,6 @@ class LoggingConfig(Group):
         "which training stops; after a fifth of them the log says so",
     )
     stop_on_collapse: bool = option(True, help="off: only say so in the log")
-    mlflow: str | None = option(
-        None, help="tracking URI of an MLflow server or folder to log to as well (pip: mlflow)"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,8 @@
 """What a training reports: RUN/metrics.jsonl, RUN/log.txt for people, TensorBoard, Ray's metrics,
-MLflow, and the table at the end."""
+and the table at the end."""
 
 import json
 import math
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +17,6 @@ METRICS_NAME = "metrics.jsonl"
 LOG_NAME = "log.txt"  # only ever appended to, so that it can be followed
 TENSORBOARD_NAME = "tensorboard"
 EXAMPLES_NAME = "examples"
-MLFLOW_NAME = "mlflow-run.txt"  # the id under which a resumed run goes on
-
-
-class MlflowLog:
-    """The same numbers to an MLflow server or folder. A server that fails ends this log, not the
-    training; `failure` then says why."""
-
-    def __init__(self, uri: str, run: Path, parameters: dict[str, Any]) -> None:
-        import mlflow  # an optional package
-
-        # a server that is away holds training up for seconds, not minutes
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        self.failure: str | None = None
-        path = run / MLFLOW_NAME
-        try:
-            self.client = mlflow.MlflowClient(tracking_uri=uri)
-            if path.exists():
-                self.run_id = path.read_text()
-                return
-            experiment = self.client.get_experiment_by_name("aln")
-            number = experiment.experiment_id if experiment else None
-            number = number or self.client.create_experiment("aln")
-            self.run_id = self.client.create_run(number, run_name=run.name).info.run_id
-            named = [mlflow.entities.Param(key, str(value)) for key, value in parameters.items()]
-            self.client.log_batch(self.run_id, params=named)
-        except (mlflow.MlflowException, OSError) as error:
-            self.failure = f"MLflow at {uri}: {error}"
-            return
-        write_atomically(path, self.run_id.encode())
-
-    def write(self, values: dict[str, float], step: int) -> None:
-        """Log one interval."""
-        import mlflow
-
-        if self.failure is not None:
-            return
-        now = round(time.time() * 1000)
-        metrics = [mlflow.entities.Metric(key, value, now, step) for key, value in values.items()]
-        try:
-            self.client.log_batch(self.run_id, metrics)
-        except (mlflow.MlflowException, OSError) as error:
-            self.failure = f"MLflow: {error}"
-
-    def close(self) -> None:
-        """Mark the run as finished."""
-        if self.failure is None:
-            self.client.set_terminated(self.run_id)
 
 
 class TrainingLog:
@@ -77,7 +27,7 @@ class TrainingLog:
     every step once; log.txt keeps their lines. notes: for the next interval.
     """
 
-    def __init__(self, run: Path, resumed_step: int, mlflow: MlflowLog | None = None) -> None:
+    def __init__(self, run: Path, resumed_step: int) -> None:
         self.run = run
         path = run / METRICS_NAME
         lines = path.read_text().splitlines() if path.exists() else []
@@ -87,31 +37,24 @@ class TrainingLog:
         self.text = (run / LOG_NAME).open("a")
         self.events = SummaryWriter(str(run / TENSORBOARD_NAME), purge_step=resumed_step + 1)
         self.gauges: dict[str, Gauge] = {}
-        self.mlflow = mlflow
         self.notes: list[str] = []
 
     def write(self, values: dict[str, Any]) -> None:
         """Log one interval. values: JSON numbers, "step" and "phase" among them."""
-        if self.mlflow is not None and self.mlflow.failure is not None:
-            self.notes.append(self.mlflow.failure)
-            self.mlflow = None
         noted = values | ({"notes": self.notes} if self.notes else {})
         self.notes = []
         for file, text in ((self.file, json.dumps(noted)), (self.text, line(noted))):
             file.write(f"{text}\n")
             file.flush()
-        phase, step, numbers = values["phase"], values["step"], {}
+        phase, step = values["phase"], values["step"]
         for name, value in values.items():
             if not isinstance(value, int | float) or name == "step":
                 continue
-            numbers[f"{phase}/{name}"] = value
             self.events.add_scalar(f"{phase}/{name}", value, step)
             if name not in self.gauges:
                 self.gauges[name] = Gauge(f"aln_{name}", name, tag_keys=("run", "phase"))
             self.gauges[name].set(value, {"run": self.run.name, "phase": phase})
         self.events.flush()
-        if self.mlflow is not None:
-            self.mlflow.write(numbers, step)
 
     def picture(self, step: int, picture: np.ndarray, encoded: bytes) -> None:
         """Keep the example images' masks at a step: RGB uint8 [H, W, 3] and the same as PNG."""
@@ -122,12 +65,10 @@ class TrainingLog:
         self.events.flush()
 
     def close(self) -> None:
-        """Close the files, and mark the run in MLflow as finished."""
+        """Close the files."""
         self.file.close()
         self.text.close()
         self.events.close()
-        if self.mlflow is not None:
-            self.mlflow.close()
 
 
 def _step(line: str) -> float:

@@ -1,6 +1,5 @@
 """The function that every Ray Train worker runs: from the last checkpoint to the trained nets."""
 
-from dataclasses import asdict
 from typing import Any
 
 import ray.train
@@ -11,9 +10,9 @@ from jobs.pictures import encode_png
 from jobs.runs import save_nets
 from jobs.train.checkpoints import read_checkpoint, write_checkpoint
 from jobs.train.collectives import check_ranks, on_first_rank
-from jobs.train.config import TrainConfig, by_flag
+from jobs.train.config import TrainConfig
 from jobs.train.examples import Examples, draw_examples, load_examples
-from jobs.train.log import MlflowLog, TrainingLog
+from jobs.train.log import TrainingLog
 from jobs.train.state import TrainingError, fill_state, finished_nets, state_numbers, state_tensors
 from jobs.train.trainer import Trainer
 from pipeline.loading.loader import Loader
@@ -50,16 +49,6 @@ def write_state(trainer: Trainer, examples: Examples | None = None) -> None:
     on_first_rank(write, f"the checkpoint of step {state.step}")
 
 
-def open_log(trainer: Trainer, notes: list[str]) -> TrainingLog:
-    """Return the run's log, with notes for its next line."""
-    config, mlflow = trainer.config, None
-    if config.logging.mlflow is not None:
-        mlflow = MlflowLog(config.logging.mlflow, config.output, by_flag(asdict(config)))
-    log = TrainingLog(config.output, trainer.read_step, mlflow)
-    log.notes += notes
-    return log
-
-
 def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
     """Train as one of Ray Train's ranks and, on rank 0, save the nets with `record`."""
     context, device = ray.train.get_context(), ray.train.torch.get_device()
@@ -76,7 +65,8 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
     check_ranks(trainer.state)
     examples = None
     if rank == 0:
-        trainer.log = open_log(trainer, notes)
+        trainer.log = TrainingLog(config.output, trainer.read_step)
+        trainer.log.notes += notes
         examples = load_examples(loading, manifest, device)
     order = Order(
         batch_size=optimization.batch_size, seed=optimization.seed, window=loading.window(manifest)

@@ -10,7 +10,6 @@ from jobs.train.launch import following
 from jobs.train.log import (
     LOG_NAME,
     METRICS_NAME,
-    MlflowLog,
     TrainingLog,
     line,
     summary,
@@ -121,30 +120,3 @@ def test_intervals_reach_rays_metrics(tmp_path: Path, ray_local: None) -> None:
     log.close()
     names = {gauge.info["name"] for gauge in log.gauges.values()}
     assert {"aln_accuracy", "aln_classifier_loss"} <= names
-
-
-def test_intervals_reach_mlflow_and_a_resumed_run_goes_on_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mlflow = pytest.importorskip("mlflow", reason="the optional package mlflow is not installed")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder does without a server
-    uri = (tmp_path / "server").as_uri()
-    for step in (10, 20):
-        log = TrainingLog(tmp_path, step - 10, mlflow=MlflowLog(uri, tmp_path, {"seed": 3}))
-        log.write(VALUES | {"step": step, "accuracy": step / 100})
-        log.close()
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    runs = client.search_runs([client.get_experiment_by_name("aln").experiment_id])
-    assert [(run.info.status, run.data.params) for run in runs] == [("FINISHED", {"seed": "3"})]
-    history = client.get_metric_history(runs[0].info.run_id, "adversarial/accuracy")
-    assert [(point.step, point.value) for point in history] == [(10, 0.1), (20, 0.2)]
-
-
-def test_an_mlflow_server_that_does_not_answer_is_noted_and_training_goes_on(
-    tmp_path: Path,
-) -> None:
-    pytest.importorskip("mlflow", reason="the optional package mlflow is not installed")
-    log = TrainingLog(tmp_path, 0, mlflow=MlflowLog("nowhere://x", tmp_path, {}))
-    log.write(VALUES)
-    log.close()
-    assert "MLflow at nowhere://x" in metrics(tmp_path)[0]["notes"][0]
