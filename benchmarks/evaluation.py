@@ -26,7 +26,7 @@ from jobs.loading import LoadingConfig
 from jobs.runs import Nets, colour_statistics, load_nets, new_classifier, new_corruption, save_nets
 from jobs.train.config import TrainConfig
 from jobs.train.trainer import model_config
-from model.localization import RULES
+from model.localization import RULES, Rule
 from model.masking import normalize
 from pipeline.evaluation.sweep import quantize, stretch
 from pipeline.evaluation.truth import ground_truth_of
@@ -87,7 +87,7 @@ def stage_costs(data: Path, run: Path) -> dict[str, float]:
     )
     maps = run_map(MAPS["aln"], nets, x)
 
-    def score(*rules: str) -> Callable[[], Any]:
+    def score(*rules: Rule) -> Callable[[], Any]:
         return lambda: score_maps(maps, quantize(stretch(maps)), images, truth, rules)
 
     def classify() -> Any:

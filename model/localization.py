@@ -4,14 +4,19 @@ Boxes are [x0, y0, x1, y1] in inclusive integer pixels: a box of one pixel has x
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import cv2
 import numpy as np
 
+Rule = Literal["paper", "mean", "quantile", "otsu", "medoid"]
 MEAN_WEIGHT, MAX_WEIGHT = 0.7, 0.3
 KEPT_SHARE = 0.35  # of the pixels lies above the "quantile" rule's threshold
-# Sums of float32 values over superpixels leave about this much noise on a map without content.
-FLAT = 1e-5
+OTSU_LEVELS = 256
+MEDOID_SHARES = np.arange(6, 17) / 20  # 0.3, 0.35 ... 0.8 of the way from minimum to maximum
+# Sums of float32 values over superpixels leave about this much noise on a map without content;
+# below the normal range of float32 thresholds between two values do not exist.
+FLAT, TINY = 1e-5, float(np.finfo(np.float32).tiny)
 
 
 def adaptive_threshold(values: np.ndarray) -> float:
@@ -38,40 +43,100 @@ def quantile_threshold(values: np.ndarray) -> float:
     return float(threshold)
 
 
-# Scaling or shifting a map moves no rule's box, so a map need not lie in [0, 1].
-RULES: dict[str, Callable[[np.ndarray], float]] = {
-    "paper": adaptive_threshold,
-    "mean": mean_threshold,
-    "quantile": quantile_threshold,
+def otsu_threshold(values: np.ndarray) -> float:
+    """Return the largest value of the lower class where the between-class variance is largest.
+
+    The values of a map that is not flat are read as 256 equal levels from its minimum to its
+    maximum; of equal variances the lowest cut wins, which leaves more pixels above (Otsu, "A
+    threshold selection method from gray-level histograms", 1979).
+    """
+    low, high = float(values.min()), float(values.max())
+    levels = np.minimum((values - low) / (high - low) * OTSU_LEVELS, OTSU_LEVELS - 1)
+    levels = levels.astype(np.uint8)
+    counts = np.bincount(levels.ravel(), minlength=OTSU_LEVELS)
+    below = counts.cumsum()[:-1]
+    sums = (counts * np.arange(OTSU_LEVELS)).cumsum()
+    # Differences of the classes' means times their sizes, as integers: equal variances stay equal.
+    differences = (sums[:-1] * values.size - sums[-1] * below).astype(np.float64)
+    cut = np.argmax(differences**2 / (below * (values.size - below)))
+    return float(values[levels <= cut].max())
+
+
+def medoid_thresholds(values: np.ndarray) -> list[float]:
+    """Return the thresholds at 0.3, 0.35 ... 0.8 of the way from a map's minimum to its maximum."""
+    low, high = float(values.min()), float(values.max())
+    return (low + MEDOID_SHARES * (high - low)).tolist()
+
+
+# The thresholds of a map, in ascending order. Scaling or shifting a map moves no rule's box, so a
+# map need not lie in [0, 1].
+RULES: dict[Rule, Callable[[np.ndarray], list[float]]] = {
+    "paper": lambda values: [adaptive_threshold(values)],
+    "mean": lambda values: [mean_threshold(values)],
+    "quantile": lambda values: [quantile_threshold(values)],
+    "otsu": lambda values: [otsu_threshold(values)],
+    "medoid": medoid_thresholds,
 }
-RULE_TEXTS = {
+RULE_TEXTS: dict[Rule, str] = {
     "paper": f"threshold {MEAN_WEIGHT} mean + {MAX_WEIGHT} max",
     "mean": "threshold at the mean",
     "quantile": f"threshold that {KEPT_SHARE} of the pixels exceed",
+    "otsu": "Otsu's threshold of the map",
+    "medoid": "of the boxes at 0.3, 0.35 ... 0.8 of the range, the closest to the others",
 }
 
 
-def map_box(values: np.ndarray, rule: str = "paper") -> np.ndarray | None:
-    """Return the box of the largest 8-connected component strictly above the threshold of a rule.
+def map_box(values: np.ndarray, rule: Rule = "paper") -> np.ndarray | None:
+    """Return the box of the largest 8-connected component strictly above the threshold of a rule;
+    where the rule has several thresholds, of their boxes the medoid.
 
-    values: float [H, W]; rule: a name of RULES. Returns int64 [4], None for a flat map (the same
-    value everywhere, up to rounding). Of components with equally many pixels the topmost wins,
-    then the leftmost. Raises ValueError for NaN or infinite values.
+    values: float [H, W]. Returns int64 [4], None for a flat map (the same value everywhere, up to
+    rounding). Of components with equally many pixels the topmost wins, then the leftmost. Raises
+    ValueError for NaN or infinite values.
     """
     if not np.isfinite(values).all():
         raise ValueError(
             f"a map of {values.shape[0]} x {values.shape[1]} pixels holds NaN or infinite values: "
             "the net that made it has diverged; train it again."
         )
-    if float(values.max()) - adaptive_threshold(values) <= FLAT * float(np.abs(values).max()):
+    scale = float(np.abs(values).max())
+    if float(values.max()) - adaptive_threshold(values) <= FLAT * scale + TINY:
         return None
-    above = (values > RULES[rule](values)).astype(np.uint8)
-    stats = cv2.connectedComponentsWithStats(above, connectivity=8)[2][1:].tolist()
+    boxes: dict[int, np.ndarray] = {}  # by the number of pixels above: equal numbers, equal pixels
+    counts = []
+    for threshold in RULES[rule](values):
+        above = (values > threshold).view(np.uint8)
+        counts.append(cv2.countNonZero(above))
+        if counts[-1] not in boxes:
+            boxes[counts[-1]] = _largest_component(above)
+    return medoid(np.stack([boxes[count] for count in counts]))
+
+
+def _largest_component(above: np.ndarray) -> np.ndarray:
+    """Return the box of the largest component: uint8 [H, W] of 0 and 1, not all 0 -> int64 [4]."""
+    left, top, width, height = cv2.boundingRect(above)
+    part = above[top : top + height, left : left + width]
+    stats = cv2.connectedComponentsWithStats(part, connectivity=8)[2][1:].tolist()
     x, y, width, height, _ = min(stats, key=lambda s: (-s[4], s[1], s[0], s[3], s[2]))
+    x, y = x + left, y + top
     return np.array([x, y, x + width - 1, y + height - 1], np.int64)
 
 
-def localize(maps: np.ndarray, rule: str = "paper") -> tuple[np.ndarray, np.ndarray]:
+def medoid(boxes: np.ndarray) -> np.ndarray:
+    """Return the box with the largest mean IoU with the others, the first of equal ones.
+
+    boxes: int64 [N, 4] -> int64 [4].
+    """
+    first, second = boxes[:, None], boxes[None]
+    low = np.maximum(first[..., :2], second[..., :2])
+    high = np.minimum(first[..., 2:], second[..., 2:])
+    shared = np.maximum(high - low + 1, 0).prod(axis=2)
+    areas = (boxes[:, 2:] - boxes[:, :2] + 1).prod(axis=1)
+    ious = shared / (areas[:, None] + areas - shared)
+    return boxes[ious.mean(axis=1).round(12).argmax()]  # rounded: equal means stay equal
+
+
+def localize(maps: np.ndarray, rule: Rule = "paper") -> tuple[np.ndarray, np.ndarray]:
     """Return `map_box` of each map: float [B, H, W] -> boxes int64 [B, 4], found bool [B].
 
     A flat map says nothing about where the object is: its box is the whole map, `found` False.

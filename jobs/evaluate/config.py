@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jobs.cli import check_bounds, flag, option
+from model.localization import Rule
 from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.loading.cache import DEFAULT_LIMIT
 from pipeline.storage import absolute
@@ -54,7 +55,7 @@ class EvaluateConfig:
     protocol: Literal["devkit", "exclusive", "int224"] = option(
         "devkit", help="; ".join(f"{name}: {p.text}" for name, p in PROTOCOLS.items())
     )
-    rule: Literal["paper", "mean", "quantile"] = option(
+    rule: Rule = option(
         "paper", help="box rule of the printed table; the files and the page have all"
     )
     baselines: bool = option(

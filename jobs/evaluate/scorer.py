@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.localization import localize
+from model.localization import RULES, Rule, localize
 from pipeline.evaluation.formats import read_score_map, score_map_path
 from pipeline.evaluation.metrics import SUBSET_GROUPS, Sweep, subset_masks
 from pipeline.evaluation.protocols import (
@@ -214,7 +214,7 @@ def sweep_image(
 
 
 def score_maps(
-    maps: np.ndarray, levels: np.ndarray, images: np.ndarray, truth: MapTruth, rules: Sequence[str]
+    maps: np.ndarray, levels: np.ndarray, images: np.ndarray, truth: MapTruth, rules: Sequence[Rule]
 ) -> ScoredMaps:
     """Score one batch of maps of one kind.
 
@@ -277,7 +277,7 @@ def _given_part(root: Path, truth: MapTruth, size: tuple[int, int], start: int) 
         paths = (score_map_path(root, truth.ids[images[i]]) for i in some)
         maps = np.stack([read_score_map(path, size) for path in paths])
         levels[some] = quantize(maps)
-        scored.append(score_maps(maps, levels[some], images[some], truth, ["paper"]))
+        scored.append(score_maps(maps, levels[some], images[some], truth, tuple(RULES)))
     return Part(
         rows=truth.rows[images],
         maps={"given": reduce(add, scored)},

@@ -11,7 +11,7 @@ import torch
 from jobs.cli import check_bounds, option
 from jobs.pictures import draw_overlay, encode_png, mask_picture
 from jobs.runs import ModelConfig, Nets, colour_statistics
-from model.localization import localize
+from model.localization import Rule, localize
 from model.masking import mask_map, normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import TOP, scale_boxes
@@ -40,9 +40,7 @@ class LocalizeConfig:
         help="write masks/: a grey PNG per image, of its size, 255 times the probability of being "
         "masked (threshold at 128 for what is masked more often than not)",
     )
-    rule: Literal["paper", "mean", "quantile"] = option(
-        "paper", help="how a box follows from a map"
-    )
+    rule: Rule = option("paper", help="how a box follows from a map")
     batch_size: int = option(
         32, low=1, help="images the nets see at once; a result may depend on it in its last digit"
     )
@@ -102,7 +100,7 @@ def prepare(config: ModelConfig, data: bytes) -> Prepared:
 
 
 def locate(
-    nets: Nets, prepared: Sequence[Prepared], *, batch_size: int, rule: str = "paper"
+    nets: Nets, prepared: Sequence[Prepared], *, batch_size: int, rule: Rule = "paper"
 ) -> list[Located]:
     """Return boxes and classes of up to `batch_size` images, on the device where the nets are.
 

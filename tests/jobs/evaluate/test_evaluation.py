@@ -17,6 +17,7 @@ from jobs.evaluate.tasks import ranges
 from jobs.runs import Nets, colour_statistics, load_nets, read_config, save_nets
 from model.classifier import class_probabilities
 from model.evidence import evidence
+from model.localization import RULES
 from model.masking import normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.results import Evaluation, Row, RowFigures, read_evaluation
@@ -27,7 +28,6 @@ from tests.jobs.kills import one_worker_killed
 from tests.pipeline.made_set import stored_samples
 
 VAL_IMAGES = 24
-RULES = ("paper", "mean", "quantile")
 BASELINES = ("gradient", "lrp", "cam", "layercam")
 
 

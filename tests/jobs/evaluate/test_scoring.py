@@ -12,6 +12,7 @@ import pytest
 from jobs.evaluate import __main__ as job
 from jobs.evaluate import scorer
 from jobs.evaluate.config import EvaluateConfig
+from model.localization import RULES
 from pipeline.errors import UserError
 from pipeline.evaluation.formats import Guesses, write_guesses, write_score_map
 from pipeline.evaluation.results import (
@@ -160,6 +161,9 @@ def test_score_maps_by_hand(four: GroundTruth, tmp_path: Path) -> None:
     assert given.curves["corloc"]["0.5"][50] == 3 / 4
     levels = evaluation.maps([1])[1]
     assert np.unique(levels).tolist() == [51, 204]  # as they are, not stretched
+    assert {r.row.rule: r.figures["gt_known"] for r in evaluation.rows if r.row.map == "given"} == (
+        dict.fromkeys(RULES, 3 / 4)
+    )
 
 
 def test_the_sweep_at_224_pixels_by_hand(four: GroundTruth, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_a_gpu_finds_what_the_cpu_finds(nets: Nets) -> None:
 def test_each_rule_gives_its_own_box_of_the_same_map(nets: Nets) -> None:
     images = random_images(nets, 8)
     boxes = {}
-    for rule in ("paper", "mean", "quantile"):
+    for rule in RULES:
         results = locate(nets, images, batch_size=8, rule=rule)
         sizes = np.array([(image.height, image.width) for image in images])
         of_maps = localize(maps_of(results), rule)[0]

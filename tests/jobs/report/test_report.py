@@ -306,7 +306,7 @@ def test_the_table_shows_every_row_with_its_figures_and_intervals(
         name = " ".join(cells[0].split())
         assert name.startswith(row.title)
         assert name.endswith(f"class: {row.row.classes}")
-        assert (f"by {row.row.rule}" in name) == (row.row.rule in ("mean", "quantile"))
+        assert (f"by {row.row.rule}" in name) == (row.row.rule not in ("paper", None))
         low, high = row.interval["gt_known"] or (None, None)
         expected = [row.figures["gt_known"], low, high]
         numbers = re.findall(r"[\d.]+", cells[1])
