@@ -95,7 +95,7 @@ def stage_costs(data: Path, run: Path) -> dict[str, float]:
             return nets.clean_classifier(x.images)
 
     stages: dict[str, Callable[[], Any]] = {"a classifier": classify}
-    for source in MAPS.values():
+    for source in (source for source in MAPS.values() if source.of_run is not None):
         stages[source.title] = partial(run_map, source, nets, x)
     stages["a map's box, sweep and AUC"] = score("paper")
     stages["the same by every box rule"] = score(*RULES)

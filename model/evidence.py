@@ -8,9 +8,8 @@ label, which the net itself does not see.
 import torch
 from torch import Tensor
 
-from model.classifier import Classifier
 from model.masking import paint, superpixel_mean
-from model.saliency import layer_cams
+from model.saliency import AnyClassifier, layer_cams
 
 ENLARGEMENT = 1.5  # of the image's sides; docs/log.md compares others, of one classifier
 LEVEL = 1e-4  # a map whose deviation is a smaller part of its values says nothing
@@ -24,8 +23,13 @@ def _standardized(values: Tensor) -> Tensor:
     return centred / (deviation + floor).clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def combined_cams(cams: list[Tensor]) -> Tensor:
+    """Return the sum of the roots of LayerCAMs [B, H, W], each standardized, standardized again."""
+    return _standardized(sum((_standardized(cam.sqrt()) for cam in cams), cams[0].new_zeros(())))
+
+
 def evidence(
-    classifier: Classifier, images: Tensor, labels: Tensor, segments: Tensor, superpixels: int
+    classifier: AnyClassifier, images: Tensor, labels: Tensor, segments: Tensor, superpixels: int
 ) -> Tensor:
     """Return how much each superpixel speaks for its image's label, compared within the image.
 

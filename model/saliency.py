@@ -12,47 +12,33 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.classifier import Classifier
+from model.pretrained import PretrainedClassifier
 
+AnyClassifier = Classifier | PretrainedClassifier
 BLUR_SHARE = 3 / 64  # standard deviation of the blur, as a share of the side
 
 
-def class_activation_map(classifier: Classifier, images: Tensor, classes: Tensor) -> Tensor:
-    """Return CAM (Zhou et al. 2016): the last features weighted as the class's logit weights them.
-    Its mean at the features' own size is the class's logit less the bias."""
-    with torch.no_grad():
-        weights = classifier.head.weight[classes]
-        maps = torch.einsum("bc,bchw->bhw", weights, classifier.features(images))
-        return resize_maps(maps, images)
+def class_activation_map(classifier: AnyClassifier, images: Tensor, classes: Tensor) -> Tensor:
+    """Return CAM (Zhou et al. 2016): the last features, each channel weighted by the class logit's
+    gradient summed over positions.
 
-
-def gradient_weighted_cam(
-    network: nn.Module, layer: nn.Module, images: Tensor, classes: Tensor
-) -> Tensor:
-    """Return Grad-CAM (Selvaraju et al. 2017) without its final ReLU: CAM for any network.
-
-    layer: the module within `network` whose output [B, C, h, w] is read. Each of its channels is
-    weighted by the class logit's gradient summed over positions, so the map is Grad-CAM times
-    h * w, and where only average pooling and a linear layer follow, `class_activation_map`.
+    Where only average pooling and a linear layer follow, that is the layer's weight, and the map's
+    mean at the features' own size is the logit less the bias. Elsewhere it is Grad-CAM (Selvaraju
+    et al. 2017) times the number of positions, without its final ReLU.
     """
-    outputs: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda *call: outputs.append(call[2]))
-    try:
-        with torch.enable_grad():
-            logits = network(images.detach().requires_grad_())
-    finally:
-        handle.remove()
-    features = outputs[-1]
-    score = logits.gather(1, classes.unsqueeze(1)).sum()
-    (gradient,) = torch.autograd.grad(score, features)
-    maps = torch.einsum("bc,bchw->bhw", gradient.sum(dim=(2, 3)), features.detach())
-    return resize_maps(maps, images)
+    with torch.no_grad():
+        features = classifier.features(images)
+    with torch.enable_grad():
+        offset = torch.zeros_like(features[:, :, :1, :1]).requires_grad_()
+        score = classifier.classify(features + offset).gather(1, classes.unsqueeze(1)).sum()
+    (weights,) = torch.autograd.grad(score, offset)
+    return resize_maps((weights * features).sum(dim=1), images)
 
 
 def layer_cams(
-    classifier: Classifier, images: Tensor, classes: Tensor, *, enlargement: float = 1.0
+    classifier: AnyClassifier, images: Tensor, classes: Tensor, *, enlargement: float = 1.0
 ) -> list[Tensor]:
-    """Return LayerCAM (Jiang et al. 2021) of every layer whose map has the size of the last one:
-    features x gradient where that is positive, summed over channels.
+    """Return `layer_cams_of` the classifier's final maps, at the images' size.
 
     enlargement: of the image's sides, bilinearly, before the classifier sees it.
     """
@@ -63,10 +49,18 @@ def layer_cams(
         )
     with torch.enable_grad():
         maps = classifier.final_maps(views)
+    return [resize_maps(cam, images) for cam in layer_cams_of(classifier, maps, classes)]
+
+
+def layer_cams_of(classifier: AnyClassifier, maps: list[Tensor], classes: Tensor) -> list[Tensor]:
+    """Return LayerCAM (Jiang et al. 2021) of what the classifier's `final_maps` returned, float32
+    [B, h, w] of each map's own size: features x gradient where that is positive, summed over
+    channels. The graph of the maps is used up."""
+    with torch.enable_grad():
         score = classifier.classify(maps[-1]).gather(1, classes.unsqueeze(1)).sum()
     gradients = torch.autograd.grad(score, maps)
     return [
-        resize_maps((values.detach().float() * gradient.float()).clamp(min=0).sum(dim=1), images)
+        (values.detach().float() * gradient.float()).clamp(min=0).sum(dim=1)
         for values, gradient in zip(maps, gradients, strict=True)
     ]
 

@@ -35,11 +35,16 @@ class EvaluateConfig:
     )
     run: Path | None = option(None, help="evaluate the nets in this folder of jobs.train")
     network: str | None = option(
-        None, help="evaluate a network, e.g. torchvision:resnet50 or timm:resnet50"
+        None,
+        help="evaluate a network: efficientnet-lite0 to 2, timm:NAME or torchvision:NAME",
     )
-    network_weights: Path | None = option(None, help="weights file of --network")
+    network_weights: Path | None = option(
+        None, help="weights file of --network (default: its package's, or timm's download)"
+    )
     network_classes: Path | None = option(
-        None, help="a wnid per line, in the order of --network's outputs (default: the data's)"
+        None,
+        help="a wnid per line, in the order of --network's outputs (default: the data's, or the "
+        "1000 of ILSVRC)",
     )
     network_size: int | None = option(
         None, low=1, help="side in pixels that --network is fed (default: its own)"
@@ -114,8 +119,9 @@ class EvaluateConfig:
         for name in ("run", "network"):
             if getattr(self, name) and self.data is None:
                 raise ValueError(f"--{name} needs images: give --data SHARDS")
-        if bool(self.network) != bool(self.network_weights):
-            raise ValueError("--network and --network-weights need each other")
+        for name in ("network_weights", "network_classes", "network_size"):
+            if getattr(self, name) and not self.network:
+                raise ValueError(f"{flag(name)} is about a network: it needs --network")
         if self.classifier and self.network:
             raise ValueError(
                 "--classifier beside --network: every row has the network's classes; leave it out"

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.evaluate.networks import Network, network_logits, prepare, resized
+from jobs.networks import Network, prepare, resized
 from jobs.runs import Nets, colour_statistics
 from model.classifier import class_probabilities
-from model.evidence import evidence
+from model.evidence import combined_cams, evidence
 from model.masking import mask_map, normalize
+from model.pretrained import PretrainedClassifier
 from model.relevance import layerwise_relevance
-from model.saliency import blur, class_activation_map, gradient_saliency, gradient_weighted_cam
+from model.saliency import blur, class_activation_map, gradient_saliency, layer_cams
 
 if TYPE_CHECKING:  # importing it needs DALI, which tasks alone do
     from pipeline.loading.loader import Batch
@@ -47,7 +48,7 @@ class MapSource:
 
     title: str
     of_run: Callable[[Nets, Inputs], Tensor] | None = None
-    of_network: Callable[[Network, Inputs], Tensor] | None = None
+    of_network: Callable[[PretrainedClassifier, Inputs], Tensor] | None = None
     blurred: bool = False
     paper: tuple[float | None, float | None] | None = None
 
@@ -61,21 +62,21 @@ MAPS = {  # in the order of the table; our baselines are maps of the clean class
     "gradient": MapSource(
         title="Gradient saliency",
         of_run=lambda nets, x: gradient_saliency(nets.clean_classifier, x.images, x.labels),
-        of_network=lambda net, x: gradient_saliency(net.module, x.images, x.labels),
+        of_network=lambda net, x: gradient_saliency(net, x.images, x.labels),
         blurred=True,
         paper=(None, 0.387),
     ),
     "lrp": MapSource(
         title="LRP",
         of_run=lambda nets, x: layerwise_relevance(nets.clean_classifier, x.images, x.labels),
-        of_network=lambda net, x: layerwise_relevance(net.module, x.images, x.labels),
+        of_network=lambda net, x: layerwise_relevance(net, x.images, x.labels),
         blurred=True,
         paper=(0.422, None),
     ),
     "cam": MapSource(  # "Global Average Pooling" in the paper's table
         title="CAM",
         of_run=lambda nets, x: class_activation_map(nets.clean_classifier, x.images, x.labels),
-        of_network=lambda net, x: gradient_weighted_cam(net.module, net.layer, x.images, x.labels),
+        of_network=lambda net, x: class_activation_map(net, x.images, x.labels),
         paper=(0.519, 0.436),
     ),
     "layercam": MapSource(
@@ -83,6 +84,10 @@ MAPS = {  # in the order of the table; our baselines are maps of the clean class
         of_run=lambda nets, x: evidence(
             nets.clean_classifier, x.images, x.labels, x.segments, x.superpixels
         ),
+    ),
+    "layercam of pixels": MapSource(
+        title="LayerCAM",
+        of_network=lambda net, x: combined_cams(layer_cams(net, x.images, x.labels)),
     ),
     "aln": MapSource(title="ALN", of_run=_aln, paper=(0.565, 0.455)),
 }
@@ -145,27 +150,24 @@ class NetworkSource:
         """
         with torch.no_grad():
             probabilities = class_probabilities(
-                lambda views: network_logits(self.network, views),
-                prepare(self.network, batch.images),
-                crops=self.crops,
+                self.network.classifier, prepare(self.network, batch.images), crops=self.crops
             )
         return {"network": probabilities}, self._maps(batch)
 
     def _maps(self, batch: "Batch") -> Iterator[tuple[str, np.ndarray]]:
         sources = {name: source for name, source in MAPS.items() if source.of_network is not None}
         parts: dict[str, list[np.ndarray]] = {name: [] for name in sources}
-        outputs = torch.from_numpy(self.network.outputs).to(batch.labels.device)[batch.labels]
         for first in range(0, len(batch.images), MAP_BATCH):
             some = slice(first, first + MAP_BATCH)
             inputs = Inputs(
                 images=prepare(self.network, batch.images[some]),
-                labels=outputs[some],
+                labels=batch.labels[some],
                 segments=batch.segments[some],
                 superpixels=self.superpixels,
             )
             for name, source in sources.items():
                 assert source.of_network is not None
-                values = source.of_network(self.network, inputs).unsqueeze(1)
+                values = source.of_network(self.network.classifier, inputs).unsqueeze(1)
                 stored = resized(values, batch.images.shape[-2:]).squeeze(1)
                 parts[name].append(finished(stored, blurred=source.blurred))
         yield from ((name, np.concatenate(arrays)) for name, arrays in parts.items())

@@ -18,11 +18,11 @@ from torch import Tensor
 from jobs.cli import connect_ray
 from jobs.evaluate.config import EvaluateConfig
 from jobs.evaluate.maps import NetworkSource, RunSource
-from jobs.evaluate.networks import load_network
 from jobs.evaluate.scorer import MapTruth, Part, score_maps
+from jobs.networks import load_network
 from jobs.runs import load_nets
 from model.localization import RULES
-from pipeline.errors import UserError
+from pipeline.errors import NAMED, UserError
 from pipeline.evaluation.formats import write_score_map
 from pipeline.evaluation.protocols import TOP
 from pipeline.evaluation.results import maps_bytes
@@ -46,27 +46,39 @@ def set_up_process(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
+def to_device(net: torch.nn.Module, device: torch.device) -> None:
+    """Move a net to the device, its convolutions in the memory format that is fastest."""
+    net.to(device)
+    torch.nn.utils.convert_conv2d_weight_memory_format(net, torch.channels_last)
+
+
 def load_source(
     config: EvaluateConfig, manifest: Manifest, device: torch.device
 ) -> RunSource | NetworkSource:
     """Read the run's nets or the network onto the device. Raises UserError."""
     superpixels = manifest.max_superpixels
     if config.network is not None:
-        assert config.network_weights is not None
         network = load_network(
             config.network,
-            config.network_weights,
             manifest.classes,
-            config.network_classes,
-            config.network_size,
+            manifest.class_names,
+            weights=config.network_weights,
+            network_classes=config.network_classes,
+            size=config.network_size,
         )
-        network.module.to(device)
+        if network.new_classes:
+            raise UserError(
+                f"{config.network} does not know {len(network.new_classes)} of the "
+                f"{len(manifest.classes)} classes of {config.data}: "
+                f"{', '.join(network.new_classes[:NAMED])}. Evaluate a network that knows them, or "
+                "give --network-classes FILE."
+            )
+        to_device(network.classifier, device)
         return NetworkSource(network=network, superpixels=superpixels, crops=config.ten_crops)
     assert config.run is not None
     nets = load_nets(config.run)
     for net in nets.modules().values():
-        net.to(device)
-        torch.nn.utils.convert_conv2d_weight_memory_format(net, torch.channels_last)
+        to_device(net, device)
     return RunSource(
         nets=nets,
         superpixels=superpixels,

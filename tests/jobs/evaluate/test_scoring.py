@@ -303,7 +303,7 @@ def test_files_are_scored_with_few_packages(four: GroundTruth, tmp_path: Path, s
         ({"ground_truth": Path("b"), "run": Path("r")}, "--run.*--data"),
         ({"data": "a", "run": Path("r"), "network": "n"}, "--run and --network.*jobs.report"),
         ({"data": "a", "run": Path("r"), "score_maps": Path("s")}, "--run and --score-maps"),
-        ({"data": "a", "network": "timm:resnet18"}, "--network-weights"),
+        ({"data": "a", "network_weights": Path("w")}, "--network-weights.*--network"),
         (
             {
                 "data": "a",
