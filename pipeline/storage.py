@@ -87,6 +87,14 @@ def with_suffix(location: str | Path, suffix: str) -> str:
     return urlunsplit(parts._replace(path=str(PurePosixPath(parts.path).with_suffix(suffix))))
 
 
+def parent(location: str | Path) -> str:
+    """Return the location of the folder in which a file lies."""
+    if not _is_uri(location):
+        return str(Path(location).parent)
+    parts = urlsplit(str(location))
+    return urlunsplit(parts._replace(path=str(PurePosixPath(parts.path).parent)))
+
+
 def name(location: str | Path) -> str:
     """Return the last name of a location, unquoted."""
     if not _is_uri(location):

@@ -24,7 +24,7 @@ MOST_LINES = 50  # of problems
 class JobConfig(PreprocessConfig):
     """What to make, or which set to check."""
 
-    source: str = option("", help="folder or URI of the images; --verify needs none")
+    source: str = option("", help="folder, archive, list or URI of the images; --verify needs none")
     verify: bool = option(
         False,
         help="check the set in --output: every shard against its SHA-256, index, ledger and "

@@ -88,7 +88,7 @@ def read_guesses(path: Path, truth: GroundTruth) -> Guesses:
     limit = LARGEST if truth.classes is None else len(truth.classes)
     each.refuse(
         (rows.labels < -1) | (rows.labels >= limit),
-        lambda i: f"has label {rows.labels[i]}",
+        lambda i: f"has label {'null' if rows.labels[i] == UNKNOWN else rows.labels[i]}",
         f"expected -1 for no class, or 0 to {limit - 1}, the position in the sorted wnids",
     )
     labels = np.full((len(images), TOP), -1)

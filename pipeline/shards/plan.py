@@ -35,7 +35,10 @@ class PreprocessConfig:
     """What to preprocess, and how. Raises ValueError for a value out of range."""
 
     source: str = field(
-        metadata={"help": "folder with the images or archives, or its URI (s3://...)"}
+        metadata={
+            "help": "folder with the images or archives, one archive, or a list of images (.csv, "
+            ".parquet); or its URI (s3://...)"
+        }
     )
     output: str = field(
         metadata={"help": "folder or URI (s3://...) for the shards; an unfinished one is continued"}

@@ -1,5 +1,6 @@
 """One shard: listed images -> samples -> a tar with its index and record."""
 
+import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,12 @@ from pipeline.shards.plan import PreprocessConfig, ShardTask
 from pipeline.shards.superpixels import superpixels
 from pipeline.sources.annotations import fit_boxes
 from pipeline.sources.files import SourceFiles
+
+# Other errors are of the disk or network, and must fail the task instead of rejecting its images.
+FAULTS_OF_A_FILE = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +126,7 @@ def _content(image: dict[str, Any], fetch: Callable[[], bytes]) -> bytes:
         raise ImageError(image["problem"])
     try:
         return fetch()
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        # Of the file itself; a failing disk or network must fail the task, not reject its images.
+    except OSError as error:
+        if error.errno not in FAULTS_OF_A_FILE:
+            raise
         raise ImageError(f"unreadable file: {error.strerror}") from error

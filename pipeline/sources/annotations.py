@@ -39,13 +39,19 @@ def read_annotation(data: bytes) -> Annotation:
     boxes, note = parse_boxes(corners)
     wnids = {name.strip() for name in (x.findtext("name", "") for x in root.iterfind("object"))}
     wnid = min(wnids, default="")
-    width, height = (_integer(root.findtext(f"size/{tag}", "")) for tag in ("width", "height"))
+    size = (root.findtext(f"size/{tag}", "") for tag in ("width", "height"))
     return Annotation(
         wnid=wnid if len(wnids) == 1 and 0 < len(wnid) <= MAX_WNID else None,
         boxes=boxes,
-        box_size=(width, height) if width and height and min(width, height) > 0 else None,
+        box_size=parse_size(*size),
         note=note,
     )
+
+
+def parse_size(width: str, height: str) -> tuple[int, int] | None:
+    """Return two texts as width and height in pixels, None where they are none."""
+    sides = _integer(width), _integer(height)
+    return (sides[0], sides[1]) if sides[0] and sides[1] and min(sides[0], sides[1]) > 0 else None
 
 
 def parse_boxes(groups: Iterable[Sequence[str]]) -> tuple[tuple[Box, ...], str | None]:
@@ -62,10 +68,14 @@ def parse_boxes(groups: Iterable[Sequence[str]]) -> tuple[tuple[Box, ...], str |
 
 def parse_box(texts: Sequence[str]) -> tuple[Box | None, str | None]:
     """Return four numbers as whole pixels, or the reason why they are none."""
+    shown = " ".join(texts)[:SHOWN]
     numbers = [_integer(text) for text in texts]
     if len(numbers) != 4 or None in numbers:
-        return None, f"not four whole numbers ({' '.join(texts)[:SHOWN]})"
+        return None, f"not four whole numbers ({shown})"
     x0, y0, x1, y1 = (number or 0 for number in numbers)
+    values = [*map(float, texts)]
+    if all(0 <= value <= 1 for value in values) and values != [x0, y0, x1, y1]:
+        return None, f"shares of the image, not pixels ({shown})"
     return (x0, y0, x1, y1), None
 
 

@@ -21,6 +21,8 @@ EXTENSIONS = (GNU_NAME, GNU_LINK, PAX, PAX_GLOBAL)  # what the next member's hea
 MAX_EXTENSION = 1 << 16  # bytes; a damaged size must not fill the memory
 MAX_PACKED = 1 << 26  # bytes of a file that is read as a whole
 END_MARK = bytes(BLOCK)
+GZIP = b"\x1f\x8b"
+PACKERS = {GZIP: "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"PK": "zip"}
 
 Read = Callable[[int, int], bytes]  # offset, size -> bytes, fewer at the end
 
@@ -67,8 +69,9 @@ def packed_files(files: SourceFiles, path: str) -> Iterator[tuple[str, bytes]]:
 
     Raises UserError for a tar that is damaged or cut off.
     """
-    location, packed = files.location(path), io.BytesIO(files.read(path))
-    with gzip.GzipFile(fileobj=packed) if is_packed(path) else packed as stream:
+    location, data = files.location(path), files.read(path)
+    packed = io.BytesIO(data)
+    with gzip.GzipFile(fileobj=packed) if data.startswith(GZIP) else packed as stream:
 
         def read(offset: int, count: int) -> bytes:
             stream.seek(offset)
@@ -98,12 +101,24 @@ def _members(read: Read, location: str, start: int, end: int | None) -> Iterator
     """
     at = start
     extended: dict[str, str] = {}  # fields of the next member, by their PAX keywords
-    while (block := read(at, BLOCK)) != END_MARK:
+    while True:
+        block = read(at, BLOCK)
+        if block == END_MARK:  # perhaps not the last one: archives are joined by `cat`
+            at = _after_zeros(read, at)
+            block = read(at, BLOCK)
+            if not block:
+                return
         if not block:
             raise _damage(location, f"ends at byte {at} without an end mark")
         try:
             name, size, kind, link = parse_header(block)
         except ValueError as error:
+            packer = next((x for x in PACKERS if block.startswith(x)), None)
+            if packer and at == start:
+                raise UserError(
+                    f"{location} is packed by {PACKERS[packer]}, whatever its name; unpack it, "
+                    "since images are read in place."
+                ) from error
             raise _damage(location, f"has no tar header at byte {at}") from error
         offset, extends = at + BLOCK, kind in EXTENSIONS
         if "size" in extended and not extends:
@@ -131,6 +146,13 @@ def _members(read: Read, location: str, start: int, end: int | None) -> Iterator
                 )
             extended = {}
         at = offset + padded(size)
+
+
+def _after_zeros(read: Read, at: int) -> int:
+    """Return the byte of the first block from `at` on that is not zeros, else of the end."""
+    while (chunk := read(at, MAX_EXTENSION)) and not chunk.strip(b"\0"):
+        at += len(chunk)
+    return at + (len(chunk) - len(chunk.lstrip(b"\0"))) // BLOCK * BLOCK
 
 
 def _extension(kind: bytes, content: bytes) -> dict[str, str]:

@@ -2,11 +2,11 @@
 
 import errno
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
@@ -20,32 +20,48 @@ Result = TypeVar("Result")
 Range = tuple[str, int | None, int | None]  # path, offset and size in bytes; None: the whole file
 Entries = tuple[list[str], list[str]]  # names of folders and of files
 
+LIST_SUFFIXES = (".csv", ".parquet")
+FILE_SUFFIXES = (*LIST_SUFFIXES, ".tar", ".tar.gz", ".tgz")  # of a URI that is no folder
 STREAMS = 32  # requests at once to object storage; each takes tens of milliseconds
 
 
 class SourceFiles:
     """The files below `source`, a folder or URI, by paths relative to it with forward slashes.
 
-    A context manager, which closes the archives that it opened. Raises UserError where the folder
+    A source may also be one file, an archive or a list: it counts as a folder that holds only that
+    file, and paths are relative to the folder where it lies. Absolute paths and URIs are read too,
+    since a list may name them. only: the name of that file; None for a folder.
+
+    A context manager, which closes the archives that it opened. Raises UserError where the source
     does not exist.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.remote = storage.is_remote(source)
-        self._root = "" if self.remote else str(storage.local_path(source))
-        if not self.remote and not Path(self._root).is_dir():
-            raise UserError(
-                f"source {source} does not exist on this node, or is no folder; name the folder "
-                "that holds the images or archives, and mount it on every node."
-            )
+        if self.remote:
+            is_file = storage.name(source).lower().endswith(FILE_SUFFIXES)
+        else:
+            path = storage.local_path(source)
+            is_file = path.is_file()
+            if not is_file and not path.is_dir():
+                raise UserError(
+                    f"source {source} does not exist on this node; name a folder of images or "
+                    "archives, an archive or a list, and mount it on every node."
+                )
+        self.only = storage.name(source) if is_file else None
+        self._folder = storage.parent(source) if is_file else source
+        self._root = "" if self.remote else str(storage.local_path(self._folder))
         self._opened: dict[str, pa.NativeFile] = {}
         self._opening = threading.Lock()
-        self._pool = ThreadPoolExecutor(STREAMS) if self.remote else None
+        may_be_remote = self.remote or is_list(self.only or "")
+        self._pool = ThreadPoolExecutor(STREAMS) if may_be_remote else None
 
     def location(self, path: str = "") -> str:
         """Return the location of a file or folder; of the source itself by default."""
-        return storage.join(self.source, *path.split("/")) if path else self.source
+        if not path or path.startswith("/") or "://" in path:
+            return path or self.source
+        return storage.join(self._folder, *path.split("/"))
 
     def entries(self, path: str = "") -> Entries:
         """Return the sorted names of the folders and of the files in a folder, without hidden ones.
@@ -54,6 +70,8 @@ class SourceFiles:
         """
         folders: list[str] = []
         names: list[str] = []
+        if self.only is not None:
+            return [], [] if path else [self.only]
         if self.remote:
             folders, names = map(list, storage.entries(self.location(path)))
         else:
@@ -134,8 +152,10 @@ class SourceFiles:
             return b""
 
     def _read_whole(self, path: str) -> bytes:
-        if not self.remote:
-            with open(self._local(path), "rb", buffering=0) as file:  # noqa: PTH123  (no Path: slow)
+        if not self.remote and "://" not in path:
+            with open(self._local(path), "rb", 0, opener=_open_at_once) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise OSError(errno.ENXIO, "it is a pipe or a device", path)
                 return file.readall()
         try:
             return storage.read_bytes(self.location(path))
@@ -143,6 +163,8 @@ class SourceFiles:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
 
     def _local(self, path: str) -> str:
+        if path.startswith("/"):
+            return path
         return f"{self._root}/{path}" if path else self._root
 
     def _open(self, path: str) -> pa.NativeFile:
@@ -161,6 +183,16 @@ class SourceFiles:
         for file in self._opened.values():
             file.close()
         self._opened.clear()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file; a pipe too, without waiting for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def is_list(name: str) -> bool:
+    """Return whether a source of this name is a list of images."""
+    return name.lower().endswith(LIST_SUFFIXES)
 
 
 def path_in(folder: str, name: str) -> str:

@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from pipeline.errors import UserError
 from pipeline.sources.archives import is_archive, is_packed
-from pipeline.sources.files import SourceFiles
+from pipeline.sources.files import SourceFiles, is_list
 from pipeline.sources.ilsvrc import IMAGES, list_ilsvrc
 from pipeline.sources.labels import WNID
 from pipeline.sources.layouts import (
@@ -18,6 +18,7 @@ from pipeline.sources.layouts import (
     list_tiny_imagenet,
 )
 from pipeline.sources.listing import is_image, stem, with_labels
+from pipeline.sources.lists import list_rows
 from pipeline.sources.webdatasets import list_webdataset, shard_names
 
 LAYOUTS = {
@@ -26,6 +27,7 @@ LAYOUTS = {
     "cub": list_cub,
     "webdataset": list_webdataset,
     "folders": list_folders,
+    "list": list_rows,
 }
 LAYOUT_HELP = (
     "ilsvrc: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or train/<wnid>/*.JPEG and "
@@ -33,7 +35,8 @@ LAYOUT_HELP = (
     "tiny-imagenet: wnids.txt, train/<wnid>/images, val/images, val/val_annotations.txt; "
     "cub: images.txt, image_class_labels.txt, classes.txt, images/; "
     "webdataset: train-000000.tar with jpg, png or webp and cls or json; "
-    "folders: <class>/* or train/<class>/* and val/<class>/*"
+    "folders: <class>/* or train/<class>/* and val/<class>/*; "
+    "list: one .csv or .parquet file with the columns path and label"
 )
 
 
@@ -56,6 +59,8 @@ def find_layout(files: SourceFiles) -> str:
 
     Raises UserError where it is empty or of no known layout.
     """
+    if is_list(files.only or ""):
+        return "list"
     folders, names = files.entries()
     if not folders and not names:
         raise UserError(

@@ -12,18 +12,19 @@ from pipeline.sources import labels
 from pipeline.sources.annotations import Annotation, read_annotation
 from pipeline.sources.archives import is_archive, is_packed, members, packed_files
 from pipeline.sources.files import SourceFiles, path_in
-from pipeline.sources.labels import WNID, Labels, merge_labels
+from pipeline.sources.labels import MAPPING, WNID, Labels, merge_labels
 from pipeline.sources.listing import Listing, ListingBuilder, is_image, stem, with_columns
 
 SPLIT_FOLDER = re.compile(r"(?:(?:ILSVRC/)?Data/CLS-LOC/)?(train|val)(?:/([^/]+))?")
 TEST_FOLDER = re.compile(r"(?:(?:ILSVRC/)?Data/CLS-LOC/)?test(?:/.*)?")  # without labels
 IMAGES = {"ILSVRC2012_img_train.tar": "train", "ILSVRC2012_img_val.tar": "val"}
+SPLIT_WORD = re.compile(r"(?:(?<![^/])|(?<=bbox_)|(?<=LOC_))(train|val)(?=/|_v\d|_solution)")
 BOXES = re.compile(r"ILSVRC201\d_bbox_.*")
 DEVKIT = re.compile(r"ILSVRC201\d_devkit_.*")
 DEVKIT_LABELS, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 SYNSET_LABELS = "imagenet_2012_validation_synset_labels.txt"
 SOLUTION = re.compile(r"LOC_.*_solution\.csv")
-MAPPING, WORDS, CAFFE_LABELS = "LOC_synset_mapping.txt", "words.txt", "val.txt"
+WORDS, CAFFE_LABELS = "words.txt", "val.txt"
 LISTS = (DEVKIT_LABELS, META, SYNSET_LABELS, MAPPING, WORDS, CAFFE_LABELS)
 
 
@@ -37,20 +38,21 @@ class _Contents:
 
     images: by split, those in folders. archives: path of the tar of images, by split. lists:
     content of the files of labels and names, by path. synsets: names by wnid of each meta.mat, by
-    its folder. annotations, solutions: a row per image, of the XML and of Kaggle's solutions.
+    its folder. annotations, solutions: by split, a row per XML file or row of a solution, with id
+    `<class>/<name>` where a class folder is named, else `<name>`.
     """
 
     images: dict[str, ListingBuilder] = field(default_factory=_builders)
     archives: dict[str, str] = field(default_factory=dict)
     lists: dict[str, bytes] = field(default_factory=dict)
     synsets: dict[str, dict[str, str]] = field(default_factory=dict)
-    annotations: ListingBuilder = field(default_factory=ListingBuilder)
-    solutions: ListingBuilder = field(default_factory=ListingBuilder)
+    annotations: dict[str, ListingBuilder] = field(default_factory=_builders)
+    solutions: dict[str, ListingBuilder] = field(default_factory=_builders)
 
-    def names(self, list_name: str, separator: str) -> dict[str, str]:
+    def names(self, list_name: str, separator: str | None = None) -> dict[str, str]:
         """Return the readable names by wnid of the first list of this name; empty without one."""
-        matching = (data for path, data in self.lists.items() if _last(path) == list_name)
-        return labels.read_names(next(matching, b""), separator)
+        path = next((path for path in self.lists if _last(path) == list_name), None)
+        return labels.read_names(self.lists[path], path, separator) if path else {}
 
 
 def list_ilsvrc(files: SourceFiles) -> Listing:
@@ -64,26 +66,25 @@ def list_ilsvrc(files: SourceFiles) -> Listing:
     for split, path in contents.archives.items():
         contents.images[split] = ListingBuilder()
         _add_archive(contents.images[split], files, path)
-    train = contents.images["train"].table("wnid", "id", "path")
-    val = contents.images["val"].table("id", "path")
-    boxes = _without_repetitions(contents.annotations.table("id", "path"), "XML files")
-    solutions = _without_repetitions(contents.solutions.table("id", "path"), "solutions")
-    mapping = contents.names(MAPPING, " ")
+    mapping = contents.names(MAPPING)
     synsets: list[dict[str, str]] = list(contents.synsets.values())
-    train_wnids = pc.unique(train["wnid"]).drop_null().to_pylist()
-    all_wnids = sorted(mapping or (synsets[0] if synsets else train_wnids))
-    labels_by_source = {
-        "the class folder": _wnid_by_id(val, val),
-        "the XML": _wnid_by_id(boxes, val),
-        "LOC_val_solution.csv": _wnid_by_id(solutions, val),
-    } | _listed_labels(contents, all_wnids)
-    val = with_columns(val, wnid=merge_labels(val["id"].to_pylist(), labels_by_source))
-    images = {
-        "train": _annotated(train, boxes, solutions),
-        "val": _annotated(val, boxes, solutions),
-    }
-    names = contents.names(WORDS, "\t") or mapping or {**ChainMap(*synsets)}
-    return Listing(images, names)
+    images: dict[str, pa.Table] = {}
+    for split, order in (("train", ("wnid", "id", "path")), ("val", ("id", "path"))):
+        listed = contents.images[split].table(*order)
+        xml = _matched(listed, contents.annotations[split].table(), "XML files")
+        solved = _matched(listed, contents.solutions[split].table(), "solutions")
+        if split == "val":
+            train_wnids = pc.unique(images["train"]["wnid"]).drop_null().to_pylist()
+            wnids = sorted(mapping or (synsets[0] if synsets else train_wnids))
+            labels_by_source = {
+                "the class folder": listed["wnid"].to_pylist(),
+                "the XML": xml["wnid"].to_pylist(),
+                "LOC_val_solution.csv": solved["wnid"].to_pylist(),
+            } | _listed_labels(contents, wnids, listed)
+            wnid = merge_labels(listed["id"].to_pylist(), labels_by_source)
+            listed = with_columns(listed, wnid=wnid)
+        images[split] = _annotated(listed, xml, solved)
+    return Listing(images, {**ChainMap(contents.names(WORDS, "\t"), mapping, *synsets)})
 
 
 def _read_contents(files: SourceFiles) -> _Contents:
@@ -101,7 +102,7 @@ def _read_contents(files: SourceFiles) -> _Contents:
         if not TEST_FOLDER.fullmatch(folder):
             xml = [path for path in paths if path.endswith(".xml")]
             for path, data in zip(xml, files.ahead(files.read, xml), strict=True):
-                _add_annotation(contents.annotations, path, path, read_annotation(data))
+                _add_annotation(contents.annotations, path[:-4], path, read_annotation(data))
         for path in paths:
             _read_file(contents, files, path)
     return contents
@@ -121,8 +122,8 @@ def _read_file(contents: _Contents, files: SourceFiles, path: str) -> None:
     elif is_tar and BOXES.fullmatch(name):
         for inner, data in packed_files(files, path):
             if inner.endswith(".xml"):
-                annotation = read_annotation(data)
-                _add_annotation(contents.annotations, inner, f"{path}/{inner}", annotation)
+                whole, annotation = f"{path}/{inner}", read_annotation(data)
+                _add_annotation(contents.annotations, whole[:-4], whole, annotation)
     elif is_tar and DEVKIT.fullmatch(name):
         for inner, data in packed_files(files, path):
             if _last(inner) in (DEVKIT_LABELS, META):
@@ -131,7 +132,8 @@ def _read_file(contents: _Contents, files: SourceFiles, path: str) -> None:
         _add_list(contents, path, files.read(path))
     elif SOLUTION.fullmatch(name):
         for id, annotation in labels.read_solution(files.read(path)):
-            _add_annotation(contents.solutions, id, path, annotation)
+            name = id.rpartition(".")[0] if is_image(id) else id
+            _add_annotation(contents.solutions, name, path, annotation)
 
 
 def _add_list(contents: _Contents, path: str, data: bytes) -> None:
@@ -167,31 +169,71 @@ def _is_hidden(path: str) -> bool:
     return _last(path).startswith(".")
 
 
-def _add_annotation(builder: ListingBuilder, id: str, path: str, annotation: Annotation) -> None:
-    builder.add(
-        id=stem(id),  # the <filename> within is not to be trusted
-        path=path,
-        wnid=annotation.wnid,
-        boxes=annotation.boxes,
-        box_size=annotation.box_size,
-        note=annotation.note,
-    )
+def _add_annotation(
+    builders: dict[str, ListingBuilder], name: str, path: str, annotation: Annotation
+) -> None:
+    """Add what the file at `path` says of an image, whose name may have folders before it.
+
+    The split that the path names is the image's. The <filename> within is not to be trusted.
+    """
+    *folders, id = name.rsplit("/", 2)
+    if folders and WNID.fullmatch(folders[-1]):
+        id = f"{folders[-1]}/{id}"
+    splits = SPLIT_WORD.findall(path)[-1:] or [*builders]
+    for split in splits:
+        builders[split].add(
+            id=id,
+            path=path,
+            wnid=annotation.wnid,
+            boxes=annotation.boxes,
+            box_size=annotation.box_size,
+            note=annotation.note,
+        )
 
 
-def _without_repetitions(rows: pa.Table, kind: str) -> pa.Table:
-    """Return rows sorted by id, one for each id. Raises UserError where two contradict."""
-    if rows.num_rows < 2:
-        return rows
-    ids = rows["id"].combine_chunks()
-    repeats = pc.equal(ids[1:], ids[:-1])
-    for index in pc.indices_nonzero(repeats).to_pylist():
-        first, second = rows.slice(index, 2).to_pylist()
-        if first | {"path": ""} != second | {"path": ""}:
+def _matched(images: pa.Table, rows: pa.Table, kind: str) -> pa.Table:
+    """Return the row of each image, nulls where it has none.
+
+    It is the row of its class folder and name; where only one of the two has a class folder, it is
+    that of its name. Raises UserError where two rows of an image differ, and where several images
+    share a row.
+    """
+    names, folders = images["id"], images["wnid"]
+    last = pc.replace_substring_regex(rows["id"], "^.*/", "")
+    rows = rows.append_column("name", last).sort_by([(x, "ascending") for x in ("name", "path")])
+    bare = rows["id"].filter(pc.equal(rows["id"], rows["name"]))
+    flat = pc.is_null(folders)
+    shared = pa.chunked_array([*bare.chunks, *names.filter(flat).chunks], pa.string())
+    _refuse_contradictions(rows, shared.combine_chunks(), kind)
+    in_folder = pc.index_in(pc.binary_join_element_wise(folders, names, "/"), rows["id"])
+    by_name = pc.if_else(flat, pc.index_in(names, rows["name"]), pc.index_in(names, rows["id"]))
+    indices = pc.coalesce(in_folder, by_name)
+    for index, count in (x.values() for x in pc.value_counts(indices.drop_null()).to_pylist()):
+        if count > 1:
+            first, second = images.filter(pc.equal(indices, index))["path"].to_pylist()[:2]
             raise UserError(
-                f"{kind} {first['path']} and {second['path']} describe the image {first['id']} "
+                f"{rows['path'][index]} describes {rows['id'][index]}, a name that {count} images "
+                f"have, the first of them in {first} and {second}; keep one of them, or rename "
+                "them with their labels and boxes."
+            )
+    return rows.take(indices)
+
+
+def _refuse_contradictions(rows: pa.Table, shared: pa.Array, kind: str) -> None:
+    """Raise UserError where two rows describe an image differently: rows of one id, or of one name.
+
+    rows: sorted by name. shared: the names that a row or an image without a class folder has.
+    """
+    ids, names = rows["id"].combine_chunks(), rows["name"].combine_chunks()
+    same_name = pc.equal(names[1:], names[:-1])
+    together = pc.or_(pc.is_in(names[1:], shared), pc.equal(ids[1:], ids[:-1]))
+    for index in pc.indices_nonzero(pc.and_(same_name, together)).to_pylist():
+        first, second = rows.slice(index, 2).to_pylist()
+        if first | {"path": "", "id": ""} != second | {"path": "", "id": ""}:
+            raise UserError(
+                f"{kind} {first['path']} and {second['path']} describe the image {first['name']} "
                 "differently; keep one of them."
             )
-    return rows.filter(pc.invert(pa.concat_arrays([pa.array([False]), repeats])))
 
 
 def _annotated(images: pa.Table, boxes: pa.Table, solutions: pa.Table) -> pa.Table:
@@ -199,13 +241,10 @@ def _annotated(images: pa.Table, boxes: pa.Table, solutions: pa.Table) -> pa.Tab
 
     Both also give the class where the image has none.
     """
-    in_boxes = pc.index_in(images["id"], boxes["id"])
-    in_solutions = pc.index_in(images["id"], solutions["id"])
-    from_solution = pc.and_(pc.is_null(in_boxes), pc.is_valid(in_solutions))
+    from_solution = pc.and_(pc.is_null(boxes["path"]), pc.is_valid(solutions["path"]))
 
     def column(name: str) -> pa.ChunkedArray:
-        solved = solutions[name].take(in_solutions)
-        return pc.if_else(from_solution, solved, boxes[name].take(in_boxes))
+        return pc.if_else(from_solution, solutions[name], boxes[name])
 
     no_boxes = pa.scalar([], images.schema.field("boxes").type)
     return with_columns(
@@ -216,16 +255,14 @@ def _annotated(images: pa.Table, boxes: pa.Table, solutions: pa.Table) -> pa.Tab
     )
 
 
-def _wnid_by_id(rows: pa.Table, images: pa.Table) -> Labels:
-    """Return the known wnids among the rows of these images."""
-    in_images = pc.is_in(rows["id"], images["id"].combine_chunks())
-    known = rows.filter(pc.and_(in_images, pc.is_valid(rows["wnid"])))
-    return dict(zip(known["id"].to_pylist(), known["wnid"].to_pylist(), strict=True))
+def _listed_labels(
+    contents: _Contents, wnids: list[str], images: pa.Table
+) -> dict[str, list[str | None]]:
+    """Return the labels of the val images in each list, by its path.
 
-
-def _listed_labels(contents: _Contents, wnids: list[str]) -> dict[str, Labels]:
-    """Return the labels of val images in each list, by its path. wnids: all, sorted."""
-    labels_by_path = {}
+    wnids: all, sorted. Raises UserError where two images share a name that a list labels.
+    """
+    labels_by_path: dict[str, Labels] = {}
     for path, data in contents.lists.items():
         name = _last(path)
         if name == SYNSET_LABELS:
@@ -241,4 +278,12 @@ def _listed_labels(contents: _Contents, wnids: list[str]) -> dict[str, Labels]:
                     "beside it, or remove it where other labels exist."
                 )
             labels_by_path[path] = labels.read_devkit_labels(data, path, list(synsets))
-    return labels_by_path
+    paths: dict[str, str] = {}
+    for id, image in zip(images["id"].to_pylist(), images["path"].to_pylist(), strict=True):
+        other = paths.setdefault(id, image)
+        for path, labels_of in labels_by_path.items():
+            if other != image and id in labels_of:
+                raise UserError(f"{path} labels {id}, the name of {other} and {image}; keep one.")
+    return {
+        path: [x.get(id) for id in images["id"].to_pylist()] for path, x in labels_by_path.items()
+    }

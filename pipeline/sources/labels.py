@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from pipeline.errors import SHOWN, UserError
 from pipeline.sources.annotations import Annotation, parse_boxes
+from pipeline.sources.listing import normalized
 
+MAPPING = "LOC_synset_mapping.txt"
 WNID = re.compile(r"n\d{8}")
 VAL_ID = "ILSVRC2012_val_{:08d}"
 CAFFE_LINE = re.compile(r"(?:.*/)?(ILSVRC2012_val_\d{8})\.JPEG\s+(\d{1,4})")
@@ -123,21 +125,33 @@ def class_lines(text: str, separator: str | None = None) -> Iterator[tuple[int, 
             yield number, wnid, rest[0].strip() if rest else None
 
 
-def read_names(data: bytes, separator: str) -> dict[str, str]:
-    """Read readable names by wnid: `wnid<separator>name` per line, as in Tiny ImageNet's
-    `words.txt` (tab) and `LOC_synset_mapping.txt` (blank)."""
-    named = class_lines(_text(data), separator)
-    return {wnid: name for _, wnid, name in named if name is not None}
+def read_names(data: bytes, path: str, separator: str | None = None) -> dict[str, str]:
+    """Read readable names by wnid, in the order of the lines, which are as for `class_lines`.
+
+    Such are Tiny ImageNet's `words.txt` (tab) and `LOC_synset_mapping.txt` (blank). A wnid alone is
+    its own name. Raises UserError for a wnid that comes twice.
+    """
+    names: dict[str, str] = {}
+    for number, wnid, name in class_lines(_text(data), separator):
+        if wnid in names:
+            raise UserError(
+                f"{path} line {number} names {wnid[:SHOWN]} a second time; keep one line of it."
+            )
+        names[normalized(wnid)] = name or wnid
+    return names
 
 
-def merge_labels(ids: Sequence[str], labels_by_source: Mapping[str, Labels]) -> list[str | None]:
+def merge_labels(
+    ids: Sequence[str], labels_by_source: Mapping[str, Sequence[str | None]]
+) -> list[str | None]:
     """Return the wnid of each image, None where no source has it.
 
+    labels_by_source: wnids, in the order of the ids.
     Raises UserError, naming the first image, where sources disagree.
     """
     wnids, conflicts = list[str | None](), list[str]()
-    for id in ids:
-        candidates = {x: labels[id] for x, labels in labels_by_source.items() if id in labels}
+    for i, id in enumerate(ids):
+        candidates = {x: wnid for x, own in labels_by_source.items() if (wnid := own[i])}
         if len({*candidates.values()}) > 1:
             conflicts.append(f"{id} is " + ", ".join(f"{w} in {x}" for x, w in candidates.items()))
         wnids.append(next(iter(candidates.values()), None))

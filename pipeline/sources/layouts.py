@@ -7,6 +7,7 @@ from pipeline.errors import SHOWN, UserError
 from pipeline.sources import labels
 from pipeline.sources.annotations import Box, parse_box
 from pipeline.sources.files import SourceFiles, path_in
+from pipeline.sources.labels import MAPPING
 from pipeline.sources.listing import Listing, ListingBuilder, is_image, stem
 
 CUB_FOLDER = "CUB_200_2011"  # the name in its archive
@@ -34,7 +35,7 @@ def list_tiny_imagenet(files: SourceFiles) -> Listing:
     for name in sorted({*val_images, *annotations}):
         wnid, *box = annotations.get(name) or [""]
         _add_tiny(val, f"val/images/{name}", wnid, box, name in val_images)
-    class_names = labels.read_names(files.read_optional("words.txt"), "\t")
+    class_names = labels.read_names(files.read_optional("words.txt"), "words.txt", "\t")
     return Listing({"train": train.table(), "val": val.table()}, class_names)
 
 
@@ -128,8 +129,8 @@ def list_folders(files: SourceFiles) -> Listing:
             for id in (f"{wnid}/{name}" for name in names):
                 builder.add(id=id, path=path_in(root, id), wnid=wnid)
         images[split] = builder.table()
-    words = labels.read_names(files.read_optional("words.txt"), "\t")
-    mapping = labels.read_names(files.read_optional("LOC_synset_mapping.txt"), " ")
+    words = labels.read_names(files.read_optional("words.txt"), "words.txt", "\t")
+    mapping = labels.read_names(files.read_optional(MAPPING), MAPPING)
     return Listing(images, words or mapping)
 
 
@@ -153,4 +154,4 @@ def _tab_rows(files: SourceFiles, path: str) -> dict[str, list[str]]:
 
 def _numbered(files: SourceFiles, path: str) -> dict[str, str]:
     """Return the texts of lines `number text` by number."""
-    return labels.read_names(files.read_optional(path), " ")
+    return labels.read_names(files.read_optional(path), path)

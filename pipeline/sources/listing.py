@@ -1,6 +1,7 @@
 """A collection's images in columns, a hundred bytes each: a tenth of what Python objects take."""
 
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -66,6 +67,7 @@ class ListingBuilder:
         problem: str | None = None,
     ) -> None:
         """Add one image, see SCHEMA. A name that is not UTF-8 is escaped and is its problem."""
+        wnid = wnid and normalized(wnid)
         names = f"{id}{path}{wnid}"
         if names != _escaped(names):
             id, path = _escaped(id), _escaped(path)
@@ -91,6 +93,11 @@ class ListingBuilder:
             columns = dict(zip(SCHEMA.names, zip(*self._rows, strict=True), strict=True))
             self._batches.append(pa.RecordBatch.from_pydict(columns, SCHEMA))
             self._rows = []
+
+
+def normalized(text: str) -> str:
+    """Return text in Unicode's form NFC, so that what looks the same is the same."""
+    return unicodedata.normalize("NFC", text)
 
 
 def is_image(name: str) -> bool:

@@ -2,23 +2,29 @@
 
 import json
 import re
+from collections import Counter
+from collections.abc import Iterator
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import SHOWN, UserError
 from pipeline.sources import labels
 from pipeline.sources.archives import Member, is_archive, members
 from pipeline.sources.files import SourceFiles, path_in
-from pipeline.sources.listing import Listing, ListingBuilder, with_columns
+from pipeline.sources.labels import MAPPING
+from pipeline.sources.listing import Listing, ListingBuilder, normalized, with_columns
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+CLASSES = "classes.txt"
 MAX_LABEL_BYTES = 1 << 20
-MAX_CLASSES = 1 << 20
-NUMBER = re.compile(r"\d{1,9}")
+MAX_CLASSES = 1000  # without a list of them, if no more than a tenth of them occur
+NUMBER = re.compile(r"(\d{1,9})(?:\.0*)?")
+NEGATIVE = re.compile(r"-\d+(?:\.\d*)?")  # -1 stands for unknown
 
 
 def shard_names(files: SourceFiles) -> dict[str, list[str]]:
@@ -40,9 +46,7 @@ def shard_names(files: SourceFiles) -> dict[str, list[str]]:
 def list_webdataset(files: SourceFiles) -> Listing:
     """List the images by split, and readable names of the classes.
 
-    A class is the `cls` member's text, else the `label` (or `cls`) of the `json` member. Where all
-    are numbers they count the classes from 0, in the order of `LOC_synset_mapping.txt` or
-    `classes.txt` (one per line) where one of these exists.
+    A class is the `cls` member's text, else the `label` (or `cls`) of the `json` member.
     """
     images = {}
     for split, paths in shard_names(files).items():
@@ -51,17 +55,39 @@ def list_webdataset(files: SourceFiles) -> Listing:
             for row in rows:
                 builder.add(**row)
         images[split] = _with_plain_ids(builder.table())
-    return _with_classes(files, images)
+    return with_classes(files, images)
 
 
 def _rows(files: SourceFiles, path: str) -> list[dict[str, Any]]:
-    """Return a row for each run of members that share a key."""
+    """Return a row for each sample, in the order of the tar."""
     shard = path.rpartition("/")[2].rpartition(".")[0]
     parts = ((*_key_and_extension(member.name), member) for member in members(files, path))
     return [
-        {"id": f"{shard}/{key}", "path": path} | _row(files, path, {x: y for _, x, y in run})
+        {"id": f"{shard}/{key}", "path": path} | row
         for key, run in groupby(filter(itemgetter(0), parts), key=itemgetter(0))
+        for row in _samples(files, path, [(extension, member) for _, extension, member in run])
     ]
+
+
+def _samples(
+    files: SourceFiles, path: str, run: list[tuple[str, Member]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the columns of each sample in a run of members that share a key.
+
+    An extension that repeats begins the next sample. Samples that would then have different
+    members cannot be told apart, so each of their images is a problem.
+    """
+    samples: list[dict[str, Member]] = [{}]
+    for extension, member in run:
+        if extension in samples[-1]:
+            samples.append({})
+        samples[-1][extension] = member
+    alike = all(sample.keys() == samples[0].keys() for sample in samples)
+    for sample in samples:
+        if alike:
+            yield _row(files, path, sample)
+        elif not sample.keys().isdisjoint(IMAGE_EXTENSIONS):
+            yield {"wnid": None, "problem": "key repeated: no telling which label is this image's"}
 
 
 def _key_and_extension(path: str) -> tuple[str, str]:
@@ -111,23 +137,66 @@ def _with_plain_ids(table: pa.Table) -> pa.Table:
     return with_columns(table, id=keys) if len({*keys}) == len(keys) else table
 
 
-def _with_classes(files: SourceFiles, images: dict[str, pa.Table]) -> Listing:
-    """Return the listing, with wnids in place of class numbers."""
-    names = labels.read_names(files.read_optional("LOC_synset_mapping.txt"), " ")
-    wnids = [*names] or list(filter(None, labels.lines(files.read_optional("classes.txt"))))
+def with_classes(files: SourceFiles, images: dict[str, pa.Table]) -> Listing:
+    """Return the listing, with names in place of class numbers.
+
+    Where the labels are numbers they count the classes from 0, in the order of
+    `LOC_synset_mapping.txt` or `classes.txt` (one per line) where one of these exists. A negative
+    number is the image's problem. Raises UserError for numbers among names, and for one too large.
+    """
+    mapping = labels.read_names(files.read_optional(MAPPING), MAPPING)
+    images = {split: _without_negatives(table) for split, table in images.items()}
     classes = {x for table in images.values() for x in table["wnid"].to_pylist() if x is not None}
-    if not classes or not all(map(NUMBER.fullmatch, classes)):
-        return Listing(images, names)
-    count, known = max(map(int, classes)) + 1, len(wnids) or MAX_CLASSES
-    if count > known:
+    number_of = {x: int(match[1]) for x in classes if (match := NUMBER.fullmatch(x))}
+    if not number_of:
+        return Listing(images, mapping)
+    if len(number_of) < len(classes):
         raise UserError(
-            f"{files.location()} has class number {count - 1}; {known} classes are known, "
-            "counted from 0."
+            f"{files.location()} has class numbers ({min(number_of)[:SHOWN]!r}) beside names "
+            f"({min(classes - {*number_of})[:SHOWN]!r}); write all labels as numbers from 0, or "
+            "all as names."
+        )
+    wnids = [*mapping] or _listed_classes(files)
+    count, known = max(number_of.values()) + 1, len(wnids) or max(MAX_CLASSES, 10 * len(classes))
+    if count > known:
+        limit = f"{known} classes are known" if wnids else f"without a list {known} are allowed"
+        raise UserError(
+            f"{files.location()} has class number {count - 1} among {len(classes)} that occur; "
+            f"{limit}, counted from 0. Repair the label, or list all classes in classes.txt."
         )
     wnids = wnids or [f"{i:0{len(str(count - 1))}}" for i in range(count)]
-    wnid_of = {None: None} | {x: wnids[int(x)] for x in classes}
+    wnid_of = {None: None} | {x: wnids[number] for x, number in number_of.items()}
     relabelled = {
         split: with_columns(table, wnid=[wnid_of[x] for x in table["wnid"].to_pylist()])
         for split, table in images.items()
     }
-    return Listing(relabelled, names, tuple(sorted(wnids)))
+    return Listing(relabelled, mapping, tuple(sorted(wnids)))
+
+
+def _without_negatives(table: pa.Table) -> pa.Table:
+    """Return the table with a problem in place of each negative class number."""
+    negative = pc.match_substring_regex(table["wnid"], f"^{NEGATIVE.pattern}$")
+    problem = pc.binary_join_element_wise("label unknown: ", table["wnid"], " is no class", "")
+    problem = pc.if_else(negative, problem, None)
+    return with_columns(
+        table,
+        wnid=pc.if_else(negative, None, table["wnid"]),
+        problem=pc.coalesce(table["problem"], problem),
+    )
+
+
+def _listed_classes(files: SourceFiles) -> list[str]:
+    """Return the lines of classes.txt; equal ones with their numbers, which keep them apart.
+
+    Raises UserError for a blank line between others, which would shift the numbers.
+    """
+    names = [*map(normalized, labels.lines(files.read_optional(CLASSES)))]
+    while names and not names[-1]:
+        names.pop()
+    if "" in names:
+        raise UserError(
+            f"{files.location(CLASSES)} line {names.index('') + 1} is blank; write a class on "
+            "each line, since the lines number them."
+        )
+    counts = Counter(names)
+    return [f"{x} ({i})" if counts[x] > 1 else x for i, x in enumerate(names)]

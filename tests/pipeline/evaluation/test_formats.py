@@ -204,7 +204,7 @@ def boxes(*first: Any) -> dict[str, Any]:
         ({"labels": [[2], [0], []]}, " row 2 .*one label a box"),
         ({"labels": [[2], [0, 3], []]}, " row 2 .*label 3; .*0 to 2"),
         ({"labels": [[-2], [0, 1], []]}, " row 1 .*label -2"),
-        ({"labels": [[2], [0, None], []]}, " row 2 .*label"),
+        ({"labels": [[2], [0, None], []]}, " row 2 .*label null"),
         ({"labels": [["x"], ["y", "z"], []]}, " cannot be read .*labels"),
         ({"labels": [[0.5], [0, 1], []]}, " cannot be read"),
         ({"boxes": [[[0, 1, 30, 20]], [[1, 2, 3, 4], [5, 6, 7]], []]}, " row 2 .*four numbers"),

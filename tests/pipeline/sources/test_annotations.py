@@ -35,6 +35,15 @@ def test_a_box_without_numbers_is_dropped_and_the_others_kept() -> None:
     assert annotation.note == "box 0 dropped: not four whole numbers (1 inf 3 4)"
 
 
+def test_boxes_in_shares_of_the_image_are_dropped() -> None:
+    annotation = read_annotation(xml("n1", (1, 2, 3, 4)).replace(">3<", ">0.7<").encode())
+    assert annotation.boxes == ((1, 2, 0, 4),)
+    text = xml("n1", (1, 2, 3, 4)).replace(">3<", ">0.7<").replace(">2<", ">0.5<")
+    annotation = read_annotation(text.replace(">4<", ">1<").replace(">1<", ">0.25<").encode())
+    assert annotation.boxes == ()
+    assert "shares of the image, not pixels" in (annotation.note or "")
+
+
 def test_boxes_inside_the_image_stay_as_they_are_without_a_note() -> None:
     assert fit_boxes([(0, 0, 99, 49), (5, 5, 5, 5)], None, 100, 50) == (
         [[0, 0, 99, 49], [5, 5, 5, 5]],

@@ -61,6 +61,25 @@ def test_an_archive_within_an_archive_is_a_range_of_it(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("padding", [0, 512, 1 << 17])
+def test_archives_joined_by_cat_are_read_to_the_end(padding: int, tmp_path: Path) -> None:
+    data = tar({"a.jpg": b"a"}) + bytes(padding) + tar({"b.jpg": b"b", "c.jpg": b"c"})
+    result = read_members(data, tmp_path)
+    assert [(x.name, data[x.offset : x.offset + x.size]) for x in result] == [
+        ("a.jpg", b"a"),
+        ("b.jpg", b"b"),
+        ("c.jpg", b"c"),
+    ]
+    with pytest.raises(UserError, match=f"no tar header at byte {10240 + padding};"):
+        read_members(data[: 10240 + padding] + b"rubbish" * 100, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_a_packed_tar_under_a_plain_name_is_called_packed(mode: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.tar is packed by .*; unpack it"):
+        read_members(tar({"a.jpg": b"a"}, f"w:{mode}"), tmp_path)
+
+
 @pytest.mark.parametrize("form", FORMATS[1:])
 def test_members_above_eight_gigabytes_are_measured(form: int, tmp_path: Path) -> None:
     info = tarfile.TarInfo("big.tar")
@@ -106,10 +125,11 @@ def test_a_damaged_archive_ends_in_one_error_and_never_hangs(tmp_path: Path) -> 
     assert 100 < refused < 600
 
 
-@pytest.mark.parametrize("name", ["a.tgz", "a.tar.gz", "a.tar"])
-def test_packed_files_are_read_once_from_the_start(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("name", ["a.tgz", "a.tar"])
+def test_packed_files_are_read_whatever_their_name(name: str, mode: str, tmp_path: Path) -> None:
     files = {"val/1.xml": b"one", "val/2.xml": b"", "x/3.xml": b"3" * 5000}
-    (tmp_path / name).write_bytes(tar(files, "w" if name == "a.tar" else "w:gz"))
+    (tmp_path / name).write_bytes(tar(files, mode))
     with SourceFiles(str(tmp_path)) as source:
         assert dict(packed_files(source, name)) == files
 

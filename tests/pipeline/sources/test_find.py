@@ -60,7 +60,7 @@ def test_class_names_are_read_from_either_file_and_default_to_the_wnid(tmp_path:
     (tmp_path / "LOC_synset_mapping.txt").write_text("n00000001 tench, Tinca tinca\n")
     assert read_source(tmp_path).class_names == ("tench, Tinca tinca", "n00000002")
     (tmp_path / "words.txt").write_text("n00000002\ta dog\n")
-    assert read_source(tmp_path).class_names == ("n00000001", "a dog")
+    assert read_source(tmp_path).class_names == ("tench, Tinca tinca", "a dog")
 
 
 def test_two_annotations_that_disagree_are_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tests.pipeline.sources.miniature import (
     read_source,
     tar,
     write,
+    xml,
 )
 
 
@@ -235,3 +236,58 @@ def test_an_image_archive_that_is_cut_off_anywhere_is_refused(name: str, tmp_pat
         assert message is not None, length
         assert f"{name} " in message
         assert message.endswith("copy it again.")
+
+
+def named_alike(*names: str) -> dict[str, bytes]:
+    """Images of equal names in two class folders of each split, and XML under these names."""
+    wnids = ("n00000005", "n00000017")
+    folders = [f"{split}/{wnid}" for split in ("train", "val") for wnid in wnids]
+    images = {f"{folder}/art_{i}.jpg": b"" for folder in folders for i in range(2)}
+    boxes = {name: xml(name.split("/")[-2], (i, 1, 20, 30)) for i, name in enumerate(names, 1)}
+    return images | {name: text.encode() for name, text in boxes.items()}
+
+
+def test_images_of_one_name_are_told_apart_by_split_and_class_folder(tmp_path: Path) -> None:
+    names = ("train/n00000005/art_0.xml", "train/n00000017/art_1.xml", "val/n00000005/art_0.xml")
+    source = read_source(write(tmp_path, named_alike(*(f"boxes/{x}" for x in names))))
+    rows = [row for table in source.images.values() for row in table.to_pylist()]
+    assert [row["label"] for row in rows] == [int("17/" in row["path"]) for row in rows]
+    boxed = {row["path"]: row["boxes"][0][0] for row in rows if row["boxes"]}
+    assert boxed == {f"{name[:-4]}.jpg": i for i, name in enumerate(names, 1)}
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ({"boxes/n1/art_0.xml": xml("n00000005", (1, 2, 3, 4)).encode()}, r"n1/art_0\.xml .* 2 im"),
+        ({"LOC_val_solution.csv": b"art_0,n00000005 1 2 3 4\n"}, r"LOC_val_solution\.csv .* 2 im"),
+        (
+            {f"val/{wnid}/ILSVRC2012_val_00000001.JPEG": b"" for wnid in ("n00000005", "n00000017")}
+            | {"imagenet_2012_validation_synset_labels.txt": b"n00000005\n"},
+            "synset_labels.txt labels ILSVRC2012_val_00000001, the name of val/n00000005/",
+        ),
+        (
+            {"a/n00000005/v.xml": xml("n00000005", (1, 2, 3, 4)).encode()}
+            | {"a/n00000017/v.xml": xml("n00000017", (1, 2, 3, 4)).encode(), "val/v.jpg": b""},
+            "a/n00000005/v.xml and a/n00000017/v.xml describe the image v differently",
+        ),
+    ],
+)
+def test_a_name_that_several_images_share_is_refused(
+    added: dict[str, bytes], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read_source(write(tmp_path, named_alike() | added))
+
+
+def test_a_class_folder_s_xml_is_never_another_class_s(tmp_path: Path) -> None:
+    files = named_alike("boxes/n00000005/art_9.xml") | {"train/n00000017/art_9.jpg": b""}
+    source = read_source(write(tmp_path, files))
+    assert not any(source.images["train"]["boxes"].to_pylist())
+
+
+def test_one_published_archive_is_a_source(tmp_path: Path) -> None:
+    mini = drawn_miniature()
+    source = read_source(write(tmp_path, archives(mini)) / "ILSVRC2012_img_train.tar")
+    assert (source.layout, source.classes) == ("ilsvrc", tuple(mini.wnids))
+    assert {split: table.num_rows for split, table in source.images.items()} == {"train": 24}

@@ -95,12 +95,85 @@ def test_a_sample_that_cannot_be_used_is_listed_with_its_problem(
     assert second["label"] is None
 
 
-def test_a_class_number_out_of_range_is_refused(tmp_path: Path) -> None:
-    shard = tar({"a.jpg": b"x", "a.cls": b"2"})
-    with pytest.raises(UserError, match="class number 2; 2 classes are known, counted from 0"):
-        read_tars(tmp_path, {"train-0.tar": shard, "classes.txt": b"a\nb\n"})
-    with pytest.raises(UserError, match="class number 999999999"):
-        read_tars(tmp_path / "x", {"train-0.tar": tar({"a.jpg": b"x", "a.cls": b"999999999"})})
+def labelled(*texts: str) -> bytes:
+    """Return a tar with an image for each label."""
+    return tar(
+        {
+            f"{i:02}.{extension}": data
+            for i, text in enumerate(texts)
+            for extension, data in (("jpg", b"x"), ("cls", text.encode()))
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "classes", "message"),
+    [
+        (["2"], b"a\nb\n", "class number 2 .* 2 classes are known, counted from 0"),
+        (["0", "999999"], b"", "class number 999999 among 2 .* list all classes in classes.txt"),
+        (["0", "cat"], b"", r"class numbers \('0'\) beside names \('cat'\)"),
+        (["0", "1.5"], b"", r"class numbers \('0'\) beside names \('1.5'\)"),
+        (["0", "1"], b"a\n\nb\n", r"classes\.txt line 2 is blank"),
+    ],
+)
+def test_class_numbers_that_cannot_be_right_are_refused(
+    texts: list[str], classes: bytes, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        read_tars(tmp_path, {"train-0.tar": labelled(*texts), "classes.txt": classes})
+
+
+def test_a_negative_label_is_its_image_s_problem_and_moves_no_class(tmp_path: Path) -> None:
+    texts = [str(i) for i in range(12)]
+    source = read_tars(tmp_path, {"0.tar": labelled(*texts, "-1", "3.0")})
+    assert len(source.classes) == 12
+    assert column(source, "train", "label") == [*range(12), None, 3]
+    assert column(source, "train", "problem")[12] == "label unknown: -1 is no class"
+
+
+def test_equal_names_in_the_list_of_classes_stay_two_classes(tmp_path: Path) -> None:
+    files = {"0.tar": labelled("0", "1", "2"), "classes.txt": b"crane\nant\ncrane\n\n"}
+    source = read_tars(tmp_path, files)
+    assert source.classes == ("ant", "crane (0)", "crane (2)")
+    assert column(source, "train", "label") == [1, 0, 2]
+
+
+def test_names_that_look_alike_are_one_class(tmp_path: Path) -> None:
+    source = read_tars(tmp_path, {"0.tar": labelled("cafe\u0301", "caf\u00e9", "bar")})
+    assert source.classes == ("bar", "caf\u00e9")
+    assert column(source, "train", "label") == [1, 1, 0]
+
+
+@pytest.mark.parametrize("mapping", [b"n1\tant\nn2\tbee\n", b"n1 ant\nn2\n"])
+def test_a_line_of_the_mapping_counts_whatever_follows_its_wnid(
+    mapping: bytes, tmp_path: Path
+) -> None:
+    files = {"0.tar": labelled("0", "1"), "LOC_synset_mapping.txt": mapping}
+    assert read_tars(tmp_path, files).classes == ("n1", "n2")
+    files["LOC_synset_mapping.txt"] = b"n1 ant\nn1 ant\nn2 bee\n"
+    with pytest.raises(UserError, match=r"LOC_synset_mapping\.txt line 2 names n1 a second time"):
+        read_tars(tmp_path, files)
+
+
+def test_repeated_keys_are_told_apart_or_rejected(tmp_path: Path) -> None:
+    def members(*extensions: str) -> bytes:
+        return b"".join(
+            tar({f"0.{x}": str(i // 2).encode()})[:1024] for i, x in enumerate(extensions)
+        ) + bytes(1024)
+
+    source = read_tars(tmp_path, {"0.tar": members("jpg", "cls", "jpg", "cls")})
+    assert column(source, "train", "label") == [0, 1]
+    assert column(source, "train", "offset") == [512, 2560]
+    source = read_tars(tmp_path, {"0.tar": members("jpg", "jpg", "cls", "cls")})
+    assert column(source, "train", "label") == [None, None]
+    assert [x.split(":")[0] for x in column(source, "train", "problem")] == ["key repeated"] * 2
+
+
+def test_one_archive_is_a_source(tmp_path: Path) -> None:
+    write(tmp_path, {"val-0.tar": labelled("1", "0"), "classes.txt": b"b\na\n", "other.tar": b"x"})
+    source = read_source(tmp_path / "val-0.tar")
+    assert (source.layout, source.classes) == ("webdataset", ("a", "b"))
+    assert column(source, "val", "label") == [0, 1]
 
 
 def test_a_shard_that_is_cut_off_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,199 @@
+"""A list of images: one CSV or Parquet file with path, label and, where known, boxes of each."""
+
+import csv
+import io
+import json
+import posixpath
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.errors import SHOWN, UserError
+from pipeline.sources.annotations import Box, parse_boxes, parse_size
+from pipeline.sources.files import SourceFiles, is_list
+from pipeline.sources.listing import Listing, ListingBuilder, normalized
+from pipeline.sources.webdatasets import SPLITS, with_classes
+
+NEEDED, CORNERS, SIZE = ("path", "label"), ("x0", "y0", "x1", "y1"), ("width", "height")
+KNOWN = (*NEEDED, "split", "boxes", *CORNERS, *SIZE)
+SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "file")  # of URIs that may be in a list
+
+Row = dict[str, Any]  # by column; in CSV each is text
+
+
+@dataclass(kw_only=True, slots=True)
+class _Image:
+    """An image of the list. line: its first, as `line 2`; boxes and notes: those of all lines."""
+
+    line: str
+    label: str | None
+    split: str | None
+    size: tuple[int, int] | None
+    boxes: list[Box] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problem: str | None = None
+
+
+def list_rows(files: SourceFiles) -> Listing:
+    """List the images by split, train without a column `split`, each with all boxes of its lines.
+
+    Columns: docs/formats.md. A line that cannot be used is listed with its problem. Raises
+    UserError where the file is no such list, and where two lines of one image contradict.
+    """
+    if not is_list(files.only or ""):
+        raise UserError(
+            f"source {files.source} is no .csv or .parquet file, which the list layout reads; name "
+            "the file itself."
+        )
+    images: dict[str, _Image] = {}
+    for line, row in _rows(files):
+        path, image = _path(files, str(row.get("path") or "")), _image(line, row)
+        other = images.setdefault(path or f"({line})", image)
+        if other is not image:
+            _merge(f"{files.location()}: {other.line} and {line}", path, other, image)
+    builders = {split: ListingBuilder() for split in ("train", "val", "test")}
+    for path, image in images.items():
+        builders[image.split or "train"].add(
+            id=path,
+            path=path,
+            wnid=image.label,
+            boxes=image.boxes,
+            box_size=image.size,
+            note="; ".join(image.notes) or None,
+            problem=image.problem,
+        )
+    return with_classes(files, {split: builder.table("id") for split, builder in builders.items()})
+
+
+def _rows(files: SourceFiles) -> Iterator[tuple[str, Row]]:
+    """Yield each line that is not blank, with its number. Raises UserError for missing columns."""
+    location, name = files.location(), files.only or ""
+    if name.lower().endswith(".csv"):
+        yield from _csv_rows(files.read(name).decode("utf-8-sig", "replace"), location)
+        return
+    try:
+        data = pa.BufferReader(files.read(name))
+        columns = _checked_columns(pq.read_schema(data).names, location)
+        table = pq.read_table(data).rename_columns(columns)
+        texts = {x: pa.string() for x in columns if x in KNOWN}
+        if "boxes" in texts and not pa.types.is_string(table["boxes"].type):
+            texts["boxes"] = pa.list_(pa.list_(pa.float64()))
+        table = table.select([*texts]).cast(pa.schema([*texts.items()]))
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        detail = " ".join(str(error).split())[: 2 * SHOWN]
+        raise UserError(
+            f"{location} cannot be read ({detail}); expected a Parquet file with text or numbers "
+            "in its columns, and in `boxes` lists of [x0, y0, x1, y1]."
+        ) from error
+    rows = (row for batch in table.to_batches() for row in batch.to_pylist())
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _csv_rows(text: str, location: str) -> Iterator[tuple[str, Row]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = _checked_columns(next(reader, []), location)
+        for cells in filter(None, reader):
+            row: Row = dict(zip(columns, map(str.strip, cells), strict=False))
+            if len(cells) > len(columns):
+                row["problem"] = f"line damaged: {len(cells)} cells below {len(columns)} names"
+            yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        raise UserError(
+            f"{location} line {reader.line_num} is not CSV ({error}); repair its quotes."
+        ) from error
+
+
+def _checked_columns(names: Iterable[str], location: str) -> list[str]:
+    """Return the names of columns, small. Raises UserError where one is missing or comes twice."""
+    columns = [name.strip().lower() for name in names]
+    groups = [NEEDED, *(group for group in (CORNERS, SIZE) if {*group} & {*columns})]
+    missing = [name for group in groups for name in group if name not in columns]
+    twice = [name for name in KNOWN if columns.count(name) > 1]
+    if missing or twice:
+        fault = f"lacks {', '.join(missing)}" if missing else f"has {twice[0]} twice"
+        shown = ", ".join(columns)[: 4 * SHOWN]
+        raise UserError(
+            f"{location} {fault} among its columns ({shown}); needed: path, label; known besides: "
+            "split, boxes or x0, y0, x1, y1, width and height. In CSV the first line names them, "
+            "separated by commas."
+        )
+    return columns
+
+
+def _path(files: SourceFiles, text: str) -> str:
+    """Return a path relative to the list's folder where it lies in it, else absolute, or a URI."""
+    if "\0" in text or not text:
+        return ""
+    if "://" in text:
+        return storage.absolute(text)
+    folder = "" if files.remote else str(storage.local_path(storage.parent(files.source)))
+    return posixpath.normpath(text).removeprefix(f"{folder}/")
+
+
+def _image(line: str, row: Row) -> _Image:
+    """Return what one line says of its image."""
+    path, label, split = ((row.get(name) or "").strip() for name in ("path", "label", "split"))
+    problem = row.get("problem")
+    scheme, separator, _ = path.partition("://")
+    if not path or "\0" in path:
+        problem = problem or f"path missing: {line} has none"
+    elif separator and scheme not in SCHEMES:
+        problem = f"path not readable: {scheme[:SHOWN]}:// is none of {', '.join(SCHEMES)}"
+    elif "split" in row and split.lower() not in SPLITS:
+        problem = f"split unknown: {split[:SHOWN]!r} is none of {', '.join(SPLITS)}"
+    elif not label.isprintable():
+        problem = f"label unknown: {label[:SHOWN]!r} is no text"
+    boxes, note = _boxes(row)
+    size, texts = None, [row.get(name) or "" for name in SIZE]
+    if boxes and any(texts):
+        size = parse_size(*texts)
+        if size is None:
+            boxes, note = (), f"boxes dropped: {' x '.join(texts)[:SHOWN]} is no size"
+    return _Image(
+        line=line,
+        label=normalized(label) if label.isprintable() and label else None,
+        split=SPLITS.get(split.lower()),
+        size=size,
+        boxes=[*boxes],
+        notes=[f"{line}: {note}"] if note else [],
+        problem=problem,
+    )
+
+
+def _boxes(row: Row) -> tuple[tuple[Box, ...], str | None]:
+    """Return the boxes of a line, and a note of those that are none."""
+    corners = [row.get(name) or "" for name in CORNERS]
+    groups = [corners] if any(corners) else []
+    value = row.get("boxes") or []
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        groups += [[*map(str, box)] for box in value]
+    except (ValueError, TypeError, RecursionError):
+        return (), f"boxes dropped: not a list of [x0, y0, x1, y1] ({str(value)[:SHOWN]})"
+    return parse_boxes(groups)
+
+
+def _merge(lines: str, path: str, image: _Image, other: _Image) -> None:
+    """Add the boxes of another line of the same image. Raises UserError where the two differ."""
+    facts: dict[str, tuple[object, object]] = {
+        "label": (image.label, other.label),
+        "split": (image.split, other.split),
+    }
+    if image.boxes and other.boxes:
+        facts["size"] = image.size, other.size
+    for name, (first, second) in facts.items():
+        if first != second and (name == "size" or (first and second)):
+            raise UserError(
+                f"{lines} give {path} the {name} {first} and {second}; keep one of them."
+            )
+    image.label, image.split = image.label or other.label, image.split or other.split
+    image.size = image.size or other.size
+    image.boxes += other.boxes
+    image.notes += other.notes
+    image.problem = image.problem or other.problem
