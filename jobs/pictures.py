@@ -202,11 +202,18 @@ def _label(text: str, height: int, width: int, pad: int) -> np.ndarray | None:
 
 
 def encode_png(picture: np.ndarray) -> bytes:
-    """Return a PNG file's bytes, from a picture or grey levels uint8 [H, W]."""
+    """Return a PNG file's bytes, from a picture or grey levels uint8 [H, W].
+
+    Raises ValueError for a side of more than a million pixels.
+    """
     # OpenCV's default level is 8 times as fast as Pillow's, for files 9 % larger.
     if picture.ndim == 3:
         picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".png", picture)[1].tobytes()
+    is_encoded, data = cv2.imencode(".png", picture)
+    if not is_encoded:
+        height, width = picture.shape[:2]
+        raise ValueError(f"{width}x{height} pixels do not fit into a PNG of up to 1000000 a side")
+    return data.tobytes()
 
 
 def encode_heat_png(values: np.ndarray) -> bytes:

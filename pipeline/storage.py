@@ -4,6 +4,7 @@ Credentials and endpoints come from the environment of their clients (AWS_ACCESS
 AWS_ENDPOINT_URL, AWS_REGION, GOOGLE_APPLICATION_CREDENTIALS, ...).
 """
 
+import errno
 import os
 import re
 import secrets
@@ -30,6 +31,7 @@ CONNECT_SECONDS = 5
 SILENT_SECONDS = 10  # without a byte, before a connection counts as lost
 CHUNK = 1 << 22  # bytes of one request
 STREAMS = 4  # requests at once: one connection seldom fills a network card
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (  # words of errors that another attempt would end with too
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY_ID",
@@ -264,7 +266,7 @@ def atomic_file(location: str | Path) -> Iterator[BinaryIO]:
     Nothing changes there where the block raises. A remote file is collected on the local disk.
     """
     if is_remote(location):
-        with tempfile.TemporaryFile() as file:
+        with naming_full_disk(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
             yield file
 
             def upload() -> None:
@@ -275,15 +277,27 @@ def atomic_file(location: str | Path) -> Iterator[BinaryIO]:
         return
     path = local_path(location)
     # Random names: a task that Ray repeats on another node may have the first one's process number.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # Not of the whole name, which may be as long as names can be.
+    temporary = path.with_name(f".{path.name[:32]}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("w+b") as file:
+        with naming_full_disk(path), temporary.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_full_disk(path: str | Path) -> Iterator[None]:
+    """Add the path to the error of a full disk, which the system raises without one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def _upload(location: str | Path, pieces: Iterable[bytes | memoryview]) -> None:

@@ -6,12 +6,13 @@ again does only what is missing, has failed or has changed.
 """
 
 import fcntl
+import itertools
 import json
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,67 +35,86 @@ from pipeline.ahead import run_ahead
 from pipeline.errors import UserError
 from pipeline.shards.format import sha256_file
 from pipeline.sources.listing import IMAGE_SUFFIXES
-from pipeline.storage import atomic_file
+from pipeline.storage import atomic_file, naming_full_disk
 
 FORMAT = 2
 BOXES_NAME = "boxes.json"
 PROGRESS_NAME = "progress.jsonl"
+LONGEST_NAME = 255  # bytes of a file's name, on all common file systems
 FEW = 20  # images: up to so many get a line each, more only a progress line
 
 
-def find_images(arguments: Sequence[Path], output: Path) -> list[Job]:
+def find_images(arguments: Sequence[Path], output: Path) -> dict[Path, str]:
     """List the files named, and those under the folders named that have an image's suffix, in
     order, each once; hidden ones and those in `output` are left out.
 
-    Results have the path and stem of their image under its folder, numbered from the second one
-    of the same name (letter case aside) on. Raises UserError for a folder without images, and
-    where results would replace images; what cannot be read is reported when it is its turn.
+    Returns their stems under their folders by path. Raises UserError for a folder without images;
+    what cannot be read is reported when it is its turn.
     """
-    jobs: dict[Path, Job] = {}
-    names: set[str] = set()
-    given = {path.resolve() for path in arguments if not path.is_dir()}
+    images: dict[Path, tuple[Path, str]] = {}
     for argument in arguments:
         folder, paths = argument.parent, [argument]
-        if argument.is_dir():
-            folder, paths = argument, _search(argument, output.resolve())
+        if os.path.isdir(argument):  # noqa: PTH112 - Path.is_dir raises where a name is too long
+            folder, paths = argument, _search(argument, os.path.realpath(output))
         for path in paths:
-            if path.absolute() in jobs:
-                continue
-            job = _name_results(path, str(path.relative_to(folder).with_suffix("")), names)
-            jobs[path.absolute()] = job
-            for name in (job.overlay, job.mask):
-                if output.resolve() / name in given:
-                    raise UserError(
-                        f"{output / name} would replace an image given; choose another --output."
-                    )
-    return list(jobs.values())
+            stem = str(path.relative_to(folder).with_suffix(""))
+            images.setdefault(path.absolute(), (path, stem))
+    return dict(images.values())
 
 
-def _name_results(path: Path, stem: str, names: set[str]) -> Job:
-    """Return a job whose pictures have none of these names, and add theirs, in lower case."""
-    numbered, number = stem, 1
-    while True:
-        job = Job(path=path, overlay=f"{numbered}.png", mask=f"{MASKS_NAME}/{numbered}.png")
-        own = {job.overlay.lower(), job.mask.lower()}
-        if not names & own:
-            names |= own
-            return job
-        number += 1
-        numbered = f"{stem}-{number}"
+def name_results(
+    images: Mapping[Path, str], output: Path, latest: Mapping[Path, dict[str, Any]]
+) -> list[Job]:
+    """Return the jobs over images, whose pictures have the images' stems as names.
+
+    From the second one of the same name (letter case aside) on they are numbered. No picture
+    replaces an image given, or one of another image with an entry in `latest`.
+    """
+    owners = {
+        entry[kind].lower(): path
+        for path, entry in latest.items()
+        for kind in ("overlay", "mask")
+        if kind in entry
+    }
+    folder = os.path.realpath(output)
+    owners |= {os.path.relpath(os.path.realpath(path), folder).lower(): None for path in images}
+    jobs = []
+    for path, stem in images.items():
+        own = path.absolute()
+        for number in itertools.count(1):
+            name = _numbered(stem, number)
+            job = Job(path=path, overlay=f"{name}.png", mask=f"{MASKS_NAME}/{name}.png")
+            names = (job.overlay.lower(), job.mask.lower())
+            if all(owners.get(name, own) == own for name in names):
+                owners |= dict.fromkeys(names, own)
+                jobs.append(job)
+                break
+    return jobs
 
 
-def _search(folder: Path, output: Path) -> list[Path]:
-    if folder.resolve() == output:
+def _numbered(stem: str, number: int) -> str:
+    """Return a stem, from the second one on with a number, that is short enough for a file."""
+    path = Path(stem)
+    end = f"-{number}" if number > 1 else ""
+    room = LONGEST_NAME - len(f"{end}.png")
+    encoded = os.fsencode(path.name)
+    if len(encoded) > room:
+        path = path.with_name(encoded[:room].decode(errors="ignore"))  # without half a character
+    return f"{path}{end}"
+
+
+def _search(folder: Path, output: str) -> list[Path]:
+    if os.path.realpath(folder) == output:
         raise UserError(f"--output {folder} is searched for images; use another --output.")
     images: list[Path] = []
-    visited: set[Path] = set()
+    visited: set[str] = set()
     others: Counter[str] = Counter()
 
     def unreadable(error: OSError) -> None:
         images.append(Path(error.filename))  # to be reported like a file that cannot be read
 
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
-        real = Path(parent).resolve()
+        real = os.path.realpath(parent)
         if real in visited or real == output:  # a link back to a folder above
             folders.clear()
             continue
@@ -119,11 +139,12 @@ def _search(folder: Path, output: Path) -> list[Path]:
 @contextmanager
 def open_progress(
     output: Path, settings: dict[str, Any]
-) -> Iterator[tuple[BinaryIO, list[dict[str, Any]]]]:
+) -> Iterator[tuple[BinaryIO, dict[Path, dict[str, Any]]]]:
     """Open OUTPUT/progress.jsonl: a line with the settings, then an entry per image as it was done.
 
-    Yields the file, to append to, and its entries. The end of a line that an interruption cut is
-    removed. Raises UserError for a file of other settings, and while another process has it open.
+    Yields the file, to append to, and the last entry of each image by its absolute path. The end of
+    a line that an interruption cut is removed. Raises UserError for a file of other settings, and
+    while another process has it open.
     """
     with (output / PROGRESS_NAME).open("a+b") as file:
         try:
@@ -140,34 +161,33 @@ def open_progress(
             file.write(lines[0])
         try:
             recorded, *entries = map(json.loads, lines)
-        except ValueError as error:
+            latest = {Path(entry["image"]).absolute(): entry for entry in entries}
+            changed = [name for name in settings if recorded.get(name) != settings[name]]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{output / PROGRESS_NAME} is damaged ({error}); remove it to start anew."
+                f"{output / PROGRESS_NAME} is damaged ({error!r}); remove it to start anew."
             ) from None
-        changed = [name for name in settings if recorded.get(name) != settings[name]]
         if changed:
             raise UserError(
                 f"{output} holds results of another {', '.join(changed)}; use a new --output, "
                 "or the same flags to go on with those."
             )
-        yield file, entries
+        with naming_full_disk(file.name):
+            yield file, latest
 
 
 def still_valid(
-    entries: Sequence[dict[str, Any]], jobs: Sequence[Job], config: LocalizeConfig
+    latest: Mapping[Path, dict[str, Any]], jobs: Sequence[Job], config: LocalizeConfig
 ) -> dict[Path, dict[str, Any]]:
-    """Return the entries that hold today, by image: it was located, its file is as it was, and the
-    pictures asked for are still its own."""
-    latest = {entry["image"]: entry for entry in entries}
-    owners = {entry.get(kind): entry["image"] for entry in entries for kind in ("overlay", "mask")}
+    """Return the entries of jobs that hold today, by image: it was located, its file is as it was,
+    and the pictures asked for are there."""
     valid = {}
     for job in jobs:
-        entry = latest.get(str(job.path), {"status": "new"})
+        entry = latest.get(job.path.absolute(), {"status": "new"})
         asked = {"overlay": job.overlay} if config.overlays else {}
         asked |= {"mask": job.mask} if config.masks else {}
         drawn = asked.items() <= entry.items() and all(
-            owners[name] == entry["image"] and (config.output / name).is_file()
-            for name in asked.values()
+            (config.output / name).is_file() for name in asked.values()
         )
         if entry["status"] == "ok" and drawn and _is_unchanged(job.path, entry):
             valid[job.path] = entry
@@ -236,23 +256,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     nets = read_nets(config)
     if config.output.exists() and not config.output.is_dir():
         raise UserError(f"--output {config.output} is a file; give a folder.")
-    jobs = find_images(config.images, config.output)
+    images = find_images(config.images, config.output)
     started = time.monotonic()
     config.output.mkdir(parents=True, exist_ok=True)
     model = sha256_file(config.run / MODEL_NAME)
     settings = {"format": FORMAT, "model_sha256": model, "rule": config.rule}
-    with open_progress(config.output, settings) as (progress, entries):
-        results = still_valid(entries, jobs, config)
+    with open_progress(config.output, settings) as (progress, latest):
+        jobs = name_results(images, config.output, latest)
+        results = still_valid(latest, jobs, config)
         if results:
             print(f"{len(results)} of {len(jobs)} images are done already")
         results |= process(nets, config, [job for job in jobs if job.path not in results], progress)
-        images = [results[job.path] for job in jobs]
-        content = {**settings, **cli.record(config), "images": images}
+        entries = [results[job.path] for job in jobs]
+        current = {job.path.absolute() for job in jobs}
+        others = [entry for path, entry in latest.items() if path not in current]
+        content = {**settings, **cli.record(config), "images": others + entries}
         with atomic_file(config.output / BOXES_NAME) as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
-    failed = sum(entry["status"] != "ok" for entry in images)
+    failed = sum(entry["status"] != "ok" for entry in entries)
+    noted = sum("note" in entry for entry in entries)
     print(
         f"{len(jobs) - failed} of {len(jobs)} images located, "
+        f"{f'{noted} of them with a note, ' if noted else ''}"
         f"{cli.duration(time.monotonic() - started)}: {config.output / BOXES_NAME}"
     )
     if failed:

@@ -1,5 +1,7 @@
 """Locate objects in image files: batches of them through the nets, pictures of the results."""
 
+import errno
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from pipeline.shards.superpixels import superpixels
 from pipeline.storage import write_atomically
 
 MASKS_NAME = "masks"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 MOST_THREADS = 8  # by default: a thread may need 0.7 GB for an image of the largest size
 
 
@@ -67,12 +70,13 @@ class Job:
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """An image at the nets' size. pixels: uint8 [h, w, 3]; segments: labels [h, w]; height, width:
-    the file's own."""
+    the file's own; note: harmless damage to the file, or None."""
 
     pixels: np.ndarray
     segments: np.ndarray
     height: int
     width: int
+    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,7 @@ def prepare(config: ModelConfig, data: bytes) -> Prepared:
         segments=superpixels(image.pixels, config.superpixels, config.compactness),
         height=image.height,
         width=image.width,
+        note=image.note,
     )
 
 
@@ -143,8 +148,13 @@ def locate(
 
 
 def file_state(path: Path) -> dict[str, int]:
-    """Return what tells a file from a changed one: its bytes, and its time of change in ns."""
+    """Return what tells a file from a changed one: its bytes, and its time of change in ns.
+
+    Raises OSError for what is no file: reading a pipe could wait for ever.
+    """
     state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise OSError("not a regular file")
     return {"bytes": state.st_size, "modified_ns": state.st_mtime_ns}
 
 
@@ -152,8 +162,8 @@ def process_batch(nets: Nets, config: LocalizeConfig, jobs: Sequence[Job]) -> li
     """Locate up to `config.batch_size` files, write their pictures, and return an entry of
     boxes.json for each, in order; that of a file that cannot be used says why.
 
-    Files are read again to be drawn, rather than kept in memory. Raises UserError for nets without
-    finite maps, OSError where a picture cannot be written: both would fail every other image too.
+    Files are read again to be drawn, rather than kept in memory. Raises what would fail every other
+    image too: UserError for nets without finite maps, OSError for the disk of the output.
     """
     entries: list[dict[str, Any]] = []
     prepared: dict[int, Prepared] = {}
@@ -170,8 +180,10 @@ def process_batch(nets: Nets, config: LocalizeConfig, jobs: Sequence[Job]) -> li
     results = locate(nets, images, batch_size=config.batch_size, rule=config.rule)
     for i, result in zip(prepared, results, strict=True):
         try:
-            pictures = _pictures(config, jobs[i], prepared[i], result)
-        except (ImageError, OSError, MemoryError) as error:
+            pictures = _write_pictures(config, jobs[i], prepared[i], result)
+        except (ValueError, OSError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+                raise
             entries[i] = _failure(jobs[i], error)
             continue
         top = [{"class": wnid, "name": name, "score": score} for wnid, name, score in result.top5]
@@ -182,12 +194,10 @@ def process_batch(nets: Nets, config: LocalizeConfig, jobs: Sequence[Job]) -> li
             "found": result.found,
             **top[0],
             "top5": top,
+            **pictures,
         }
-        for kind, (name, data) in pictures.items():
-            path = config.output / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, data)
-            entries[i][kind] = name
+        if prepared[i].note:
+            entries[i]["note"] = prepared[i].note
     return entries
 
 
@@ -200,11 +210,11 @@ def _failure(job: Job, error: Exception) -> dict[str, Any]:
     }
 
 
-def _pictures(
+def _write_pictures(
     config: LocalizeConfig, job: Job, image: Prepared, result: Located
-) -> dict[str, tuple[str, bytes]]:
-    """Return the name within the output folder and the PNG of each picture asked for."""
-    pictures = {}
+) -> dict[str, str]:
+    """Write the pictures asked for, and return their names within the output folder by kind."""
+    pictures: dict[str, tuple[str, bytes]] = {}
     if config.overlays:
         pixels = read_image(job.path.read_bytes(), image.height, image.width).pixels
         _, name, score = result.top5[0]
@@ -213,4 +223,8 @@ def _pictures(
     if config.masks:
         mask = mask_picture(result.map, image.height, image.width)
         pictures["mask"] = (job.mask, encode_png(mask))
-    return pictures
+    for name, data in pictures.values():
+        path = config.output / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
+    return {kind: name for kind, (name, _) in pictures.items()}

@@ -159,13 +159,23 @@ def summary(outcome: Outcome) -> str:
                 split,
                 str(entry.images),
                 f"{entry.rejected} ({reasons})" if reasons else "0",
+                str(total.noted),
                 str(len(entry.shards)),
                 f"{sum(shard.bytes for shard in entry.shards) / 1e6:.1f}",
                 f"{total.superpixels / max(1, entry.images):.1f}",
                 f"{outcome.progress.task_seconds[split]:.1f}",
             ]
         )
-    headers = ["split", "images", "rejected", "shards", "MB", "superpixels", "task seconds"]
+    headers = [
+        "split",
+        "images",
+        "rejected",
+        "noted",
+        "shards",
+        "MB",
+        "superpixels",
+        "task seconds",
+    ]
     return cli.table(headers, rows)
 
 

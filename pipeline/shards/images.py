@@ -7,11 +7,24 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import AvifImagePlugin, Image
+
+from pipeline.shards.jpeg import decode_jpeg
 
 MAX_PIXELS = 2**26  # 67 million: above any ILSVRC image, and 200 MB once decoded
 # Pillow's other formats include PostScript, which it hands to an interpreter.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000")
+OTHER_FORMATS = {  # by bytes near their start
+    b"ftyphei": "HEIC",
+    b"ftyphev": "HEIC",
+    b"ftypm": "HEIC",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"8BPS": "Photoshop",
+    b"%PDF": "PDF",
+    b"<svg": "SVG",
+}
+PNG = b"\x89PNG\r\n\x1a\n"
 DECODE_FACTOR = 2  # JPEGs are decoded to at least this many times the stored size, then averaged
 # Of the eighths in which JPEGs can be decoded. The others have no vectorized transform: 3/8 takes
 # as long as 4/8, and 5/8 to 7/8 longer than the whole.
@@ -19,6 +32,7 @@ EIGHTHS = (1, 2, 4, 8)
 
 # Images are spread over processes; threads inside one would only fight for the same cores.
 cv2.setNumThreads(1)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 
 
 class ImageError(ValueError):
@@ -74,18 +88,24 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _decode(data: bytes, height: int, width: int) -> tuple[np.ndarray, int, int, str | None]:
+    note = None
     if data[:2] == b"\xff\xd8":
         try:
             full_height, full_width, colours, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:  # also sound files with a rare chroma subsampling: Pillow decides
-            colours = "unknown"
-        if colours in ("YCbCr", "Gray", "RGB"):
+            note = "JPEG with a rare chroma subsampling: damage to it would not be noticed"
+        else:
             _check_size(full_height, full_width)
             least = decoded_size((full_height, full_width), (height, width))
-            pixels, note = _decode_jpeg(data, *least)
-            return pixels, full_height, full_width, note
+            try:
+                if colours in ("YCbCr", "Gray", "RGB"):
+                    pixels, note = decode_jpeg(data, *least)
+                    return pixels, full_height, full_width, note
+                _, note = decode_jpeg(data, 1, 1, "CMYK")  # a check: Pillow converts the colours
+            except ValueError as error:
+                raise ImageError(f"damaged JPEG: {error}") from error
     pixels = _decode_with_pillow(data)
-    return pixels, *pixels.shape[:2], None
+    return pixels, *pixels.shape[:2], note
 
 
 def decoded_size(full: tuple[int, int], stored: tuple[int, int]) -> tuple[int, int]:
@@ -99,18 +119,9 @@ def decoded_size(full: tuple[int, int], stored: tuple[int, int]) -> tuple[int, i
     return -(-full[0] * eighths // 8), -(-full[1] * eighths // 8)
 
 
-def _decode_jpeg(data: bytes, height: int, width: int) -> tuple[np.ndarray, str | None]:
-    size = {"min_height": height, "min_width": width}
-    try:
-        return simplejpeg.decode_jpeg(data, **size), None
-    except ValueError as error:
-        # Stray bytes between segments are met in sound ILSVRC files; every pixel is there.
-        if "extraneous bytes" not in str(error):
-            raise ImageError(f"damaged JPEG: {error}") from error
-        return simplejpeg.decode_jpeg(data, **size, strict=False), str(error)
-
-
 def _decode_with_pillow(data: bytes) -> np.ndarray:
+    if data.startswith(PNG):
+        data = _critical_chunks(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the size is checked below, odd EXIF does not matter
@@ -121,15 +132,37 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
     except (ImageError, MemoryError):
         raise
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"no image format: it begins with {data[:8].hex(' ')}") from error
+        raise ImageError(_unidentified(data[:12])) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"too many pixels: {error}") from error
     except Exception as error:  # decoders raise anything, from struct.error to SyntaxError
         raise ImageError(f"cannot be decoded: {error}") from error
 
 
+def _critical_chunks(data: bytes) -> bytes:
+    """Return a PNG without the chunks that decide no pixel: texts, profiles, EXIF.
+
+    Pillow refuses pictures for large or damaged ones."""
+    kept, end = [data[: len(PNG)]], len(PNG)
+    while end < len(data):
+        start, end = end, end + 12 + int.from_bytes(data[end : end + 4])
+        if data[start + 4 : start + 5].isupper():
+            kept.append(data[start:end])
+    return b"".join(kept)
+
+
+def _unidentified(start: bytes) -> str:
+    if start.startswith(b"\xff\xd8"):
+        return "damaged JPEG: its header cannot be read"
+    for mark, name in OTHER_FORMATS.items():
+        if mark in start:
+            return f"format not read: {name}; convert it to JPEG or PNG"
+    return f"no image format: it begins with {start[:8].hex(' ')}"
+
+
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I;16"):
+    # Pillow gives the 16 bits of PGM as 32.
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
         grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)  # convert() would clip
         return np.stack([grey] * 3, axis=-1)
     if image.mode in ("I", "F"):

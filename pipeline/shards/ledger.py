@@ -79,6 +79,7 @@ class Totals:
     rejected: int = 0
     reasons: Counter[str] = field(default_factory=Counter)  # by kind, the part before the colon
     class_counts: np.ndarray  # int64 [classes], of accepted images
+    noted: int = 0  # accepted images with a note
     superpixels: int = 0
     max_superpixels: int = 0
 
@@ -92,6 +93,7 @@ class Totals:
         self.rejected += other.rejected
         self.reasons += other.reasons
         self.class_counts = self.class_counts + other.class_counts
+        self.noted += other.noted
         self.superpixels += other.superpixels
         self.max_superpixels = max(self.max_superpixels, other.max_superpixels)
 
@@ -104,6 +106,7 @@ class Totals:
         if accepted.num_rows:
             labels = accepted["label"].to_numpy()
             self.class_counts += np.bincount(labels, minlength=len(self.class_counts))
+            self.noted += accepted.num_rows - accepted["note"].null_count
             self.superpixels += pc.sum(accepted["superpixels"]).as_py()
             largest = pc.max(accepted["superpixels"]).as_py()
             self.max_superpixels = max(self.max_superpixels, largest)

@@ -61,13 +61,20 @@ def exclusive_output(output: str) -> Iterator[None]:
     """Keep other drivers from a claimed local output, and leave no temporary file there.
 
     Raises UserError where another is at work. On a remote output nothing is locked: objects appear
-    whole, and two drivers of one plan write the same bytes.
+    whole, and two drivers of one plan write the same bytes. Nor is what cannot be written to.
     """
     if storage.is_remote(output):
         yield
         return
     folder = storage.local_path(output)
-    with (folder / PLAN_NAME).open("r+b") as file:
+    try:
+        file = (folder / PLAN_NAME).open("r+b")
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        yield
+        return
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -158,3 +158,8 @@ def test_files_give_the_pixels_back() -> None:
         assert np.array_equal(np.asarray(file.convert("RGB")), heat(values))
     with Image.open(io.BytesIO(encode_jpeg(GREY))) as file:
         assert np.abs(np.asarray(file).astype(int) - GREY).max() <= 1
+
+
+def test_a_picture_too_wide_for_a_png_is_an_error_and_no_empty_file() -> None:
+    with pytest.raises(ValueError, match="1000001x1 pixels"):
+        encode_png(np.zeros((1, 1_000_001), np.uint8))

@@ -1,4 +1,5 @@
 import re
+import resource
 import time
 from pathlib import Path
 from urllib.request import urlopen
@@ -226,6 +227,19 @@ def test_a_file_whose_writer_raises_is_as_before_and_temporaries_can_be_removed(
     (tmp_path / ".a.0f0f0f0f.tmp").write_bytes(b"left by a killed process")
     storage.remove_temporaries(tmp_path)
     assert [x.name for x in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_error_of_a_full_disk_names_the_file_however_long(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 255)
+    storage.write_atomically(path, bytes(1000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # what disks do when they are full
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{path}'"):
+            storage.write_atomically(path, bytes(1001))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(x.name, x.stat().st_size) for x in tmp_path.iterdir()] == [("a" * 255, 1000)]
 
 
 def test_names_and_suffixes_of_locations() -> None:

@@ -206,7 +206,7 @@ def test_a_batch_without_a_usable_image_gives_reasons_alone(
     entries = process_batch(nets, config, jobs)
     assert [(entry["status"], entry["error"]) for entry in entries] == [
         ("failed", "empty file: it has 0 bytes"),
-        ("failed", "Is a directory"),
+        ("failed", "not a regular file"),
         ("failed", "No such file or directory"),
     ]
 

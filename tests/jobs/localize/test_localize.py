@@ -1,7 +1,9 @@
 """The job over folders of images: what it takes, writes, reports, and does again."""
 
 import contextlib
+import errno
 import fcntl
+import io
 import json
 import os
 import signal
@@ -17,7 +19,7 @@ import torch
 from PIL import Image
 
 from jobs.localize import __main__ as job
-from jobs.localize.__main__ import find_images
+from jobs.localize.__main__ import find_images, name_results
 from jobs.runs import load_nets, save_nets
 from pipeline.errors import UserError
 
@@ -198,17 +200,54 @@ def test_again_only_what_changed_failed_or_is_missing_is_done(
     assert read_entries(output)[0]["width"] == 50
 
 
-def test_a_picture_that_another_image_replaced_is_made_again(
-    pictures: Path, random_run: Path, tmp_path: Path
+def test_other_images_join_those_of_earlier_jobs(
+    pictures: Path, random_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both are named a.png where each is given alone."""
     output, first, second = tmp_path / "out", pictures / "a.jpg", pictures / "sub" / "a.png"
     run(random_run, output, first)
-    before = (output / "a.png").read_bytes()
+    (before,) = read_entries(output)
+    picture = (output / "a.png").stat()
     run(random_run, output, second)
-    assert (output / "a.png").read_bytes() != before
+    assert [entry["overlay"] for entry in read_entries(output)] == ["a.png", "a-2.png"]
+    Image.new("RGB", (20, 30)).save(second)
+    monkeypatch.chdir(pictures)
+    run(random_run, output, Path("sub/a.png"))
+    earlier, changed = read_entries(output)
+    assert (earlier, changed["height"]) == (before, 30)
+    assert (changed["image"], changed["overlay"]) == ("sub/a.png", "a-2.png")
     run(random_run, output, first)
-    assert (output / "a.png").read_bytes() == before
+    assert read_entries(output) == [changed, before]
+    assert (output / "a.png").stat() == picture
+
+
+def test_no_entry_of_a_folder_ends_the_job(random_run: Path, tmp_path: Path) -> None:
+    folder, output = tiny_images(tmp_path / "in", 2), tmp_path / "out"
+    names = ("木" * 80 + "木a.png", "b" * 251 + ".png")
+    for path, name in zip(sorted(folder.iterdir()), names, strict=True):
+        path.rename(folder / name)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "folder.png").mkdir()
+    (folder / "occupied.png").write_bytes((folder / names[0]).read_bytes())
+    (output / "occupied.png").mkdir(parents=True)
+    damaged = [folder / ("c" * 300), folder / "loop.png" / "x.png"]
+    stray = io.BytesIO()
+    Image.new("RGB", (20, 30)).save(stray, "JPEG")
+    (folder / "noted.jpg").write_bytes(stray.getvalue()[:-2] + bytes(20) + b"\xff\xd9")
+    with pytest.raises(UserError, match="5 of 8 images failed"):
+        run(random_run, output, folder, folder / "loop.png", *damaged)
+    entries = {Path(entry["image"]).name: entry for entry in read_entries(output)}
+    for name in names:
+        assert (output / entries[name]["overlay"]).is_file()
+    assert "extraneous bytes" in entries["noted.jpg"]["note"]
+    assert {n: e["error"] for n, e in entries.items() if "error" in e} == {
+        "pipe.png": "not a regular file",
+        "loop.png": "Too many levels of symbolic links",
+        "x.png": "Too many levels of symbolic links",
+        "c" * 300: "File name too long",
+        "occupied.png": "Is a directory",
+    }
 
 
 @pytest.fixture
@@ -243,11 +282,25 @@ def test_two_jobs_cannot_write_to_one_folder(
             run(random_run, finished, pictures / "a.jpg")
 
 
-def test_a_damaged_progress_file_is_named(finished: Path, pictures: Path, random_run: Path) -> None:
-    with (finished / "progress.jsonl").open("ab") as file:
-        file.write(b"no entry\n")
+@pytest.mark.parametrize("line", ["no entry", "{}", "[]"])
+def test_a_damaged_progress_file_is_named(
+    line: str, finished: Path, pictures: Path, random_run: Path
+) -> None:
+    with (finished / "progress.jsonl").open("a") as file:
+        file.write(f"{line}\n")
     with pytest.raises(UserError, match=r"progress\.jsonl is damaged"):
         run(random_run, finished, pictures / "a.jpg")
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(
+    pictures: Path, random_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*out/a\.png"):
+        run(random_run, tmp_path / "out", pictures / "a.jpg")
 
 
 def test_names_of_results_are_unique_whatever_the_folders_and_letter_case(tmp_path: Path) -> None:
@@ -256,7 +309,7 @@ def test_names_of_results_are_unique_whatever_the_folders_and_letter_case(tmp_pa
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     given = [tmp_path / "x", tmp_path / "y", tmp_path / "b.c.jpg", tmp_path / "y" / "a.jpg"]
-    jobs = find_images(given, tmp_path / "out")
+    jobs = name_results(find_images(given, tmp_path / "out"), tmp_path / "out", {})
     assert {str(job.path.relative_to(tmp_path)): job.overlay for job in jobs} == {
         "x/a.jpg": "a.png",
         "y/A.jpg": "A-2.png",
@@ -284,7 +337,7 @@ def test_folders_are_searched_once_through_links_without_hidden_files(
     output = pictures / "out"  # results of an earlier run among the images
     output.mkdir()
     (output / "a.png").touch()
-    paths = [job.path.relative_to(pictures) for job in find_images([pictures], output)]
+    paths = [path.relative_to(pictures) for path in find_images([pictures], output)]
     names = ["a.jpg", "broken.jpg", "grey.GIF", "link/c.jpg", "sub/a.png"]
     assert [path.as_posix() for path in paths] == names
 
@@ -296,8 +349,7 @@ def test_folders_and_outputs_that_cannot_be_are_refused(
     with pytest.raises(UserError, match="empty holds no image files"):
         find_images([pictures, tmp_path / "empty"], tmp_path / "out")
     before = (pictures / "sub" / "a.png").read_bytes()
-    with pytest.raises(UserError, match=r"sub/a\.png would replace"):
-        run(random_run, pictures / "sub", pictures / "sub" / "a.png")
+    run(random_run, pictures / "sub", pictures / "sub" / "a.png")  # whose overlay is a-2.png
     with pytest.raises(UserError, match="is searched for images"):
         run(random_run, pictures, pictures)
     with pytest.raises(UserError, match=r"a\.jpg is a file"):

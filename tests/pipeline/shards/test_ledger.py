@@ -40,7 +40,10 @@ def rejected(row: int, split: str, reason: str) -> dict[str, Any]:
 def merged(tmp_path: Path) -> Path:
     records = {
         "0": [accepted(0, "train", 1, 90), rejected(1, "train", "damaged JPEG: a")],
-        "1": [rejected(2, "train", "damaged JPEG: b"), accepted(3, "train", 1, 100)],
+        "1": [
+            rejected(2, "train", "damaged JPEG: b"),
+            accepted(3, "train", 1, 100) | {"note": "odd"},
+        ],
         "2": [rejected(4, "val", "empty file: 0 bytes"), accepted(5, "val", 0, 70)],
     }
     for name, rows in records.items():
@@ -52,6 +55,7 @@ def merged(tmp_path: Path) -> Path:
     assert totals["train"].reasons == {"damaged JPEG": 2}
     assert totals["train"].class_counts.tolist() == [0, 2, 0]
     assert (totals["train"].superpixels, totals["train"].max_superpixels) == (190, 100)
+    assert (totals["train"].noted, totals["val"].noted) == (1, 0)
     assert totals["val"].reasons == {"empty file": 1}
     assert totals["val"].class_counts.tolist() == [1, 0, 0]
     return tmp_path

@@ -1,6 +1,8 @@
+import errno
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import time
@@ -205,6 +207,20 @@ def test_a_finished_set_is_left_alone(made: tuple[Path, Outcome], source: Path) 
     assert outcome.totals is None
     assert outcome.manifest == made[1].manifest
     assert {path: path.stat().st_mtime_ns for path in made[0].rglob("*")} == before
+
+
+def test_a_finished_set_on_read_only_storage_is_left_alone(
+    made: tuple[Path, Outcome], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = Path.open
+
+    def read_only(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        if set(mode) & set("wax+"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return open_file(path, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    assert run(source, made[0]).totals is None
 
 
 @pytest.mark.usefixtures("ray_local")
