@@ -70,7 +70,7 @@ def name_results(
     From the second one of the same name (letter case aside) on they are numbered. No picture
     replaces an image given, or one of another image with an entry in `latest`.
     """
-    owners = {
+    owners: dict[str, Path | None] = {
         entry[kind].lower(): path
         for path, entry in latest.items()
         for kind in ("overlay", "mask")
