@@ -88,15 +88,18 @@ def list_ilsvrc(files: SourceFiles) -> Listing:
 
 
 def _read_contents(files: SourceFiles) -> _Contents:
-    contents = _Contents()
+    contents, class_tars = _Contents(), set[str]()
     for folder, names in files.walk():
         paths = [path_in(folder, name) for name in names]
         if match := SPLIT_FOLDER.fullmatch(folder):
             split, wnid = match.groups()
             if split == "val" or wnid:
+                if f"{folder}.tar" in class_tars and any(map(is_image, names)):
+                    raise _repeated(files, folder, f"{folder}.tar")
                 for path in filter(is_image, paths):
                     contents.images[split].add(id=stem(path), path=path, wnid=wnid)
             else:  # train, where the outer tar was unpacked and the inner ones were not
+                class_tars = {*filter(is_archive, paths)}
                 for path in filter(is_archive, paths):
                     _add_archive(contents.images[split], files, path)
         if not TEST_FOLDER.fullmatch(folder):
@@ -115,10 +118,7 @@ def _read_file(contents: _Contents, files: SourceFiles, path: str) -> None:
     if name in IMAGES:
         first = contents.archives.setdefault(IMAGES[name], path)
         if first != path:
-            raise UserError(
-                f"{files.location(first)} and {files.location(path)} hold the same images; "
-                "keep one of them."
-            )
+            raise _repeated(files, first, path)
     elif is_tar and BOXES.fullmatch(name):
         for inner, data in packed_files(files, path):
             if inner.endswith(".xml"):
@@ -134,6 +134,13 @@ def _read_file(contents: _Contents, files: SourceFiles, path: str) -> None:
         for id, annotation in labels.read_solution(files.read(path)):
             name = id.rpartition(".")[0] if is_image(id) else id
             _add_annotation(contents.solutions, name, path, annotation)
+
+
+def _repeated(files: SourceFiles, first: str, second: str) -> UserError:
+    return UserError(
+        f"{files.location(first)} and {files.location(second)} hold the same images; keep one of "
+        "them."
+    )
 
 
 def _add_list(contents: _Contents, path: str, data: bytes) -> None:

@@ -83,7 +83,10 @@ def read_caffe_labels(data: bytes, path: str, wnids: Sequence[str]) -> Labels:
             f"{path} numbers {needed} classes, and {len(wnids)} are known; put "
             "LOC_synset_mapping.txt or the devkit beside it."
         )
-    labels = {match[1]: wnids[int(match[2])] for match in matches}
+    labels: Labels = {}
+    for id, number in (match.groups() for match in matches):
+        if labels.setdefault(id, wnids[int(number)]) != wnids[int(number)]:
+            raise UserError(f"{path} gives {id} two numbers; keep one of its lines.")
     return _checked(labels, path, "`name.JPEG number`") if labels else {}
 
 

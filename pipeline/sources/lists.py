@@ -51,10 +51,11 @@ def list_rows(files: SourceFiles) -> Listing:
         )
     images: dict[str, _Image] = {}
     for line, row in _rows(files):
-        path, image = _path(files, str(row.get("path") or "")), _image(line, row)
+        path, problem = _path(files, row.get("path") or "")
+        image = _image(line, row, problem)
         other = images.setdefault(path or f"({line})", image)
         if other is not image:
-            _merge(f"{files.location()}: {other.line} and {line}", path, other, image)
+            _merge(f"{files.location()}: {other.line} and {line} give {path!r}", other, image)
     builders = {split: ListingBuilder() for split in ("train", "val", "test")}
     for path, image in images.items():
         builders[image.split or "train"].add(
@@ -80,7 +81,7 @@ def _rows(files: SourceFiles) -> Iterator[tuple[str, Row]]:
         columns = _checked_columns(pq.read_schema(data).names, location)
         table = pq.read_table(data).rename_columns(columns)
         texts = {x: pa.string() for x in columns if x in KNOWN}
-        if "boxes" in texts and not pa.types.is_string(table["boxes"].type):
+        if "boxes" in texts and pa.types.is_nested(table["boxes"].type):
             texts["boxes"] = pa.list_(pa.list_(pa.float64()))
         table = table.select([*texts]).cast(pa.schema([*texts.items()]))
         table.validate(full=True)
@@ -99,7 +100,8 @@ def _csv_rows(text: str, location: str) -> Iterator[tuple[str, Row]]:
     try:
         columns = _checked_columns(next(reader, []), location)
         for cells in filter(None, reader):
-            row: Row = dict(zip(columns, map(str.strip, cells), strict=False))
+            named = zip(columns, map(str.strip, cells), strict=False)
+            row: Row = {name: cell for name, cell in named if name in KNOWN}
             if len(cells) > len(columns):
                 row["problem"] = f"line damaged: {len(cells)} cells below {len(columns)} names"
             yield f"line {reader.line_num}", row
@@ -117,7 +119,7 @@ def _checked_columns(names: Iterable[str], location: str) -> list[str]:
     twice = [name for name in KNOWN if columns.count(name) > 1]
     if missing or twice:
         fault = f"lacks {', '.join(missing)}" if missing else f"has {twice[0]} twice"
-        shown = ", ".join(columns)[: 4 * SHOWN]
+        shown = ", ".join(" ".join(name.split()) for name in columns)[: 4 * SHOWN]
         raise UserError(
             f"{location} {fault} among its columns ({shown}); needed: path, label; known besides: "
             "split, boxes or x0, y0, x1, y1, width and height. In CSV the first line names them, "
@@ -126,28 +128,32 @@ def _checked_columns(names: Iterable[str], location: str) -> list[str]:
     return columns
 
 
-def _path(files: SourceFiles, text: str) -> str:
-    """Return a path relative to the list's folder where it lies in it, else absolute, or a URI."""
-    if "\0" in text or not text:
-        return ""
-    if "://" in text:
-        return storage.absolute(text)
+def _path(files: SourceFiles, text: str) -> tuple[str, str | None]:
+    """Return a path relative to the list's folder where it lies in it, else absolute, or a URI.
+
+    With it comes the reason why it cannot be read.
+    """
+    if not text or "\0" in text:
+        return "", "path missing: its cell is empty or has a zero byte"
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme not in SCHEMES:
+        return text, f"path not readable: {scheme[:SHOWN]}:// is none of {', '.join(SCHEMES)}"
+    try:
+        if separator:
+            return storage.absolute(text), None
+    except ValueError as error:
+        return text, f"path not readable: {error}"
     folder = "" if files.remote else str(storage.local_path(storage.parent(files.source)))
-    return posixpath.normpath(text).removeprefix(f"{folder}/")
+    return posixpath.normpath(posixpath.join(folder, text)).removeprefix(f"{folder}/"), None
 
 
-def _image(line: str, row: Row) -> _Image:
-    """Return what one line says of its image."""
-    path, label, split = ((row.get(name) or "").strip() for name in ("path", "label", "split"))
-    problem = row.get("problem")
-    scheme, separator, _ = path.partition("://")
-    if not path or "\0" in path:
-        problem = problem or f"path missing: {line} has none"
-    elif separator and scheme not in SCHEMES:
-        problem = f"path not readable: {scheme[:SHOWN]}:// is none of {', '.join(SCHEMES)}"
-    elif "split" in row and split.lower() not in SPLITS:
+def _image(line: str, row: Row, problem: str | None) -> _Image:
+    """Return what one line says of its image; problem: that of its path."""
+    label, split = ((row.get(name) or "").strip() for name in ("label", "split"))
+    problem = row.get("problem") or problem
+    if problem is None and "split" in row and split.lower() not in SPLITS:
         problem = f"split unknown: {split[:SHOWN]!r} is none of {', '.join(SPLITS)}"
-    elif not label.isprintable():
+    if problem is None and not label.isprintable():
         problem = f"label unknown: {label[:SHOWN]!r} is no text"
     boxes, note = _boxes(row)
     size, texts = None, [row.get(name) or "" for name in SIZE]
@@ -173,14 +179,17 @@ def _boxes(row: Row) -> tuple[tuple[Box, ...], str | None]:
     value = row.get("boxes") or []
     try:
         value = json.loads(value) if isinstance(value, str) else value
-        groups += [[*map(str, box)] for box in value]
+        groups += [[*map(str, box)] for box in value or ()]
     except (ValueError, TypeError, RecursionError):
         return (), f"boxes dropped: not a list of [x0, y0, x1, y1] ({str(value)[:SHOWN]})"
     return parse_boxes(groups)
 
 
-def _merge(lines: str, path: str, image: _Image, other: _Image) -> None:
-    """Add the boxes of another line of the same image. Raises UserError where the two differ."""
+def _merge(lines: str, image: _Image, other: _Image) -> None:
+    """Add the boxes of another line of an image. Raises UserError where the two differ.
+
+    lines: both, and the path, as the start of a sentence.
+    """
     facts: dict[str, tuple[object, object]] = {
         "label": (image.label, other.label),
         "split": (image.split, other.split),
@@ -189,9 +198,7 @@ def _merge(lines: str, path: str, image: _Image, other: _Image) -> None:
         facts["size"] = image.size, other.size
     for name, (first, second) in facts.items():
         if first != second and (name == "size" or (first and second)):
-            raise UserError(
-                f"{lines} give {path} the {name} {first} and {second}; keep one of them."
-            )
+            raise UserError(f"{lines} the {name} {first} and {second}; keep one of them.")
     image.label, image.split = image.label or other.label, image.split or other.split
     image.size = image.size or other.size
     image.boxes += other.boxes

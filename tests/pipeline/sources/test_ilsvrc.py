@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import UserError
@@ -260,6 +262,10 @@ def test_images_of_one_name_are_told_apart_by_split_and_class_folder(tmp_path: P
     ("added", "message"),
     [
         ({"boxes/n1/art_0.xml": xml("n00000005", (1, 2, 3, 4)).encode()}, r"n1/art_0\.xml .* 2 im"),
+        (
+            {"caffe/val.txt": b"ILSVRC2012_val_00000001.JPEG 0\nILSVRC2012_val_00000001.JPEG 1"},
+            "two nu",
+        ),
         ({"LOC_val_solution.csv": b"art_0,n00000005 1 2 3 4\n"}, r"LOC_val_solution\.csv .* 2 im"),
         (
             {f"val/{wnid}/ILSVRC2012_val_00000001.JPEG": b"" for wnid in ("n00000005", "n00000017")}
@@ -291,3 +297,37 @@ def test_one_published_archive_is_a_source(tmp_path: Path) -> None:
     source = read_source(write(tmp_path, archives(mini)) / "ILSVRC2012_img_train.tar")
     assert (source.layout, source.classes) == ("ilsvrc", tuple(mini.wnids))
     assert {split: table.num_rows for split, table in source.images.items()} == {"train": 24}
+
+
+def test_a_class_that_is_both_a_tar_and_a_folder_is_refused(tmp_path: Path) -> None:
+    files = named_alike() | {"train/n00000005.tar": tar({"n00000005_1.JPEG": b""})}
+    with pytest.raises(UserError, match=r"train/n00000005 and .*n00000005\.tar hold the same"):
+        read_source(write(tmp_path, files))
+
+
+LISTS = {
+    "LOC_synset_mapping.txt": b"n00000005 ant\nn00000017 bee, wasp\n",
+    "words.txt": b"n00000005\tant\nn00000017\tbee\n",
+    "imagenet_2012_validation_synset_labels.txt": b"n00000005\nn00000017\n",
+    "val.txt": b"ILSVRC2012_val_00000001.JPEG 0\nILSVRC2012_val_00000002.JPEG 1\n",
+    "devkit/ILSVRC2012_validation_ground_truth.txt": b"1\n2\n",
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.sampled_from([*LISTS]), data=st.data())
+def test_any_change_to_a_list_is_a_listing_or_one_clear_error(
+    name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    files = {f"val/{labels.VAL_ID.format(i)}.JPEG": b"" for i in (1, 2)} | LISTS
+    files |= {f"train/{wnid}/{wnid}_1.JPEG": b"" for wnid in ("n00000005", "n00000017")}
+    files["devkit/meta.mat"] = drawn_miniature().meta()
+    old, start = files[name], data.draw(st.integers(0, len(files[name])))
+    inserted = data.draw(st.binary(max_size=9) | st.sampled_from([old, b"-1\n", b"9" * 5000]))
+    files[name] = old[:start] + inserted + old[data.draw(st.integers(start, len(old))) :]
+    try:
+        source = read_source(write(tmp_path_factory.mktemp("lists"), files))
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
+    else:
+        assert [table.num_rows for table in source.images.values()] == [2, 2]

@@ -10,10 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.shards.ledger import read_record
 from pipeline.shards.plan import PreprocessConfig, make_plan
 from pipeline.shards.shard import make_shard
+from pipeline.sources.files import SourceFiles
+from pipeline.sources.find import find_layout, list_images
+from tests import remote
 from tests.pipeline.sources.miniature import read_source, write
 
 
@@ -89,13 +93,14 @@ def test_boxes_of_the_original_are_scaled_to_the_stored_file(tmp_path: Path) -> 
 
 def test_every_bad_line_is_listed_with_its_reason(tmp_path: Path) -> None:
     lines = [
-        "path,label,split",
-        "ok.jpg,cat,train",
+        "path,label,split,problem",
+        "ok.jpg,cat,train,none",
         ",cat,train",
         "b.jpg,,train",
         "c.jpg,cat,trian",
-        "d.jpg,cat,train,more",
+        "d.jpg,cat,train,,more",
         "http://host/e.jpg,cat,train",
+        "s3://[host/e.jpg,cat,train",
         "f.jpg,cat,",
         "g.jpg",
         f"{tmp_path}/h.jpg,cat,train",
@@ -108,6 +113,7 @@ def test_every_bad_line_is_listed_with_its_reason(tmp_path: Path) -> None:
         "c.jpg": "split unknown",
         "d.jpg": "line damaged",
         "http://host/e.jpg": "path not readable",
+        "s3://[host/e.jpg": "path not readable",
         "f.jpg": "split unknown",
         "g.jpg": "label unknown",
         "h.jpg": "fine",
@@ -146,12 +152,12 @@ def test_a_bad_box_is_dropped_with_a_note(corners: str, note: str, tmp_path: Pat
         ('path,label\na.jpg,"cat', r"list\.csv line 2 is not CSV"),
         (
             "path,label\na.jpg,cat\nb.jpg,cat\n./a.jpg,dog\n",
-            "line 2 and line 4 give a.jpg the label",
+            "line 2 and line 4 give 'a.jpg' the label",
         ),
-        ("path,label,split\na,b,val\na,b,train\n", "give a the split val and train"),
+        ("path,label,split\na,b,val\na,b,train\n", "give 'a' the split val and train"),
         (
             "path,label,x0,y0,x1,y1,width,height\na,b,1,2,3,4,9,9\na,b,1,2,3,4,,\n",
-            r"line 2 and line 3 give a the size \(9, 9\) and None",
+            r"line 2 and line 3 give 'a' the size \(9, 9\) and None",
         ),
         ("path,label\na.jpg,3\nb.jpg,cat\n", r"class numbers \('3'\) beside names \('cat'\)"),
     ],
@@ -167,6 +173,18 @@ def test_a_column_of_another_type_and_a_damaged_file_are_refused(tmp_path: Path)
     for data in (flat, parquet({"path": [["a"]], "label": ["b"]}), whole[:-9], whole[9:], b""):
         with pytest.raises(UserError, match=r"l\.parquet cannot be read .*; expected a Parquet"):
             read_source(write(tmp_path, {"l.parquet": data}) / "l.parquet")
+
+
+def test_a_list_and_its_images_may_lie_on_object_storage(s3_endpoint: str, tmp_path: Path) -> None:
+    far, near = remote.uri(s3_endpoint, "list"), tmp_path / "l"
+    text = f"path,label\n{storage.join(far, 'b.jpg')},cat\na/1.jpg,cat\n"
+    write(near, {"a/1.jpg": b"one", "b.jpg": b"two", "list.csv": text.encode()})
+    remote.upload(near, s3_endpoint, "list")
+    for source in (storage.join(far, "list.csv"), str(near / "list.csv")):
+        with SourceFiles(source) as files:
+            table = list_images(files, find_layout(files)).images["train"]
+            fetched = files.fetch((path, None, None) for path in table["path"].to_pylist())
+            assert [fetch() for fetch in fetched] == [b"one", b"two"]
 
 
 def test_numbers_are_classes_in_their_order(tmp_path: Path) -> None:

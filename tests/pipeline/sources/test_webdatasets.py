@@ -3,6 +3,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.sources.files import SourceFiles
@@ -179,3 +181,34 @@ def test_one_archive_is_a_source(tmp_path: Path) -> None:
 def test_a_shard_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train-0\.tar ends at byte 700 "):
         read_tars(tmp_path, {"train-0.tar": tar({"a.jpg": b"x" * 1000, "a.cls": b"1"})[:700]})
+
+
+texts = st.binary(max_size=20) | st.sampled_from([b"0", b"1", b"-1", b"9" * 5000, b'{"label": 1}'])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    members=st.lists(st.tuples(st.sampled_from(["cls", "json"]), texts), max_size=5),
+    classes=texts | st.just(b""),
+    mapping=texts | st.just(b""),
+)
+def test_any_labels_are_a_listing_or_one_clear_error(
+    members: list[tuple[str, bytes]],
+    classes: bytes,
+    mapping: bytes,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    shard: dict[str, bytes] = {}
+    for i, (extension, data) in enumerate(members):
+        shard |= {f"{i}.jpg": b"x", f"{i}.{extension}": data}
+    files = {
+        "0.tar": tar(shard | {"last.jpg": b"x"}),
+        "classes.txt": classes,
+        "LOC_synset_mapping.txt": mapping,
+    }
+    try:
+        source = read_tars(tmp_path_factory.mktemp("tars"), files)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
+    else:
+        assert source.images["train"].num_rows == len(members) + 1
