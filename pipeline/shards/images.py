@@ -91,8 +91,9 @@ def _decode(data: bytes, height: int, width: int) -> tuple[np.ndarray, int, int,
     note = None
     if data[:2] == b"\xff\xd8":
         try:
-            full_height, full_width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError:  # also sound files with a rare chroma subsampling: Pillow decides
+            full_height, full_width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        except (ValueError, KeyError):
+            # Also sound files, of a rare chroma subsampling: Pillow decides.
             note = "JPEG with a rare chroma subsampling: damage to it would not be noticed"
         else:
             _check_size(full_height, full_width)

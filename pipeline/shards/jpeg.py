@@ -62,7 +62,8 @@ def _repair(data: bytes, warning: str) -> bytes | None:
     header = data[:2] + b"".join(segments)
     stray = STRAY.search(warning)
     if "JFIF revision" in warning:
-        header = re.sub(rb"JFIF\0.", rb"JFIF\0\1", header, count=1, flags=re.DOTALL)
+        before, name, version = header.partition(b"JFIF\0")
+        header = before + name + b"\1" + version[1:]
     elif "Invalid SOS parameters" in warning:
         header = header[:-3] + b"\x00\x3f\x00"
     elif stray and len(header) + len(body) == len(data):
