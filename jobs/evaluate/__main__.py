@@ -49,6 +49,8 @@ COLUMNS = {  # of the printed table, where shares are per cent
     "auc_gap": "AUC gap",
 }
 UNITLESS = ("mean_iou", "auc_gap")
+# Of `doubts`: the fewest boxes or maps, the share of images, and the AUC of inverted maps.
+FEWEST, MOST, INVERTED = 20, 0.9, 0.35
 
 
 def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Evaluation:
@@ -67,6 +69,8 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Ev
         raise UserError(f"{error}; give --classes FILE, as LOC_synset_mapping.txt.") from None
     localizations = list(source.localizations)
     centred = None
+    if config.centred_box is not None and inputs.maps is None:
+        raise UserError(f"--centred-box needs the sizes of the images; {NO_SIZES}.")
     if inputs.maps is not None:
         shares, origin = centred_shares(config.data, inputs.manifest, config.centred_box)
         centred = {"height": shares[0], "width": shares[1], "source": origin}
@@ -84,6 +88,7 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Ev
     metrics = {
         **described(config, inputs, source),
         "centred_box": centred,
+        "doubts": doubts(config, inputs, source),
         "seconds": round(time.monotonic() - started, 2),
         **cli.record(config),
     }
@@ -117,6 +122,43 @@ def described(config: EvaluateConfig, inputs: Inputs, source: Source) -> dict[st
 
         content["model_sha256"] = sha256_file(config.run / MODEL_NAME)
     return content
+
+
+def doubts(config: EvaluateConfig, inputs: Inputs, source: Source) -> list[str]:
+    """Return facts of given files that point to a misreading, though they prove none."""
+    truth = inputs.truth
+    if truth.sizes is None:
+        return []
+    given = {}
+    if config.ground_truth is not None:
+        owners = np.repeat(np.arange(len(truth.ids)), np.diff(truth.starts))
+        given[str(config.ground_truth)] = (truth.boxes, truth.sizes[owners])
+    result = []
+    for own in source.localizations:
+        if own.guesses is not None:
+            present = (own.boxes >= 0).all(axis=1)
+            given[source.name] = (own.boxes[present], truth.sizes[present])
+        if own.rule == "paper" and own.map == "given" and own.auc is not None:
+            auc = own.auc[~np.isnan(own.auc)]
+            if len(auc) >= FEWEST and auc.mean() < INVERTED:
+                result.append(
+                    f"{source.name}: pixels in the boxes score below those outside (AUC "
+                    f"{auc.mean():.2f}): are the maps inverted?"
+                )
+    for name, (boxes, sizes) in given.items():
+        if len(boxes) < FEWEST:
+            continue
+        if (sizes.min(axis=1) > 1.25 * boxes.max()).mean() > MOST:
+            result.append(
+                f"{name}: no box reaches beyond pixel {boxes.max():g}, and almost all images are "
+                "far larger: are the boxes of resized images?"
+            )
+        elif boxes.min() > 0 and (boxes[:, 2:] == sizes[:, ::-1]).any():
+            result.append(
+                f"{name}: no corner is 0, and some are the width or height: are pixels counted "
+                "from 1, where 0 is expected?"
+            )
+    return result
 
 
 def images_table(inputs: Inputs, source: Source) -> pa.Table:
@@ -202,6 +244,7 @@ def notes(evaluation: Evaluation, rule: str) -> list[str]:
         lines.append(
             f"{unknown} of {metrics['images']} images have no known box: they count as class only"
         )
+    lines += [f"doubtful: {doubt}" for doubt in metrics["doubts"]]
     if metrics["centred_box"] is not None:
         lines.append(f"centred box: {metrics['centred_box']['source']}")
     return lines

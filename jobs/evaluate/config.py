@@ -1,16 +1,43 @@
 """The flags of `python -m jobs.evaluate`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jobs.cli import check_bounds, flag, option
 from model.localization import Rule
 from pipeline.evaluation.protocols import PROTOCOLS
+from pipeline.evaluation.results import (
+    IMAGES_NAME,
+    MAPS_NAME,
+    METRICS_NAME,
+    NEW_MAPS_NAME,
+    PREDICTIONS_NAME,
+)
 from pipeline.loading.cache import DEFAULT_LIMIT
 from pipeline.storage import absolute
 
 SOURCES = ("run", "network", "score_maps", "predictions")
+NEEDS = {  # a flag: of those that make use of it one is given
+    "run": ("data",),
+    "network": ("data",),
+    "cache": ("data",),
+    "cache_limit": ("data",),
+    "split": ("data",),
+    "classes": ("ground_truth",),
+    "image_sizes": ("ground_truth",),
+    "network_weights": ("network",),
+    "network_classes": ("network",),
+    "network_size": ("network",),
+    "baselines": ("run",),
+    "export": ("run",),
+    "ten_crops": ("run", "network"),
+    "batch_size": ("run", "network"),
+    "shards": ("run", "network"),
+    "workers": ("run", "network", "score_maps"),
+    "rule": ("run", "network", "score_maps"),
+}
+WRITTEN = (METRICS_NAME, PREDICTIONS_NAME, IMAGES_NAME, MAPS_NAME, NEW_MAPS_NAME)
 PATHS = (
     *("output", "run", "score_maps", "export"),
     *("network_weights", "network_classes", "cache"),
@@ -116,24 +143,31 @@ class EvaluateConfig:
                 "evaluate each into a folder of its own, then compare them: "
                 "python -m jobs.report FOLDER FOLDER --output report.html"
             )
-        for name in ("run", "network"):
-            if getattr(self, name) and self.data is None:
-                raise ValueError(f"--{name} needs images: give --data SHARDS")
-        for name in ("network_weights", "network_classes", "network_size"):
-            if getattr(self, name) and not self.network:
-                raise ValueError(f"{flag(name)} is about a network: it needs --network")
+        for field in fields(self):
+            users = NEEDS.get(field.name)
+            if (
+                users
+                and getattr(self, field.name) != field.default
+                and not any(getattr(self, user) for user in users)
+            ):
+                raise ValueError(
+                    f"{flag(field.name)} is of use only with {' or '.join(map(flag, users))}; give "
+                    "that, or leave it out"
+                )
         if self.classifier and self.network:
             raise ValueError(
                 "--classifier beside --network: every row has the network's classes; leave it out"
             )
-        if self.export and not self.run:
-            raise ValueError("--export writes what our nets predict: it needs --run")
-        if self.ten_crops and not (self.run or self.network):
-            raise ValueError(
-                "--ten-crops is about the classes of nets: it needs --run or --network"
-            )
         if self.centred_box is not None and len(self.centred_box) not in (1, 2):
             raise ValueError(f"--centred-box {self.centred_box} must be one or two shares")
+        written = {self.output.resolve() / name for name in WRITTEN}
+        for name in ("ground_truth", "score_maps", "predictions", "classifier", "export"):
+            path = getattr(self, name)
+            if path and written & {path.resolve(), *path.resolve().parents}:
+                raise ValueError(
+                    f"{flag(name)} {path} is what an evaluation into --output {self.output} "
+                    "replaces; give another --output"
+                )
 
     def resolved(self) -> "EvaluateConfig":
         """Return this with absolute paths: tasks may run in another folder than the driver."""

@@ -20,6 +20,7 @@ from pipeline.evaluation.formats import (
     read_top_classes,
     score_map_path,
 )
+from pipeline.evaluation.metrics import renumbered_share, top_k
 from pipeline.evaluation.protocols import SIDE
 from pipeline.evaluation.results import write_maps
 from pipeline.evaluation.scoring import Localization
@@ -49,6 +50,27 @@ class Source:
 
 def read_source(config: EvaluateConfig, inputs: Inputs, progress: Progress) -> Source:
     """Return what the source says of every image. Raises UserError."""
+    source = _read_source(config, inputs, progress)
+    for name, flag in (("boxes", "predictions"), ("file", "classifier"), ("network", "network")):
+        if name in source.classes:
+            _check_numbering(source.classes[name], inputs.truth.labels, flag, getattr(config, flag))
+    return source
+
+
+def _check_numbering(classes: np.ndarray, labels: np.ndarray, flag: str, value: object) -> None:
+    """Raise UserError where hardly any class is right, and most would be under other numbers."""
+    right, renumbered = top_k(classes, labels, 1).mean(), renumbered_share(classes[:, 0], labels)
+    if renumbered >= 0.5 and right <= renumbered / 10:
+        remedy = "number them by the sorted wnids, from 0"
+        if flag == "network":
+            remedy = "give --network-classes in the order of its outputs"
+        raise UserError(
+            f"--{flag} {value} names the right class of {right:.1%} of the images, and of "
+            f"{renumbered:.1%} if its classes are numbered in another order; {remedy}."
+        )
+
+
+def _read_source(config: EvaluateConfig, inputs: Inputs, progress: Progress) -> Source:
     classes: dict[str, np.ndarray] = {}
     if config.classifier is not None:
         classes["file"] = read_top_classes(config.classifier, inputs.truth)

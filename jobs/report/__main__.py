@@ -39,6 +39,8 @@ class ReportConfig:
     output: Path = cli.option(help="the HTML file to write")
 
     def __post_init__(self) -> None:
+        if len({folder.resolve() for folder in self.evaluation}) < len(self.evaluation):
+            raise ValueError("one evaluation is given twice; give each once")
         if self.titles and len(self.titles) != len(self.evaluation):
             raise ValueError(
                 f"--titles: {len(self.titles)} for {len(self.evaluation)} evaluations; give as many"

@@ -29,6 +29,7 @@ from pipeline.evaluation.lines import (
     read_csv,
     read_parquet,
     refuse_names,
+    refuse_numbers,
     slots,
     stems,
 )
@@ -38,6 +39,7 @@ from pipeline.evaluation.truth import GroundTruth
 from pipeline.sources.labels import WNID
 from pipeline.storage import write_atomically
 
+ROUNDING = 1e-5  # by which values of a score map may leave [0, 1]
 MAP_SIZE = 224  # side of a written score map, in pixels
 NUMBER = r"^[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
 INDEX = "^[0-9]{1,9}$"
@@ -91,6 +93,8 @@ def read_guesses(path: Path, truth: GroundTruth) -> Guesses:
         lambda i: f"has label {'null' if rows.labels[i] == UNKNOWN else rows.labels[i]}",
         f"expected -1 for no class, or 0 to {limit - 1}, the position in the sorted wnids",
     )
+    if not is_csv:
+        refuse_numbers(each, rows.labels >= 0, truth.unsorted)
     labels = np.full((len(images), TOP), -1)
     labels[owners, slot] = rows.labels
     whole = (rows.boxes == np.floor(rows.boxes)).all()
@@ -147,7 +151,7 @@ def read_top_classes(path: Path, truth: GroundTruth) -> np.ndarray:
     )
     top = np.full((len(images), TOP), -1)
     top[np.repeat(images, counts), slots(counts)] = _names_or_indices(
-        lines.parts(counts, "class"), cells.flatten().fill_null(""), truth.classes
+        lines.parts(counts, "class"), cells.flatten().fill_null(""), truth
     )
     return top
 
@@ -194,8 +198,7 @@ def read_score_map(path: Path, size: tuple[int, int] | None) -> np.ndarray:
             "int224, 224 x 224; its boxes would not be the image's. Write all maps at that size."
         )
     values = np.array(stored, np.float64 if stored.dtype.itemsize >= 8 else np.float32)
-    _check_values(str(path), values)
-    return values
+    return _within_0_and_1(str(path), values)
 
 
 def write_score_map(root: Path, image_id: str, values: np.ndarray) -> None:
@@ -203,7 +206,7 @@ def write_score_map(root: Path, image_id: str, values: np.ndarray) -> None:
 
     Resized bilinearly, pixel centres aligned. Raises UserError for other values.
     """
-    _check_values(f"the map of {image_id}", values)
+    values = _within_0_and_1(f"the map of {image_id}", values)
     resized = cv2.resize(
         values.astype(np.float32), (MAP_SIZE, MAP_SIZE), interpolation=cv2.INTER_LINEAR
     )
@@ -214,14 +217,16 @@ def write_score_map(root: Path, image_id: str, values: np.ndarray) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _check_values(name: str, values: np.ndarray) -> None:
+def _within_0_and_1(name: str, values: np.ndarray) -> np.ndarray:
+    """Return the values clipped to [0, 1]. Raises UserError for others than rounding leaves."""
     low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 1):
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
         fault = "NaNs" if np.isnan(low) else f"values from {low:g} to {high:g}"
         raise UserError(
             f"{name} has {fault}; expected values in [0, 1]: thresholds would mean nothing. "
             "Normalize the map before it is saved."
         )
+    return values.clip(0, 1)
 
 
 def _is_csv(path: Path, columns: str) -> bool:
@@ -304,8 +309,9 @@ def _without_blanks(cells: list[str]) -> list[str]:
     return cells[: filled[-1]] if filled else []
 
 
-def _names_or_indices(lines: Lines, cells: pa.Array, classes: Sequence[str] | None) -> np.ndarray:
-    """Return the class index of each cell, a name among `classes` or else an index: int64 [K]."""
+def _names_or_indices(lines: Lines, cells: pa.Array, truth: GroundTruth) -> np.ndarray:
+    """Return the class index of each cell, a name among the classes or else an index: int64 [K]."""
+    classes = truth.classes
     if classes is None:
         refuse_names(lines, np.asarray(pc.match_substring_regex(cells, f"^{WNID.pattern}$"), bool))
     limit = LARGEST if classes is None else len(classes)
@@ -317,6 +323,7 @@ def _names_or_indices(lines: Lines, cells: pa.Array, classes: Sequence[str] | No
         lambda i: f"is {cells[i].as_py()!r:.{SHOWN}}",
         f"expected one of the wnids, or 0 to {limit - 1}, the position in the sorted wnids",
     )
+    refuse_numbers(lines, named < 0, truth.unsorted)
     return indices
 
 

@@ -17,6 +17,7 @@ from pipeline.errors import NAMED, SHOWN, UserError
 from pipeline.sources.listing import IMAGE_SUFFIXES
 
 CSV_IDS = {"id", "imageid"}  # the first cell of a header, without case and underscores
+SPLIT = r"(?is)^(?:.*/)?(?P<split>train|val|test)(?:id|idation|ing)?/"  # the last folder of one
 IMAGE_SUFFIX = rf"(?i)\.({'|'.join(suffix[1:] for suffix in IMAGE_SUFFIXES)})$"
 
 
@@ -152,15 +153,24 @@ def index_in(names: pa.Array, values: pa.Array) -> np.ndarray:
 
 
 def match_ids(names: pa.Array, ids: pa.Array) -> np.ndarray:
-    """Return for each name the index of the same id, else of the only id with its stem, else -1."""
+    """Return for each name the index of the same id, else of the only id with its stem, else -1.
+
+    Of one stem, images in folders of different splits (train, val, test) are not the same.
+    """
     indices = index_in(names, ids)
     if (indices < 0).any():
         ids_stems = stems(ids)
         codes = ids_stems.dictionary_encode().indices.to_numpy()
-        alone = np.bincount(codes)[codes] == 1
         by_stem = index_in(stems(names), ids_stems)
-        indices = np.where((indices < 0) & alone[by_stem], by_stem, indices)
+        splits = pc.not_equal(_splits(names), _splits(ids).take(pa.array(by_stem.clip(0))))
+        alone = (np.bincount(codes)[codes] == 1)[by_stem] & ~np.asarray(splits.fill_null(False))
+        indices = np.where((indices < 0) & alone, by_stem, indices)
     return indices
+
+
+def _splits(names: pa.Array) -> pa.Array:
+    """Return the split that a folder of each name is called by, null where none is."""
+    return pc.utf8_lower(pc.struct_field(pc.extract_regex(names, SPLIT), "split"))
 
 
 def find_images(lines: Lines, names: pa.Array, ids: pa.Array) -> np.ndarray:
@@ -200,16 +210,17 @@ def find_each(lines: Lines, names: pa.Array, ids: pa.Array) -> np.ndarray:
 
 
 def check_boxes(lines: Lines, boxes: np.ndarray, sizes: np.ndarray | None) -> None:
-    """Raise UserError for a box turned round or outside its image.
+    """Raise UserError for a box turned round or outside its image, and for shares of the image.
 
     boxes: [K, 4]; sizes: (height, width) of each box's image [K, 2], or None. x1 == width and
     y1 == height pass, since tools that count pixels from 1 write them.
     """
-    turned = np.any(boxes[:, :2] > boxes[:, 2:], axis=1)
-    outside = np.any(boxes < 0, axis=1)
-    if sizes is not None:
-        limits = sizes[:, ::-1]
-        outside |= ((boxes[:, :2] >= limits) | (boxes[:, 2:] > limits)).any(axis=1)
+    if boxes.size and boxes.min() >= 0 and boxes.max() < 2 and (sizes is None or sizes.max() > 2):
+        raise UserError(
+            f"{lines.path} has corners from {boxes.min():g} to {boxes.max():g} only, which are no "
+            "pixels of whole images; multiply shares of an image by its width and height."
+        )
+    turned, outside = _box_faults(boxes, sizes)
 
     def fault(i: int) -> str:
         corners = " ".join(f"{value:g}" for value in boxes[i])
@@ -219,7 +230,24 @@ def check_boxes(lines: Lines, boxes: np.ndarray, sizes: np.ndarray | None) -> No
         return f"has corners {corners}: it is outside its image{size}"
 
     expected = "expected x0 y0 x1 y1, inclusive pixels of the original image"
+    if sizes is not None and (turned | outside).any():
+        ends = boxes[:, :2] + boxes[:, 2:] - 1
+        others = {
+            "x y width height": np.concatenate([boxes[:, :2], ends], axis=1),
+            "y0 x0 y1 x1, or with width and height exchanged": boxes[:, [1, 0, 3, 2]],
+        }
+        fits = [name for name, read in others.items() if not np.any(_box_faults(read, sizes))]
+        expected += f"; all boxes of the file fit as {fits[0]}" if fits else ""
     lines.refuse(turned | outside, fault, expected)
+
+
+def _box_faults(boxes: np.ndarray, sizes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return which boxes are turned round and which are outside their image, bool [K] each."""
+    outside = np.any(boxes < 0, axis=1)
+    if sizes is not None:
+        limits = sizes[:, ::-1]
+        outside |= ((boxes[:, :2] >= limits) | (boxes[:, 2:] > limits)).any(axis=1)
+    return np.any(boxes[:, :2] > boxes[:, 2:], axis=1), outside
 
 
 def find_classes(lines: Lines, names: pa.Array, classes: Sequence[str] | None) -> np.ndarray:
@@ -245,4 +273,16 @@ def refuse_names(lines: Lines, named: np.ndarray) -> None:
         location = lines.at(int(np.argmax(named)))
         raise MissingClassesError(
             f"{location} names classes by wnid, and the ground truth has only their numbers"
+        )
+
+
+def refuse_numbers(lines: Lines, numbered: np.ndarray, unsorted: str | None) -> None:
+    """Raise UserError if any element numbers a class (bool [K]) and `unsorted` is the location in a
+    list of classes at which its order is not the sorted one that numbers count."""
+    if unsorted is not None:
+        lines.refuse(
+            numbered,
+            f"gives a class by number, and {unsorted} is out of order, so that numbers could count "
+            "its lines or the sorted wnids",
+            "sort the list, and let numbers be positions in it, from 0",
         )

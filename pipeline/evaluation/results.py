@@ -127,16 +127,19 @@ def read_evaluation(folder: Path) -> Evaluation:
         raise UserError(f"{folder} has no {METRICS_NAME}: no evaluation finished there.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); evaluate again.") from error
-    if content.get("format") != FORMAT:
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT:
         raise UserError(
-            f"{path} has format {content.get('format')}; this program reads {FORMAT}. "
-            "Evaluate again."
+            f"{path} has format {version}; this program reads {FORMAT}. Evaluate again."
         )
     names = [field.name for field in fields(Row)]
-    rows = tuple(
-        RowFigures(row=Row(**{name: row.pop(name) for name in names}), **row)
-        for row in content.pop("rows")
-    )
+    try:
+        rows = tuple(
+            RowFigures(row=Row(**{name: row.pop(name) for name in names}), **row)
+            for row in content.pop("rows")
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not as it was written ({error!r}); evaluate again.") from error
     return Evaluation(folder=folder, metrics=content, rows=rows)
 
 

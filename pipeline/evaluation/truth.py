@@ -26,6 +26,8 @@ from pipeline.evaluation.lines import (
     read_csv,
     read_lines,
     read_text,
+    refuse_numbers,
+    stems,
 )
 from pipeline.sources.annotations import Annotation, fit_boxes, read_annotation
 from pipeline.sources.labels import WNID, class_lines, parse_prediction
@@ -43,7 +45,15 @@ KINDS = (
     "LOC_*_solution.csv"
 )
 
-Classes = tuple[tuple[str, ...], tuple[str, ...]]  # sorted wnids, and their readable names
+DEVKIT_IMAGE, DEVKIT_LABELS = "ILSVRC2012_val_00000001", (489, 490)  # from 0, from 1
+
+
+class Classes(NamedTuple):
+    """Sorted wnids, their readable names, and the location at which their file is not sorted."""
+
+    wnids: tuple[str, ...]
+    names: tuple[str, ...]
+    unsorted: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +65,7 @@ class GroundTruth:
     boxes: int64 [M, 4], inclusive original pixels x0 y0 x1 y1, image by image.
     starts: int64 [N + 1]; image i has boxes[starts[i]:starts[i + 1]], possibly none.
     classes: wnids in index order, None where only numbers are known; class_names: readable.
+    unsorted: see `lines.refuse_numbers`.
     """
 
     ids: tuple[str, ...]
@@ -64,6 +75,7 @@ class GroundTruth:
     starts: np.ndarray
     classes: tuple[str, ...] | None
     class_names: tuple[str, ...] | None
+    unsorted: str | None = None
 
 
 def read_ground_truth(
@@ -160,12 +172,13 @@ def write_metadata(folder: Path, truth: GroundTruth) -> None:
 
 
 def read_classes(path: Path) -> Classes:
-    """Read a list of classes: the sorted wnids, and their readable names in the same order.
+    """Read a list of classes.
 
     A line is a wnid, alone or followed by a blank or tab and its name (LOC_synset_mapping.txt,
     words.txt); a wnid alone is its own name. Raises UserError for other or double lines.
     """
     names: dict[str, str] = {}
+    unsorted, last = None, ""
     for number, wnid, name in class_lines(read_text(path)):
         if not WNID.fullmatch(wnid):
             raise UserError(
@@ -177,10 +190,13 @@ def read_classes(path: Path) -> Classes:
                 f"{path} line {number} names {wnid} a second time; keep one line of it."
             )
         names[wnid] = name or wnid
+        if wnid < last and unsorted is None:
+            unsorted = f"{path} line {number}"
+        last = wnid
     if not names:
         raise UserError(f"{path} is empty; it was cut off or never filled. Make it again.")
     wnids = tuple(sorted(names))
-    return wnids, tuple(names[wnid] for wnid in wnids)
+    return Classes(wnids, tuple(names[wnid] for wnid in wnids), unsorted)
 
 
 def _read_table(path: Path, name: str) -> tuple[Lines, pa.Array, np.ndarray]:
@@ -208,11 +224,16 @@ def _read_metadata(
         id_lines, ids, _ = _read_table(files["image_ids.txt"], "image_ids.txt")
         find_each(id_lines, ids, ids)
     images = find_each(lines, labelled, ids)
-    classes, class_names = known or (None, None)
-    if classes is not None:
+    lines.refuse(
+        np.asarray(pc.equal(stems(labelled), DEVKIT_IMAGE)) & np.isin(labels[:, 0], DEVKIT_LABELS),
+        lambda i: f"has label {labels[i, 0]}, the development kit's ILSVRC2012_ID",
+        "expected positions in the sorted wnids, of this image 65",
+    )
+    if known is not None:
+        refuse_numbers(lines, np.ones(len(labels), bool), known.unsorted)
         lines.refuse(
-            labels[:, 0] >= len(classes),
-            lambda i: f"has label {labels[i, 0]}, and there are {len(classes)} classes",
+            labels[:, 0] >= len(known.wnids),
+            lambda i: f"has label {labels[i, 0]}, and there are {len(known.wnids)} classes",
             "list all of them",
         )
     sizes_path = image_sizes or files.get("image_sizes.txt")
@@ -226,8 +247,8 @@ def _read_metadata(
         sizes=sizes,
         boxes=boxes[np.argsort(owners, kind="stable")],
         starts=np.cumsum([0, *np.bincount(owners, minlength=len(ids))]),
-        classes=classes,
-        class_names=class_names,
+        classes=None if known is None else known.wnids,
+        class_names=None if known is None else known.names,
     )
 
 
@@ -300,13 +321,19 @@ def _from_annotations(
     lines = Lines(path=path, at=lambda i: entries[i].location)
     wnids = [annotation.wnid for annotation in annotations]
     occurring = tuple(sorted({wnid for wnid in wnids if wnid}))
-    classes, class_names = known or (occurring, occurring)
-    labels = find_classes(lines, pa.array(wnids, pa.string()), classes)
+    classes = known or Classes(occurring, occurring)
+    labels = find_classes(lines, pa.array(wnids, pa.string()), classes.wnids)
     ids = tuple(entry.id for entry in entries)
     own_sizes = np.array([x.box_size or (0, 0) for x in annotations], np.int64)[:, ::-1]
     sizes = own_sizes
     if image_sizes is not None:
         sizes = _read_sizes(image_sizes, pa.array(ids, pa.string()))
+        oblong = (own_sizes[:, 0] != own_sizes[:, 1]) & (sizes[:, 0] != sizes[:, 1])
+        if oblong.any() and (own_sizes == sizes[:, ::-1])[oblong].all():
+            raise UserError(
+                f"{image_sizes} has the width of each image where its annotation has the height; "
+                "expected lines `id,width,height`."
+            )
     annotated = np.where(own_sizes > 0, own_sizes, sizes)
     boxes: list[Sequence[Sequence[int]]] = [annotation.boxes for annotation in annotations]
     counts = np.array([len(own) for own in boxes])
@@ -321,8 +348,9 @@ def _from_annotations(
         sizes=sizes if sizes.all() else None,
         boxes=_flat(boxes),
         starts=np.cumsum([0, *map(len, boxes)]),
-        classes=classes,
-        class_names=class_names,
+        classes=classes.wnids,
+        class_names=classes.names,
+        unsorted=classes.unsorted,
     )
 
 

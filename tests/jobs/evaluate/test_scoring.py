@@ -209,6 +209,79 @@ def test_a_classifiers_labels_are_those_of_rows_that_have_none(
     assert evaluation.metrics["classifiers"] == {"file": {"top1": 3 / 4, "top5": 3 / 4}}
 
 
+@pytest.fixture
+def forty(tmp_path: Path) -> GroundTruth:
+    """Forty images of 300 x 200 pixels, four classes in turn, each with a box in a corner."""
+    truth = GroundTruth(
+        ids=tuple(f"val/{i}.JPEG" for i in range(40)),
+        labels=np.arange(40) % 4,
+        sizes=np.array([[200, 300]] * 40),
+        boxes=np.array([[1, 1, 99 + i, 190] for i in range(40)]),
+        starts=np.arange(41),
+        classes=None,
+        class_names=None,
+    )
+    write_metadata(tmp_path / "meta", truth)
+    return truth
+
+
+@pytest.mark.parametrize(
+    ("renumbered", "wrong", "refused"),
+    [
+        ([1, 2, 3, 0], 0, True),  # counted from 1, in a ring: every class is another
+        ([2, 3, 0, 1], 8, True),
+        ([0, 1, 2, 3], 0, False),
+        ([1, 0, 2, 3], 0, False),  # two classes confused
+        ([1, 1, 1, 1], 0, False),  # always one class
+    ],
+)
+def test_classes_in_another_order_are_refused(
+    forty: GroundTruth, tmp_path: Path, renumbered: list[int], wrong: int, refused: bool
+) -> None:
+    named = np.array(renumbered)[forty.labels]
+    named[:wrong] = forty.labels[:wrong][::-1]  # 3 2 1 0 for 0 1 2 3
+    path = tmp_path / "top.csv"
+    path.write_text("".join(f"{n},{c}\n" for n, c in zip(forty.ids, named, strict=True)))
+    if refused:
+        share = f"{1 - wrong / 40 if wrong == 0 else 0.8:.1%}"
+        with pytest.raises(UserError, match=f"--classifier {path} .* 0.0% .* {share} .*order"):
+            scored(tmp_path / "meta", tmp_path, classifier=path)
+    else:
+        scored(tmp_path / "meta", tmp_path, classifier=path)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "doubt"),
+    [
+        ([[0, 0, 63, 63]] * 40, "beyond pixel 63"),
+        ([[1, 1, 300, 200]] * 40, "no corner is 0"),
+        ([[0, 0, 250, 150]] * 40, None),
+    ],
+)
+def test_boxes_that_look_misread_are_noted(
+    forty: GroundTruth, tmp_path: Path, boxes: list[list[int]], doubt: str | None
+) -> None:
+    path = tmp_path / "boxes.parquet"
+    write_guesses(path, forty, guesses_of([[0]] * 40, [[box] for box in boxes]))
+    evaluation = scored(tmp_path / "meta", tmp_path, predictions=path)
+    doubts = evaluation.metrics["doubts"]
+    assert [f"{path}: " in text and (doubt or "") in text for text in doubts] == [True] * bool(
+        doubt
+    )
+    assert all(f"doubtful: {text}" in job.notes(evaluation, "paper") for text in doubts)
+
+
+def test_inverted_maps_are_noted(forty: GroundTruth, tmp_path: Path) -> None:
+    for image_id, (x0, y0, x1, y1) in zip(forty.ids, forty.boxes.tolist(), strict=True):
+        values = np.ones((20, 30))
+        values[y0 // 10 : y1 // 10, x0 // 10 : x1 // 10] = 0
+        write_map(tmp_path / "maps", image_id, values)
+    evaluation = scored(tmp_path / "meta", tmp_path, score_maps=tmp_path / "maps")
+    (doubt,) = evaluation.metrics["doubts"]
+    assert "maps" in doubt
+    assert "inverted" in doubt
+
+
 def test_any_number_of_threads_scores_maps_alike(
     four: GroundTruth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,12 +368,36 @@ def test_files_are_scored_with_few_packages(four: GroundTruth, tmp_path: Path, s
     assert row_of(read_evaluation(tmp_path / "out"), "given").figures["n"] == 4
 
 
+FILES, NONE = {"ground_truth": Path("b")}, Path("/none")
+UNUSED: list[tuple[dict, str, dict]] = [  # of no use beside the first flags, without the second
+    (FILES, "--data", {"run": NONE, "network": "n", "cache": NONE, "cache_limit": 2.0}),
+    (FILES, "--data", {"split": "train"}),
+    ({"data": "a"}, "--ground-truth", {"classes": NONE, "image_sizes": NONE}),
+    (
+        {"data": "a", "run": NONE},
+        "--network",
+        {"network_weights": NONE, "network_classes": NONE, "network_size": 9},
+    ),
+    (FILES, "--run", {"baselines": False, "export": NONE}),
+    (FILES, "--run or --network", {"ten_crops": True, "batch_size": 9, "shards": 9}),
+    (
+        FILES | {"predictions": NONE},
+        "--run or --network or --score-maps",
+        {"rule": "mean", "workers": 2},
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("options", "facts"),
     [
+        *(
+            (mode | {name: value}, f"^--{name.replace('_', '-')} is .*with {users};")
+            for mode, users, options in UNUSED
+            for name, value in options.items()
+        ),
         ({}, "--data.*--ground-truth"),
         ({"data": "a", "ground_truth": Path("b")}, "--data.*--ground-truth"),
-        ({"ground_truth": Path("b"), "run": Path("r")}, "--run.*--data"),
         ({"data": "a", "run": Path("r"), "network": "n"}, "--run and --network.*jobs.report"),
         ({"data": "a", "run": Path("r"), "score_maps": Path("s")}, "--run and --score-maps"),
         ({"data": "a", "network_weights": Path("w")}, "--network-weights.*--network"),
@@ -313,8 +410,15 @@ def test_files_are_scored_with_few_packages(four: GroundTruth, tmp_path: Path, s
             },
             "--classifier.*--network",
         ),
-        ({"data": "a", "export": Path("e")}, "--export.*--run"),
-        ({"ground_truth": Path("b"), "ten_crops": True}, "--ten-crops.*--run or --network"),
+        *(
+            ({"ground_truth": Path("b"), name: Path("out") / path}, f"--{flag} out/.*--output out ")
+            for name, flag, path in (
+                ("score_maps", "score-maps", "maps"),
+                ("score_maps", "score-maps", "maps.new/../maps/val"),
+                ("predictions", "predictions", "predictions.parquet"),
+                ("classifier", "classifier", "images.parquet"),
+            )
+        ),
         ({"data": "a", "centred_box": (0.5, 1.5)}, r"--centred-box 1\.5.*at most 1"),
         ({"data": "a", "centred_box": (0.5, 0.5, 0.5)}, "--centred-box.*one or two"),
         ({"data": "a", "batch_size": 0}, "--batch-size 0.*at least 1"),

@@ -149,11 +149,18 @@ def test_the_page_of_boxes_needs_no_nets_and_few_packages(
         "from jobs.report.__main__ import main; main(sys.argv[1:])"
     )
     boxes = evaluations[2]
-    for number, folders in enumerate([[boxes], [boxes, boxes]]):
+    others = [tmp_path / name / "evaluation" for name in ("exp-a", "exp-b")]
+    for other in others:
+        shutil.copytree(boxes, other)
+    for number, folders in enumerate([[boxes], others]):
         output = tmp_path / f"{number}.html"
         command = [sys.executable, "-c", code, *map(str, folders), "--output", str(output)]
         subprocess.run(command, cwd=ROOT, check=True)
-        assert "pictures" in output.read_text()
+        shown = Page(output.read_text())
+        assert "pictures" in shown.text
+        rows = [row[0] for row in shown.tables["All methods"] if "Given boxes" in row[0]]
+        for folder in folders if len(folders) > 1 else ():  # folders above tell them apart
+            assert sum(str(folder) in row for row in rows) == 1
 
 
 @pytest.mark.parametrize(
@@ -473,12 +480,17 @@ def test_one_title_for_other_rows_is_refused(evaluations: Evaluations) -> None:
         entries(evaluations[0], evaluations[2], titles=("same", "same"))
 
 
-def test_titles_must_be_as_many_as_evaluations(
-    evaluations: Evaluations, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "fact"), [("{} --titles a b", "--titles"), ("{} {}/../run", "given twice")]
+)
+def test_titles_and_evaluations_must_match(
+    evaluations: Evaluations, capsys: pytest.CaptureFixture[str], arguments: str, fact: str
 ) -> None:
+    folder = evaluations[0]
+    words = arguments.replace("run", folder.name).replace("{}", str(folder)).split()
     with pytest.raises(SystemExit):
-        main([str(evaluations[0]), "--titles", "a", "b", "--output", "unused.html"])
-    assert "--titles" in capsys.readouterr().err
+        main([*words, "--output", "unused.html"])
+    assert fact in capsys.readouterr().err
 
 
 def points_of(svg: str, colour: str) -> np.ndarray:

@@ -174,6 +174,8 @@ def test_ids_with_commas_quotes_and_line_breaks_survive_csv(tmp_path: Path) -> N
         ("a," + "n00000001 1 2 3 4 " * 6, " line 3 .*6 guesses"),
         ("d,n00000001 1 2 3 4", " line 3 .*'d', .*'val/b.JPEG'"),
         ("b,n00000001 1 2 3 4", " line 3 .*again, after .* line 2;"),
+        ("a,n00000001 9 9 9 4", " line 3 .*minimum is above its maximum"),
+        ("train/a.JPEG,n00000001 1 2 3 4", " line 3 names image 'train/a.JPEG'"),
         ("", " lacks 1 of 3 images: val/a.JPEG"),
     ],
 )
@@ -184,6 +186,9 @@ def test_a_faulty_kaggle_file_is_refused_by_line(tmp_path: Path, row: str, fact:
 
 
 SIX = {"labels": [[2], [0] * 6, []], "boxes": [[[0, 1, 2, 3]], [[0, 0, 1, 1]] * 6, []]}
+SHARES = {"boxes": [[[0, 0.1, 1.0000001, 1]], [[0.5, 0.5, 1, 1], [0.25, 0, 0.5, 0.75]], []]}
+WIDTHS = {"boxes": [[[20, 10, 11, 10]], [[25, 25, 25, 15], [1, 2, 3, 4]], []]}
+EXCHANGED = {"boxes": [[[1, 0, 20, 30]], [[30, 1, 40, 50], [1, 2, 3, 4]], []]}
 EMPTY = {
     "id": pa.array([], pa.string()),
     "boxes": pa.array([], pa.list_(pa.list_(pa.int64()))),
@@ -215,6 +220,9 @@ def boxes(*first: Any) -> dict[str, Any]:
         (boxes(0.0, 1, 9, np.nan), " row 1 .*NaN"),
         (boxes(0.0, 1, 9, np.inf), " row 1 .*beyond"),
         (SIX, " row 2 has 6 guesses"),
+        (SHARES, " has corners from 0 to 1 only"),
+        (WIDTHS, " row 1 .*fit as x y width height"),
+        (EXCHANGED, " row 1 .*fit as y0 x0 y1 x1"),
         (EMPTY, " has no rows"),
     ],
 )
@@ -252,6 +260,35 @@ def test_what_csv_cannot_tell_is_not_written(tmp_path: Path) -> None:
     ):
         assert_refused(path, f" .*{fact}", write_guesses, path, truth, guesses)
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "matches"),
+    [
+        *((folder, True) for folder in ("", "/data/test/val/", "VAL/n01/", "validation/")),
+        *((folder, False) for folder in ("train/", "test/x/", "val/training/")),
+    ],
+)
+def test_an_image_of_another_split_is_another_image(
+    tmp_path: Path, folder: str, matches: bool
+) -> None:
+    """The truth's ids are val/a.JPEG ...; without folders a name is of whatever split it is."""
+    text = "".join(f"{folder}{name}.JPEG,n00000001 1 2 3 4\n" for name in "abc")
+    path = write(tmp_path / "guesses.csv", text)
+    if matches:
+        assert (read_guesses(path, TRUTH).labels[:, 0] == 0).all()
+    else:
+        assert_refused(path, f" line 1 names image '{folder}a.JPEG'", read_guesses, path, TRUTH)
+
+
+def test_numbers_of_classes_from_an_unsorted_list_are_refused(tmp_path: Path) -> None:
+    truth = replace(TRUTH, unsorted="classes.txt line 2")
+    fact = ".* by number, and classes.txt line 2 is out of order"
+    path = write_parquet(tmp_path / "guesses.parquet", PARQUET)
+    assert_refused(path, f" row 1 guess 1 {fact}", read_guesses, path, truth)
+    path = write(tmp_path / "classes.csv", "a,n00000001\nb,2\nc,0\n")
+    assert_refused(path, f" line 2 class 1 {fact}", read_top_classes, path, truth)
+    assert_equal(read_guesses(write(tmp_path / "guesses.csv", CSV), truth), GUESSES)
 
 
 # A classifier's best classes
@@ -399,6 +436,14 @@ def test_a_faulty_score_map_is_refused_by_name(
     path = tmp_path / "a.npy"
     np.save(path, values)
     assert_refused(path, f" .*{re.escape(fact)}", read_score_map, path, (2, 3))
+
+
+def test_rounding_may_leave_0_and_1(tmp_path: Path) -> None:
+    values = np.array([[-1e-7, 0.5, 1 + 1e-7]])
+    np.save(tmp_path / "a.npy", values)
+    assert read_score_map(tmp_path / "a.npy", None).tolist() == [[0, 0.5, 1]]
+    write_score_map(tmp_path, "b", values)
+    assert read_score_map(tmp_path / "b.npy", None).max() == 1
 
 
 def npy_header(header: str) -> bytes:

@@ -80,7 +80,14 @@ def test_a_later_evaluation_takes_the_place_of_an_earlier_one(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("content", "fact"),
-    [(None, f"has no {METRICS_NAME}"), ("{", "cannot be read"), ('{"format": 1}', "format 1")],
+    [
+        (None, f"has no {METRICS_NAME}"),
+        ("{", "cannot be read"),
+        ('{"format": 1}', "format 1"),
+        ("[]", "format None"),
+        ('{"format": 2}', "rows"),
+        ('{"format": 2, "rows": [{"map": "aln"}]}', "rule"),
+    ],
 )
 def test_what_is_no_evaluation_is_one_line(tmp_path: Path, content: str | None, fact: str) -> None:
     if content is not None:

@@ -133,6 +133,10 @@ def test_without_sizes_they_are_unknown_unless_given(tmp_path: Path) -> None:
         ("localization.txt", "val/a.JPEG,4,2,3,4\n", " line 1 .*minimum is above its maximum"),
         ("localization.txt", "val/x.JPEG,1,2,3,4\n", " line 1 .*'val/x.JPEG'"),
         ("localization.txt", " \n", " is empty"),
+        ("localization.txt", "val/a.JPEG,0,0,1,1\nval/b.JPEG,1,0,1,1\n", " .*from 0 to 1 only"),
+        ("localization.txt", "val/a.JPEG,9,5,3,4\n", " line 1 .*fit as x y width height"),
+        ("localization.txt", "val/a.JPEG,0,0,40,50\n", " line 1 .*fit as y0 x0 y1 x1"),
+        ("localization.txt", "train/a.JPEG,1,2,3,4\n", " line 1 names image 'train/a.JPEG'"),
     ],
 )
 def test_faulty_metadata_is_refused_by_file_and_line(
@@ -145,11 +149,14 @@ def test_a_label_beyond_the_classes_is_refused(meta: Path, tmp_path: Path) -> No
     classes = write(tmp_path / "classes.txt", "".join(f"n{i:08d}\n" for i in range(7)))
     read = partial(read_ground_truth, meta, classes=classes)
     assert_refused(meta / "class_labels.txt", " line 3 has label 7, .* 7 classes", read)
-    write(classes, "".join(f"n{i:08d} name {i}\n" for i in reversed(range(8))))
+    lines = [f"n{i:08d} name {i}\n" for i in range(8)]
+    write(classes, "".join(lines))
     truth = read()
     assert truth.classes is not None
     assert truth.class_names is not None
     assert (truth.classes[7], truth.class_names[7]) == ("n00000007", "name 7")
+    write(classes, "".join(reversed(lines)))  # are numbers of its lines, or of the sorted wnids?
+    assert_refused(meta / "class_labels.txt", f" line 1 .* {classes} line 2 is out of order", read)
 
 
 def test_what_is_no_ground_truth_is_refused(tmp_path: Path) -> None:
@@ -189,6 +196,20 @@ def test_what_metadata_cannot_tell_is_not_written(meta: Path, tmp_path: Path) ->
     sizeless = replace(truth, sizes=None)
     assert_refused("image_sizes.txt", " .*unknown", write_metadata, out, sizeless)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("label", "fits"), [(65, True), (489, False), (490, False)])
+def test_the_development_kits_numbers_of_classes_are_refused(
+    tmp_path: Path, label: int, fits: bool
+) -> None:
+    name = "val/ILSVRC2012_val_00000001.JPEG"
+    texts = {"class_labels.txt": f"{name},{label}\n", "localization.txt": f"{name},1,2,3,4\n"}
+    read = partial(read_ground_truth, write_all(tmp_path / "meta", texts))
+    if fits:
+        assert read().labels.tolist() == [65]
+    else:
+        fact = f" line 1 has label {label}, .*ILSVRC2012_ID.* 65"
+        assert_refused(tmp_path / "meta" / "class_labels.txt", fact, read)
 
 
 # Kaggle's solution
@@ -272,6 +293,21 @@ def test_the_size_tag_is_the_scale_of_the_boxes(tmp_path: Path) -> None:
     assert sizes_of(truth) == [[30, 40], [30, 40]]
     # Pixels 2..9 of 20 are the edges 2 and 10, so 4 and 20 of 40: pixels 4..19.
     assert boxes_of(truth) == {"a": [[4, 12, 19, 29]], "b": [[2, 4, 9, 9]]}
+
+
+def test_sizes_that_are_height_and_width_are_refused(tmp_path: Path) -> None:
+    files = {name: xml(WNID, (2, 4, 9, 9), size=SIZE) for name in ("a.xml", "b.xml")}
+    folder = write_all(tmp_path / "xml", files)
+    sizes = write(tmp_path / "sizes.txt", "a,10,20\nb,10,20\n")
+    assert_refused(sizes, " .*width.*height", read_ground_truth, folder, image_sizes=sizes)
+
+
+def test_xml_boxes_that_are_shares_are_refused(tmp_path: Path) -> None:
+    shares = xml(WNID, (11, 22, 33, 44), size=SIZE)
+    for number in (11, 22, 33, 44):
+        shares = shares.replace(f">{number}<", f">0.{number}<")
+    folder = write_all(tmp_path / "xml", {"a.xml": shares})
+    assert_refused(folder / "a.xml", ": .*shares", read_ground_truth, folder)
 
 
 ENTITIES = (
@@ -363,7 +399,10 @@ def test_class_lists_of_every_kind_are_sorted_by_wnid(
     tmp_path: Path, text: str, names: tuple[str, ...]
 ) -> None:
     path = write(tmp_path / "classes.txt", text)
-    assert read_classes(path) == (("n00000001", "n00000002"), names)
+    classes = read_classes(path)
+    assert classes[:2] == (("n00000001", "n00000002"), names)
+    numbers = [i for i, line in enumerate(text.split("\n"), 1) if line]
+    assert classes.unsorted == f"{path} line {numbers[1]}"
 
 
 @pytest.mark.parametrize(
