@@ -400,7 +400,6 @@ UNUSED: list[tuple[dict, str, dict]] = [  # of no use beside the first flags, wi
         ({"data": "a", "ground_truth": Path("b")}, "--data.*--ground-truth"),
         ({"data": "a", "run": Path("r"), "network": "n"}, "--run and --network.*jobs.report"),
         ({"data": "a", "run": Path("r"), "score_maps": Path("s")}, "--run and --score-maps"),
-        ({"data": "a", "network_weights": Path("w")}, "--network-weights.*--network"),
         (
             {
                 "data": "a",
