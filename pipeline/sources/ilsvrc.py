@@ -207,33 +207,35 @@ def _matched(images: pa.Table, rows: pa.Table, kind: str) -> pa.Table:
     """
     names, folders = images["id"], images["wnid"]
     last = pc.replace_substring_regex(rows["id"], "^.*/", "")
-    rows = rows.append_column("name", last).sort_by([(x, "ascending") for x in ("name", "path")])
+    rows = rows.append_column("name", last).combine_chunks()  # quicker to sort and to take from
+    rows = rows.sort_by([(x, "ascending") for x in ("name", "id", "path")])
     bare = rows["id"].filter(pc.equal(rows["id"], rows["name"]))
     flat = pc.is_null(folders)
-    shared = pa.chunked_array([*bare.chunks, *names.filter(flat).chunks], pa.string())
-    _refuse_contradictions(rows, shared.combine_chunks(), kind)
+    loose = pa.chunked_array([*bare.chunks, *names.filter(flat).chunks], pa.string())
+    _refuse_contradictions(rows, loose.combine_chunks(), kind)
     in_folder = pc.index_in(pc.binary_join_element_wise(folders, names, "/"), rows["id"])
     by_name = pc.if_else(flat, pc.index_in(names, rows["name"]), pc.index_in(names, rows["id"]))
     indices = pc.coalesce(in_folder, by_name)
-    for index, count in (x.values() for x in pc.value_counts(indices.drop_null()).to_pylist()):
-        if count > 1:
-            first, second = images.filter(pc.equal(indices, index))["path"].to_pylist()[:2]
-            raise UserError(
-                f"{rows['path'][index]} describes {rows['id'][index]}, a name that {count} images "
-                f"have, the first of them in {first} and {second}; keep one of them, or rename "
-                "them with their labels and boxes."
-            )
+    counts = pc.value_counts(indices.drop_null())
+    for shared in counts.filter(pc.greater(counts.field("counts"), 1)).to_pylist():
+        row, count = rows.slice(shared["values"], 1).to_pylist()[0], shared["counts"]
+        first, second = images.filter(pc.equal(indices, shared["values"]))["path"].to_pylist()[:2]
+        raise UserError(
+            f"{row['path']} describes {row['id']}, a name that {count} images have, the first of "
+            f"them in {first} and {second}; keep one of them, or rename them with their labels and "
+            "boxes."
+        )
     return rows.take(indices)
 
 
-def _refuse_contradictions(rows: pa.Table, shared: pa.Array, kind: str) -> None:
-    """Raise UserError where two rows describe an image differently: rows of one id, or of one name.
+def _refuse_contradictions(rows: pa.Table, loose: pa.Array, kind: str) -> None:
+    """Raise UserError where two rows of one id differ, or two of one name that is `loose`.
 
-    rows: sorted by name. shared: the names that a row or an image without a class folder has.
+    rows: sorted by name and id. loose: names of rows and images without a class folder.
     """
     ids, names = rows["id"].combine_chunks(), rows["name"].combine_chunks()
     same_name = pc.equal(names[1:], names[:-1])
-    together = pc.or_(pc.is_in(names[1:], shared), pc.equal(ids[1:], ids[:-1]))
+    together = pc.or_(pc.is_in(names[1:], loose), pc.equal(ids[1:], ids[:-1]))
     for index in pc.indices_nonzero(pc.and_(same_name, together)).to_pylist():
         first, second = rows.slice(index, 2).to_pylist()
         if first | {"path": "", "id": ""} != second | {"path": "", "id": ""}:
@@ -286,11 +288,12 @@ def _listed_labels(
                 )
             labels_by_path[path] = labels.read_devkit_labels(data, path, list(synsets))
     paths: dict[str, str] = {}
-    for id, image in zip(images["id"].to_pylist(), images["path"].to_pylist(), strict=True):
-        other = paths.setdefault(id, image)
-        for path, labels_of in labels_by_path.items():
-            if other != image and id in labels_of:
-                raise UserError(f"{path} labels {id}, the name of {other} and {image}; keep one.")
-    return {
-        path: [x.get(id) for id in images["id"].to_pylist()] for path, x in labels_by_path.items()
-    }
+    ids = images["id"].to_pylist()
+    for id, image in zip(ids, images["path"].to_pylist(), strict=True):
+        labelling = [path for path, x in labels_by_path.items() if id in paths and id in x]
+        if labelling:
+            raise UserError(
+                f"{labelling[0]} labels {id}, an image in {paths[id]} and {image}; keep one."
+            )
+        paths[id] = image
+    return {path: [x.get(id) for id in ids] for path, x in labels_by_path.items()}

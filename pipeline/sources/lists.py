@@ -73,11 +73,18 @@ def list_rows(files: SourceFiles) -> Listing:
 def _rows(files: SourceFiles) -> Iterator[tuple[str, Row]]:
     """Yield each line that is not blank, with its number. Raises UserError for missing columns."""
     location, name = files.location(), files.only or ""
-    if name.lower().endswith(".csv"):
-        yield from _csv_rows(files.read(name).decode("utf-8-sig", "replace"), location)
-        return
     try:
-        data = pa.BufferReader(files.read(name))
+        content = files.read(name)
+    except OSError as error:
+        raise UserError(f"{location} cannot be read ({error.strerror}); check its name.") from error
+    if name.lower().endswith(".csv"):
+        yield from _csv_rows(content.decode("utf-8-sig", "replace"), location)
+    else:
+        yield from _parquet_rows(pa.BufferReader(content), location)
+
+
+def _parquet_rows(data: pa.BufferReader, location: str) -> Iterator[tuple[str, Row]]:
+    try:
         columns = _checked_columns(pq.read_schema(data).names, location)
         table = pq.read_table(data).rename_columns(columns)
         texts = {x: pa.string() for x in columns if x in KNOWN}

@@ -24,7 +24,7 @@ CLASSES = "classes.txt"
 MAX_LABEL_BYTES = 1 << 20
 MAX_CLASSES = 1000  # without a list of them, if no more than a tenth of them occur
 NUMBER = re.compile(r"(\d{1,9})(?:\.0*)?")
-NEGATIVE = re.compile(r"-\d+(?:\.\d*)?")  # -1 stands for unknown
+NO_CLASS = r"^(?:-\d+(?:\.\d*)?|nan|NaN)$"  # stands for an unknown class
 
 
 def shard_names(files: SourceFiles) -> dict[str, list[str]]:
@@ -142,10 +142,11 @@ def with_classes(files: SourceFiles, images: dict[str, pa.Table]) -> Listing:
 
     Where the labels are numbers they count the classes from 0, in the order of
     `LOC_synset_mapping.txt` or `classes.txt` (one per line) where one of these exists. A negative
-    number is the image's problem. Raises UserError for numbers among names, and for one too large.
+    number or NaN is the image's problem. Raises UserError for numbers among names, and for one too
+    large.
     """
     mapping = labels.read_names(files.read_optional(MAPPING), MAPPING)
-    images = {split: _without_negatives(table) for split, table in images.items()}
+    images = {split: _with_unknown(table) for split, table in images.items()}
     classes = {x for table in images.values() for x in table["wnid"].to_pylist() if x is not None}
     number_of = {x: int(match[1]) for x in classes if (match := NUMBER.fullmatch(x))}
     if not number_of:
@@ -173,14 +174,14 @@ def with_classes(files: SourceFiles, images: dict[str, pa.Table]) -> Listing:
     return Listing(relabelled, mapping, tuple(sorted(wnids)))
 
 
-def _without_negatives(table: pa.Table) -> pa.Table:
-    """Return the table with a problem in place of each negative class number."""
-    negative = pc.match_substring_regex(table["wnid"], f"^{NEGATIVE.pattern}$")
+def _with_unknown(table: pa.Table) -> pa.Table:
+    """Return the table with a problem in place of each label that stands for no class."""
+    none = pc.match_substring_regex(table["wnid"], NO_CLASS)
     problem = pc.binary_join_element_wise("label unknown: ", table["wnid"], " is no class", "")
-    problem = pc.if_else(negative, problem, None)
+    problem = pc.if_else(none, problem, None)
     return with_columns(
         table,
-        wnid=pc.if_else(negative, None, table["wnid"]),
+        wnid=pc.if_else(none, None, table["wnid"]),
         problem=pc.coalesce(table["problem"], problem),
     )
 

@@ -261,6 +261,13 @@ def test_images_of_one_name_are_told_apart_by_split_and_class_folder(tmp_path: P
 @pytest.mark.parametrize(
     ("added", "message"),
     [
+        (
+            {
+                f"{i}/{wnid}/art_0.xml": xml(wnid, (i, 2, 30, 40)).encode()
+                for i, wnid in enumerate(("n00000005", "n00000017", "n00000005"))
+            },
+            "0/n00000005/art_0.xml and 2/n00000005/art_0.xml describe the image art_0 differently",
+        ),
         ({"boxes/n1/art_0.xml": xml("n00000005", (1, 2, 3, 4)).encode()}, r"n1/art_0\.xml .* 2 im"),
         (
             {"caffe/val.txt": b"ILSVRC2012_val_00000001.JPEG 0\nILSVRC2012_val_00000001.JPEG 1"},
@@ -270,7 +277,7 @@ def test_images_of_one_name_are_told_apart_by_split_and_class_folder(tmp_path: P
         (
             {f"val/{wnid}/ILSVRC2012_val_00000001.JPEG": b"" for wnid in ("n00000005", "n00000017")}
             | {"imagenet_2012_validation_synset_labels.txt": b"n00000005\n"},
-            "synset_labels.txt labels ILSVRC2012_val_00000001, the name of val/n00000005/",
+            "synset_labels.txt labels ILSVRC2012_val_00000001, an image in val/n00000005/",
         ),
         (
             {"a/n00000005/v.xml": xml("n00000005", (1, 2, 3, 4)).encode()}
@@ -310,7 +317,8 @@ LISTS = {
     "words.txt": b"n00000005\tant\nn00000017\tbee\n",
     "imagenet_2012_validation_synset_labels.txt": b"n00000005\nn00000017\n",
     "val.txt": b"ILSVRC2012_val_00000001.JPEG 0\nILSVRC2012_val_00000002.JPEG 1\n",
-    "devkit/ILSVRC2012_validation_ground_truth.txt": b"1\n2\n",
+    "devkit/ILSVRC2012_validation_ground_truth.txt": b"3\n2\n",
+    "devkit/meta.mat": drawn_miniature().meta(),
 }
 
 
@@ -321,7 +329,6 @@ def test_any_change_to_a_list_is_a_listing_or_one_clear_error(
 ) -> None:
     files = {f"val/{labels.VAL_ID.format(i)}.JPEG": b"" for i in (1, 2)} | LISTS
     files |= {f"train/{wnid}/{wnid}_1.JPEG": b"" for wnid in ("n00000005", "n00000017")}
-    files["devkit/meta.mat"] = drawn_miniature().meta()
     old, start = files[name], data.draw(st.integers(0, len(files[name])))
     inserted = data.draw(st.binary(max_size=9) | st.sampled_from([old, b"-1\n", b"9" * 5000]))
     files[name] = old[:start] + inserted + old[data.draw(st.integers(start, len(old))) :]

@@ -185,6 +185,11 @@ def test_a_list_and_its_images_may_lie_on_object_storage(s3_endpoint: str, tmp_p
             table = list_images(files, find_layout(files)).images["train"]
             fetched = files.fetch((path, None, None) for path in table["path"].to_pylist())
             assert [fetch() for fetch in fetched] == [b"one", b"two"]
+    with (
+        SourceFiles(storage.join(far, "no.csv")) as files,
+        pytest.raises(UserError, match=r"no\.csv.* cannot be read \(No such file"),
+    ):
+        list_images(files, find_layout(files))
 
 
 def test_numbers_are_classes_in_their_order(tmp_path: Path) -> None:

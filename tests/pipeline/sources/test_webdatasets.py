@@ -127,9 +127,9 @@ def test_class_numbers_that_cannot_be_right_are_refused(
 
 def test_a_negative_label_is_its_image_s_problem_and_moves_no_class(tmp_path: Path) -> None:
     texts = [str(i) for i in range(12)]
-    source = read_tars(tmp_path, {"0.tar": labelled(*texts, "-1", "3.0")})
+    source = read_tars(tmp_path, {"0.tar": labelled(*texts, "-1", "NaN", "3.0")})
     assert len(source.classes) == 12
-    assert column(source, "train", "label") == [*range(12), None, 3]
+    assert column(source, "train", "label") == [*range(12), None, None, 3]
     assert column(source, "train", "problem")[12] == "label unknown: -1 is no class"
 
 
