@@ -146,10 +146,16 @@ def _images(files: SourceFiles, folder: str) -> set[str]:
 
 
 def _tab_rows(files: SourceFiles, path: str) -> dict[str, list[str]]:
-    """Return the cells of each line of a tab-separated file after the first, by the first."""
-    lines = filter(None, labels.lines(files.read_optional(path)))
-    rows = ([cell.strip() for cell in line.split("\t")] for line in lines)
-    return {row[0]: row[1:] for row in rows}
+    """Return the cells of each line of a tab-separated file after the first, by the first.
+
+    Raises UserError where two lines with the same first cell differ.
+    """
+    rows: dict[str, list[str]] = {}
+    for line in filter(None, labels.lines(files.read_optional(path))):
+        name, *cells = (cell.strip() for cell in line.split("\t"))
+        if rows.setdefault(name, cells) != cells:
+            raise UserError(f"{files.location(path)} has two lines of {name}; keep one of them.")
+    return rows
 
 
 def _numbered(files: SourceFiles, path: str) -> dict[str, str]:

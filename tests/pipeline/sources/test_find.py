@@ -97,6 +97,9 @@ def test_tiny_imagenet_lists_boxes_and_every_odd_image(tmp_path: Path) -> None:
         ("val_1", "file missing"),
         ("val_2", "label unknown"),
     ]
+    (tmp_path / "val/val_annotations.txt").write_text("val_0.JPEG\tn1\nval_0.JPEG\tn2\n")
+    with pytest.raises(UserError, match=r"val_annotations\.txt has two lines of val_0\.JPEG"):
+        read_source(tmp_path)
 
 
 @pytest.mark.parametrize("root", ["", "CUB_200_2011/"])
