@@ -9,12 +9,12 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two cores are shared with R
 import pytest
 from hypothesis import HealthCheck, settings
 
-from jobs import cli
 from pipeline.shards import make
 from pipeline.shards.format import read_manifest
 from pipeline.shards.plan import PreprocessConfig
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 from tests import remote
+from tests.e2e.commands import words
 
 settings.register_profile(
     "tests",
@@ -91,15 +91,11 @@ def evaluations(small_set: Path, ray_local: None) -> tuple[Path, Path, Path]:
     for seed, output in enumerate((first, second)):
         run = folder / f"run-{seed}"
         write_random_run(run, small_set, seed)
-        _call(evaluate, data=small_set, run=run, output=output, export=export)
+        evaluate(words(data=small_set, run=run, output=output, export=export))
     classes.write_text("\n".join(read_manifest(small_set).classes))
     files = {"ground_truth": export / "metadata", "predictions": export / "boxes/aln.csv"}
-    _call(evaluate, **files, classes=classes, output=boxes)
+    evaluate(words(**files, classes=classes, output=boxes))
     return first, second, boxes
-
-
-def _call(main: Callable[[list[str]], None], **flags: Path) -> None:
-    main([word for name, value in flags.items() for word in (cli.flag(name), str(value))])
 
 
 @pytest.fixture(scope="session")

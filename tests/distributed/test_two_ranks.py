@@ -1,6 +1,7 @@
 """Real gloo processes: what ranks compute together equals what one computes alone."""
 
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ def _enter(rank: int, ranks: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """What each function below returns on every rank, each a process of one gloo group."""
+    get_context("forkserver").set_forkserver_preload([__name__])  # imported once for all
     by_ranks = {}
     for ranks in SPLITS:
         folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
-        mp.start_processes(_enter, (ranks, str(folder)), nprocs=ranks, start_method="spawn")
+        mp.start_processes(_enter, (ranks, str(folder)), nprocs=ranks, start_method="forkserver")
         by_ranks[ranks] = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
     return by_ranks
 

@@ -1,32 +1,45 @@
-"""Killing a worker in the midst of a Ray task, for tests of what a job makes of it."""
+"""Kill the workers and the driver of a job on the tests' Ray."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
+import ray
+
+from tests.e2e.commands import ROOT, environment
+
+
+def workers(task: str) -> list[psutil.Process]:
+    """Return the processes of this process's Ray that are in a task or actor of this name."""
+    running = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if f"ray::{task}" in " ".join(process.cmdline()):  # a worker's title
+                running.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return running
 
 
 @contextmanager
-def one_worker_killed(task: str, within: float = 60.0) -> Iterator[list[int]]:
-    """Kills, with SIGKILL, the first worker of this process's Ray that is seen in a task of this
-    name; yields the list that will hold its process id. A worker's title tells its task."""
+def workers_killed(
+    task: str, count: int = 1, pause: float = 0.002, when: Callable[[], bool] = lambda: True
+) -> Iterator[list[int]]:
+    """Kill a worker in a task of this name with SIGKILL once `when` holds, and after each pause
+    another, up to `count`. Yields the list that their process ids are put into."""
     killed: list[int] = []
     done = threading.Event()
 
     def kill() -> None:
-        deadline = time.monotonic() + within
-        while not killed and not done.is_set() and time.monotonic() < deadline:
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    if f"ray::{task}" in " ".join(process.cmdline()):
-                        process.kill()
-                        killed.append(process.pid)
-                        return
-                except psutil.NoSuchProcess:
-                    continue
-            time.sleep(0.002)
+        while len(killed) < count and not done.wait(pause):
+            for process in workers(task)[:1] if when() else ():
+                process.kill()
+                killed.append(process.pid)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -35,3 +48,25 @@ def one_worker_killed(task: str, within: float = 60.0) -> Iterator[list[int]]:
     finally:
         done.set()
         killer.join()
+
+
+def kill_driver_when(condition: Callable[[], bool], module: str, *arguments: str) -> None:
+    """Start a command on the tests' Ray and SIGKILL its driver alone once `condition` holds."""
+    token = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=environment(**token, RAY_ADDRESS=ray.get_runtime_context().gcs_address),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 180
+        while not condition():
+            assert process.poll() is None, "the command ended too early"
+            assert time.monotonic() < deadline, "the moment to kill never came"
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        print(process.communicate()[1])  # which pytest shows where the test fails

@@ -24,7 +24,7 @@ from pipeline.evaluation.results import Evaluation, Row, RowFigures, read_evalua
 from pipeline.loading.loader import Batch
 from pipeline.shards.format import Sample, read_manifest
 from pipeline.shards.ledger import read_ledger
-from tests.jobs.kills import one_worker_killed
+from tests.jobs.kills import workers_killed
 from tests.pipeline.made_set import stored_samples
 
 VAL_IMAGES = 24
@@ -137,7 +137,7 @@ def test_any_number_of_tasks_gives_the_same_figures_to_the_last_digit(
 def test_a_killed_worker_changes_no_figure(
     small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path
 ) -> None:
-    with one_worker_killed("score_range") as killed:
+    with workers_killed("score_range") as killed:
         again = job.evaluate(config_for(small_set, random_run, tmp_path, shards=8), quiet)
     assert len(killed) == 1
     assert_same_files(again, evaluation)

@@ -30,7 +30,7 @@ def test_the_newest_checkpoints_are_kept_and_the_newest_sound_one_is_read(tmp_pa
     assert len(older.damaged) == 1
     assert "step-001000000/state.safetensors has" in older.damaged[0]
     damage(older.folder / "state.json", "cut off")
-    with pytest.raises(TrainingError, match="no sound checkpoint is left"):
+    with pytest.raises(TrainingError, match=r"no sound checkpoint is left .* another --output"):
         read_checkpoint(tmp_path)
 
 

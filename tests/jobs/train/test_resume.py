@@ -20,7 +20,6 @@ from tests.jobs.train.small import (
     config_for,
     equal,
     new_trainer,
-    no_room,
     state_of,
     train_epochs,
     train_logged,
@@ -102,22 +101,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert "step-000000006/state.safetensors has" in damaged
     assert resumed == "went on from the checkpoint of step 3"
     assert again.state.step == 3
-    (tmp_path / "checkpoints" / "step-000000003" / "state.json").write_text("{")
-    with pytest.raises(TrainingError, match=r"no sound checkpoint is left .* another --output"):
-        resume(again)
-
-
-def test_a_full_disk_stops_training_with_the_earlier_checkpoint_untouched(
-    small_set: Path, tmp_path: Path
-) -> None:
-    trainer = new_trainer(config_for(small_set, output=tmp_path))
-    train_steps(trainer, 3)
-    write_state(trainer)
-    train_steps(trainer, 3)
-    error = r"checkpoint of step 6 cannot .* Make room"
-    with no_room(), pytest.raises(TrainingError, match=error):
-        write_state(trainer)
-    assert resume(new_trainer(trainer.config))[0].endswith("step 3")
 
 
 def test_a_run_begins_with_the_clean_classifier_of_another_run_and_resumes_as_any(

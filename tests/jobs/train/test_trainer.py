@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -78,19 +79,20 @@ def test_target_is_the_stated_share_of_the_way_to_the_clean_accuracy(small_set: 
     assert trainer.state.target == pytest.approx(0.125 + 0.25 * (clean - 0.125))
 
 
-def test_not_a_number_stops_training_and_names_the_remedy(small_set: Path) -> None:
-    trainer = new_trainer(config_for(small_set))
-    torch.nn.init.constant_(trainer.state.classifier.head.bias, math.nan)
-    with pytest.raises(TrainingError, match=r"classifier_loss became NaN .* step 1;.*learning"):
-        train_epochs(trainer, 1)
-
-
-def test_masks_that_are_no_numbers_end_an_imitating_run_by_name(small_set: Path) -> None:
-    trainer = new_trainer(config_for(small_set, imitation_weight=5.0))
-    train_epochs(trainer, 2)
-    torch.nn.init.constant_(trainer.state.corruption.output.weight, math.nan)
-    with pytest.raises(TrainingError, match=r"imitation_loss.* became NaN or infinite"):
-        train_epochs(trainer, 1)
+@pytest.mark.parametrize(
+    ("changes", "bad", "fault"),
+    [
+        ({}, "classifier.head.bias", r"classifier_loss became NaN .* step 1;.*learning"),
+        ({"imitation_weight": 5.0}, "corruption.output.weight", "imitation_loss.* became NaN or"),
+    ],
+)
+def test_not_a_number_stops_training_and_names_the_remedy(
+    small_set: Path, changes: dict, bad: str, fault: str
+) -> None:
+    trainer = new_trainer(config_for(small_set, **changes))
+    torch.nn.init.constant_(operator.attrgetter(bad)(trainer.state), math.nan)
+    with pytest.raises(TrainingError, match=fault):
+        train_epochs(trainer, 3)
 
 
 def test_a_checkpoint_never_holds_a_weight_that_is_not_a_number(small_set: Path) -> None:

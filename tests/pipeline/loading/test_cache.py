@@ -1,4 +1,3 @@
-import dataclasses
 import errno
 import os
 import signal
@@ -7,7 +6,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,11 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.loading import cache as cache_module
 from pipeline.loading.cache import INDEX_BYTES, CacheConfig, ShardCache
-from pipeline.shards.format import Manifest, index_shard, read_manifest
+from pipeline.shards.format import Manifest, Shard, index_shard, read_manifest
 from tests import remote
 from tests.remote import Proxy
 
 ROOT = Path(__file__).parents[3]
-PLENTY = 1 << 30
 USE_ALL = """
 import sys
 from pathlib import Path
@@ -45,36 +45,42 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "ROOM_POLL", 0.02)
 
 
-@pytest.fixture
-def data(remote_set: str, proxy: Proxy) -> str:
-    """The small set, four train shards of which the last is small, through the proxy."""
-    return remote.uri(proxy.endpoint, "small")
+@dataclass(frozen=True)
+class Small:
+    """The small set, four train shards of which the last is small, and a cache folder for it."""
+
+    data: str
+    manifest: Manifest
+    folder: Path
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        return self.manifest.splits["train"].shards
+
+    def cache(self, limit: int = 1 << 30, **others: Any) -> ShardCache:
+        """Return a cache of this set, or of another `data` or `manifest`, in the folder."""
+        settings: dict[str, Any] = {"data": self.data, "manifest": self.manifest} | others
+        config = CacheConfig(folder=self.folder, limit_bytes=limit)
+        return ShardCache(**settings, split="train", config=config)
+
+    def space(self, *numbers: int) -> int:
+        shards = [self.shards[number] for number in numbers]
+        return sum(shard.bytes + INDEX_BYTES * shard.images for shard in shards)
+
+    def names(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()} - {"lock"}
+
+    def cached(self) -> list[int]:
+        """Return the numbers of the shards in the folder."""
+        return [n for n, shard in enumerate(self.shards) if f"{shard.sha256}.tar" in self.names()]
 
 
 @pytest.fixture
-def manifest(small_set: Path) -> Manifest:
-    return read_manifest(small_set)
-
-
-def new_cache(
-    data: str | Path, manifest: Manifest, folder: Path, limit: int = PLENTY
-) -> ShardCache:
-    return ShardCache(data, manifest, "train", CacheConfig(folder=folder, limit_bytes=limit))
-
-
-def space(manifest: Manifest, *numbers: int) -> int:
-    shards = [manifest.splits["train"].shards[number] for number in numbers]
-    return sum(shard.bytes + INDEX_BYTES * shard.images for shard in shards)
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {"lock"}
-
-
-def cached(folder: Path, manifest: Manifest) -> list[int]:
-    """Numbers of the train split's shards that are there."""
-    shards = manifest.splits["train"].shards
-    return [n for n, shard in enumerate(shards) if f"{shard.sha256}.tar" in names(folder)]
+def small(small_set: Path, remote_set: str, proxy: Proxy, tmp_path: Path) -> Small:
+    """Return the set through the proxy."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    return Small(remote.uri(proxy.endpoint, "small"), read_manifest(small_set), folder)
 
 
 def wait_for(condition: object, seconds: float = 10) -> None:
@@ -84,22 +90,22 @@ def wait_for(condition: object, seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
-def test_a_local_set_is_used_in_place(small_set: Path, manifest: Manifest, tmp_path: Path) -> None:
+def test_a_local_set_is_used_in_place(small_set: Path, small: Small) -> None:
     for location in (small_set, str(small_set), f"file://{small_set}"):
-        local = new_cache(location, manifest, tmp_path / "cache", limit=1)
+        local = small.cache(1, data=location)
         local.prefetch([0, 1])
         local.check_limit(range(4))
         assert local.path(1) == small_set / "train" / "train-000001.tar"
         local.release(1)
-    assert not (tmp_path / "cache").exists()
+    assert not small.names()
 
 
 def test_remote_shards_and_their_indexes_arrive_as_they_were_written(
-    data: str, manifest: Manifest, small_set: Path, tmp_path: Path, proxy: Proxy
+    small: Small, small_set: Path, proxy: Proxy
 ) -> None:
-    shards = new_cache(data, manifest, tmp_path)
+    shards = small.cache()
     for _ in range(2):
-        for number, shard in enumerate(manifest.splits["train"].shards):
+        for number, shard in enumerate(small.shards):
             original, path = small_set / "train" / shard.name, shards.path(number)
             assert path.read_bytes() == original.read_bytes()
             index = original.with_suffix(".idx").read_bytes()
@@ -146,65 +152,59 @@ def hear(process: "subprocess.Popen[str]") -> str:
 
 
 def test_two_processes_bring_each_shard_once_and_a_killed_one_leaves_nothing_wrong(
-    data: str,
-    manifest: Manifest,
-    tmp_path: Path,
-    proxy: Proxy,
-    processes: list["subprocess.Popen[str]"],
+    small: Small, proxy: Proxy, processes: list["subprocess.Popen[str]"]
 ) -> None:
-    processes += [start(data, tmp_path) for _ in range(3)]
+    processes += [start(small.data, small.folder) for _ in range(3)]
     assert [hear(process) for process in processes] == ["ready"] * 3
     proxy.delay = 0.5
     tell(processes[0])
     wait_for(lambda: proxy.gets(".tar"))
-    wait_for(lambda: any(name.endswith(".part") for name in names(tmp_path)))
+    wait_for(lambda: any(name.endswith(".part") for name in small.names()))
     processes[0].send_signal(signal.SIGKILL)
     processes[0].wait()
-    assert cached(tmp_path, manifest) == []
+    assert small.cached() == []
     proxy.delay = 0.05
     before = sum(proxy.gets(".tar").values())
     for process in processes[1:]:
         tell(process)
     assert [hear(process) for process in processes[1:]] == ["used"] * 2
     assert sum(proxy.gets(".tar").values()) == before + 4
-    assert len(names(tmp_path)) == 8  # four shards, four indexes, no half file
+    assert len(small.names()) == 8  # four shards, four indexes, no half file
 
     # both still use all four; once one has died the other's use still holds
-    small = new_cache(data, manifest, tmp_path, limit=space(manifest, 0, 1, 2, 3))
+    full = small.cache(small.space(0, 1, 2, 3))
     for process in processes[1:]:
-        assert not any(small._evict(shard.sha256) for shard in small.shards)
+        assert not any(full._evict(shard.sha256) for shard in small.shards)
         process.kill()
         process.wait()
-    assert small._evict(small.shards[0].sha256) > 0
+    assert full._evict(small.shards[0].sha256) > 0
 
 
 def test_a_server_lost_in_the_middle_is_an_error_and_a_restart_goes_on(
-    data: str, manifest: Manifest, tmp_path: Path, proxy: Proxy
+    small: Small, proxy: Proxy
 ) -> None:
-    shards = new_cache(data, manifest, tmp_path)
+    shards = small.cache()
     shards.path(0)
     proxy.fault = lambda method, name, before: (1000,) if method == "GET" else None
     with pytest.raises(UserError, match=r"train-000001\.tar.* cannot be reached .*3 times"):
         shards.path(1)
     assert proxy.gets("000001.tar") == {"train-000001.tar": 3}
-    assert cached(tmp_path, manifest) == [0]
-    assert not any(name.endswith(".part") for name in names(tmp_path))
+    assert small.cached() == [0]
+    assert not any(name.endswith(".part") for name in small.names())
     proxy.stop()
     with pytest.raises(UserError, match="cannot be reached"):
         shards.path(1)
     again = remote.Proxy(proxy.target)
-    shards = new_cache(remote.uri(again.endpoint, "small"), manifest, tmp_path)
+    shards = small.cache(data=remote.uri(again.endpoint, "small"))
     assert shards.path(0).exists()
-    assert shards.path(1).stat().st_size == manifest.splits["train"].shards[1].bytes
+    assert shards.path(1).stat().st_size == small.shards[1].bytes
     assert again.gets(".tar") == {"train-000001.tar": 1}
     again.stop()
 
 
-def test_a_connection_lost_once_costs_a_second_attempt(
-    data: str, manifest: Manifest, tmp_path: Path, proxy: Proxy
-) -> None:
+def test_a_connection_lost_once_costs_a_second_attempt(small: Small, proxy: Proxy) -> None:
     proxy.fault = lambda method, name, before: (5000,) if method == "GET" and not before else None
-    assert new_cache(data, manifest, tmp_path).path(2).exists()
+    assert small.cache().path(2).exists()
     assert proxy.gets(".tar") == {"train-000002.tar": 2}
 
 
@@ -212,22 +212,18 @@ def damaged(name: str, body: bytes, before: int) -> bytes:
     return body[:3000] + bytes([body[3000] ^ 1]) + body[3001:]
 
 
-def test_a_damaged_shard_is_refused_naming_both_hashes(
-    data: str, manifest: Manifest, tmp_path: Path, proxy: Proxy
-) -> None:
+def test_a_damaged_shard_is_refused_naming_both_hashes(small: Small, proxy: Proxy) -> None:
     proxy.alter = damaged
-    expected = manifest.splits["train"].shards[1].sha256
+    expected = small.shards[1].sha256
     with pytest.raises(UserError, match=rf"train-000001\.tar.* SHA-256 .*says SHA-256 {expected}"):
-        new_cache(data, manifest, tmp_path).path(1)
-    assert names(tmp_path) - {f"{expected}.idx"} == set()
+        small.cache().path(1)
+    assert small.names() - {f"{expected}.idx"} == set()
     assert proxy.gets(".tar") == {"train-000001.tar": 2}
 
 
-def test_damage_on_the_way_is_mended_by_reading_again(
-    data: str, manifest: Manifest, tmp_path: Path, proxy: Proxy
-) -> None:
+def test_damage_on_the_way_is_mended_by_reading_again(small: Small, proxy: Proxy) -> None:
     proxy.alter = lambda name, body, before: body if before else damaged(name, body, before)
-    assert new_cache(data, manifest, tmp_path).path(1).exists()
+    assert small.cache().path(1).exists()
 
 
 @pytest.mark.parametrize(
@@ -235,12 +231,7 @@ def test_damage_on_the_way_is_mended_by_reading_again(
     [(None, "is missing, but dataset.json"), (b"ab", "has 2 bytes"), (b"ab" * 10**6, "has over")],
 )
 def test_a_shard_of_another_size_or_none_is_refused(
-    s3_endpoint: str,
-    small_set: Path,
-    manifest: Manifest,
-    tmp_path: Path,
-    content: bytes | None,
-    fault: str,
+    s3_endpoint: str, small_set: Path, small: Small, content: bytes | None, fault: str
 ) -> None:
     uri = remote.upload(small_set / "train", s3_endpoint, "other/train")
     system, path = remote.client(s3_endpoint), "sets/other/train/train-000000.tar"
@@ -249,23 +240,21 @@ def test_a_shard_of_another_size_or_none_is_refused(
         with system.open_output_stream(path) as file:
             file.write(content)
     with pytest.raises(UserError, match=rf"train-000000\.tar.* {fault}.*[Uu]pload it again"):
-        new_cache(uri.replace("other/train", "other"), manifest, tmp_path).path(0)
-    assert cached(tmp_path, manifest) == []
+        small.cache(data=uri.replace("other/train", "other")).path(0)
+    assert small.cached() == []
 
 
-def test_a_cached_file_cut_short_is_brought_again(
-    data: str, manifest: Manifest, tmp_path: Path, proxy: Proxy
-) -> None:
-    shards = new_cache(data, manifest, tmp_path)
+def test_a_cached_file_cut_short_is_brought_again(small: Small, proxy: Proxy) -> None:
+    shards = small.cache()
     os.truncate(shards.path(0), 1000)
-    assert shards.path(0).stat().st_size == manifest.splits["train"].shards[0].bytes
+    assert shards.path(0).stat().st_size == small.shards[0].bytes
 
 
 def test_the_least_recently_used_go_first_and_the_limit_holds_throughout(
-    data: str, manifest: Manifest, tmp_path: Path, proxy: Proxy
+    small: Small, proxy: Proxy
 ) -> None:
-    limit = space(manifest, 0, 1)
-    shards = new_cache(data, manifest, tmp_path, limit)
+    limit = small.space(0, 1)
+    shards = small.cache(limit)
     proxy.delay = 0.05
     largest, stop = 0, threading.Event()
 
@@ -273,7 +262,7 @@ def test_the_least_recently_used_go_first_and_the_limit_holds_throughout(
         nonlocal largest
         while not stop.is_set():
             sizes = 0
-            for entry in os.scandir(tmp_path):
+            for entry in os.scandir(small.folder):
                 try:
                     sizes += entry.stat().st_size * (entry.name != "lock")
                 except FileNotFoundError:
@@ -286,49 +275,47 @@ def test_the_least_recently_used_go_first_and_the_limit_holds_throughout(
     for number in (0, 1, 0, 2, 1, 2, 0):
         assert shards.path(number).exists()
         shards.release(number)
-        there.append(cached(tmp_path, manifest))
+        there.append(small.cached())
     stop.set()
     watcher.join()
     assert there == [[0], [0, 1], [0, 1], [0, 2], [1, 2], [1, 2], [0, 2]]
-    assert space(manifest, 0) < largest <= limit
+    assert small.space(0) < largest <= limit
 
 
-def test_what_was_deleted_by_hand_or_left_by_a_killed_process_is_counted_anew(
-    data: str, manifest: Manifest, tmp_path: Path
-) -> None:
+def test_what_was_deleted_by_hand_or_left_by_a_killed_process_is_counted_anew(small: Small) -> None:
     """A half file of shard 3 that no process works on, and the files of shard 0 gone."""
-    limit = space(manifest, 0, 1)
-    shards = new_cache(data, manifest, tmp_path, limit)
+    limit = small.space(0, 1)
+    shards = small.cache(limit)
     for path in (shards.path(0), shards.path(0).with_suffix(".idx")):
         path.unlink()
-    (tmp_path / f"{manifest.splits['train'].shards[3].sha256}.part").write_bytes(b"x" * 30_000)
+    (small.folder / f"{small.shards[3].sha256}.part").write_bytes(b"x" * 30_000)
     assert shards.path(1).exists()
     assert shards.path(2).exists()
-    assert cached(tmp_path, manifest) == [1, 2]
-    assert len(names(tmp_path)) == 4
+    assert small.cached() == [1, 2]
+    assert len(small.names()) == 4
 
 
-def test_shards_in_use_are_never_evicted(data: str, manifest: Manifest, tmp_path: Path) -> None:
-    limit = space(manifest, 0, 1)
-    first, second = (new_cache(data, manifest, tmp_path, limit) for _ in range(2))
+def test_shards_in_use_are_never_evicted(small: Small) -> None:
+    limit = small.space(0, 1)
+    first, second = (small.cache(limit) for _ in range(2))
     first.path(0)
     second.path(1)
     second.path(0)
     first.release(0)
     with pytest.raises(UserError, match=r"no room for train-000002\.tar .* in use, its limit is"):
         first.path(2)
-    assert cached(tmp_path, manifest) == [0, 1]
+    assert small.cached() == [0, 1]
     second.close()
     first.path(2)
-    assert cached(tmp_path, manifest) == [0, 2]  # of two unused ones, the one used last stays
+    assert small.cached() == [0, 2]  # of two unused ones, the one used last stays
 
 
 def test_a_limit_below_what_is_needed_at_once_is_an_error_up_front(
-    data: str, manifest: Manifest, tmp_path: Path, proxy: Proxy
+    small: Small, proxy: Proxy
 ) -> None:
     with pytest.raises(UserError, match=r"limit of .* is too small: 1 shards .* needed"):
-        new_cache(data, manifest, tmp_path, space(manifest, 0) - 1)
-    shards = new_cache(data, manifest, tmp_path, space(manifest, 0, 1, 2))
+        small.cache(small.space(0) - 1)
+    shards = small.cache(small.space(0, 1, 2))
     shards.check_limit([0, 1, 2, 1])
     with pytest.raises(UserError, match=r"4 shards .*/train.* are needed at once"):
         shards.check_limit(range(4))
@@ -336,93 +323,89 @@ def test_a_limit_below_what_is_needed_at_once_is_an_error_up_front(
 
 
 def test_prefetching_brings_what_fits_in_order_and_goes_on_when_room_is_made(
-    data: str, manifest: Manifest, tmp_path: Path, proxy: Proxy
+    small: Small, proxy: Proxy
 ) -> None:
-    shards = new_cache(data, manifest, tmp_path, space(manifest, 0, 1))
+    shards = small.cache(small.space(0, 1))
     order = [2, 1, 0, 3]
     shards.prefetch(order)
-    wait_for(lambda: cached(tmp_path, manifest) == [1, 2])
+    wait_for(lambda: small.cached() == [1, 2])
     time.sleep(0.2)
-    assert cached(tmp_path, manifest) == [1, 2]
+    assert small.cached() == [1, 2]
     for position, number in enumerate(order):
         shards.path(number)
         shards.release(number)
         following = order[position + 1 : position + 3]
-        wait_for(lambda following=following: set(following) <= set(cached(tmp_path, manifest)))
+        wait_for(lambda following=following: set(following) <= set(small.cached()))
     assert proxy.gets(".tar") == {f"train-00000{number}.tar": 1 for number in order}
 
 
 def test_a_failed_prefetch_is_met_by_the_one_who_needs_the_shard(
-    data: str, manifest: Manifest, tmp_path: Path, proxy: Proxy
+    small: Small, proxy: Proxy
 ) -> None:
     proxy.alter = damaged
-    shards = new_cache(data, manifest, tmp_path)
+    shards = small.cache()
     shards.prefetch([0])
     wait_for(lambda: proxy.gets("00.tar") == {"train-000000.tar": 2})
     with pytest.raises(UserError, match="damaged or replaced"):
         shards.path(0)
 
 
-def test_a_full_disk_evicts_what_is_unused_and_is_then_an_error(
-    data: str, manifest: Manifest, tmp_path: Path
-) -> None:
+def test_a_full_disk_evicts_what_is_unused_and_is_then_an_error(small: Small) -> None:
     """A file system that holds two shards, under a limit that allows all."""
-    size = f"size={space(manifest, 0, 1) + 20_000}"
-    mount = ["mount", "-t", "tmpfs", "-o", size, "aln", str(tmp_path)]
+    size = f"size={small.space(0, 1) + 20_000}"
+    mount = ["mount", "-t", "tmpfs", "-o", size, "aln", str(small.folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system is not permitted here")
     try:
-        shards = new_cache(data, manifest, tmp_path)
+        shards = small.cache()
         shards.path(0)
         shards.release(0)
         shards.path(1)
         shards.path(2)
-        assert cached(tmp_path, manifest) == [1, 2]
+        assert small.cached() == [1, 2]
         with pytest.raises(
             UserError, match=r"the disk of .* is full.*train-000000.* another folder"
         ):
             shards.path(0)
-        assert cached(tmp_path, manifest) == [1, 2]
-        assert not any(name.endswith(".part") for name in names(tmp_path))
+        assert small.cached() == [1, 2]
+        assert not any(name.endswith(".part") for name in small.names())
         shards.release(1)
         assert shards.path(0).exists()
     finally:
-        subprocess.run(["umount", "-l", tmp_path], check=True)
+        subprocess.run(["umount", "-l", small.folder], check=True)
 
 
 def test_a_disk_that_fills_up_while_writing_is_the_same_error(
-    data: str, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Small, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int, offset: int, size: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match=r"the disk of .* is full"):
-        new_cache(data, manifest, tmp_path).path(0)
-    assert cached(tmp_path, manifest) == []
+        small.cache().path(0)
+    assert small.cached() == []
 
 
-def test_a_folder_that_cannot_be_made_names_the_flag(
-    data: str, manifest: Manifest, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_bytes(b"")
+def test_a_folder_that_cannot_be_made_names_the_flag(small: Small) -> None:
+    (small.folder / "file").write_bytes(b"")
     with pytest.raises(UserError, match="give another one"):
-        new_cache(data, manifest, tmp_path / "file" / "cache")
+        replace(small, folder=small.folder / "file" / "cache").cache()
 
 
 def test_another_version_of_a_set_never_gets_the_old_shards(
-    s3_endpoint: str, small_set: Path, data: str, manifest: Manifest, tmp_path: Path
+    s3_endpoint: str, small_set: Path, small: Small
 ) -> None:
     """The same address and shard name, other content and manifest, one cache folder."""
-    old = new_cache(data, manifest, tmp_path).path(0)
+    old = small.cache().path(0)
     other = small_set / "train" / "train-000001.tar"
-    shards = list(manifest.splits["train"].shards)
-    shards[0] = dataclasses.replace(shards[1], name=shards[0].name)
-    split = dataclasses.replace(manifest.splits["train"], shards=tuple(shards))
-    changed = dataclasses.replace(manifest, splits={"train": split})
+    shards = list(small.shards)
+    shards[0] = replace(shards[1], name=shards[0].name)
+    split = replace(small.manifest.splits["train"], shards=tuple(shards))
+    changed = replace(small.manifest, splits={"train": split})
     uri = remote.upload(small_set / "train", s3_endpoint, "changed/train")
     with remote.client(s3_endpoint).open_output_stream("sets/changed/train/train-000000.tar") as f:
         f.write(other.read_bytes())
-    new = new_cache(uri.replace("changed/train", "changed"), changed, tmp_path).path(0)
+    new = small.cache(data=uri.replace("changed/train", "changed"), manifest=changed).path(0)
     assert new != old
     assert new.read_bytes() == other.read_bytes() != old.read_bytes()

@@ -19,13 +19,15 @@ from pipeline.loading import loader
 from pipeline.loading.augmentation import Augmentation, augment, draw
 from pipeline.loading.cache import CacheConfig, ShardCache, cached_bytes
 from pipeline.loading.loader import Batch, Loader
-from pipeline.loading.order import AHEAD, Order, Position, steps_per_epoch
+from pipeline.loading.order import AHEAD, Order, Position
 from pipeline.loading.samples import JPEG_END, RawBatch, Samples
 from pipeline.shards.format import Manifest, Sample, read_samples
 from tests import remote
-from tests.pipeline.made_set import COUNTS, MEAN, assert_same, make_samples, write_set
+from tests.pipeline.made_set import MEAN, assert_same, make_samples, write_set
 
 CPU = torch.device("cpu")
+FORMATS = ("rgb", "jpg")
+Stored = tuple[Path, Manifest]
 STEPS = 4  # of an epoch of 53 samples in batches of 16
 PLAIN = Augmentation(min_area=1.0, max_aspect=1.0, flip=False)
 EVERYTHING = Augmentation(
@@ -39,16 +41,20 @@ def written() -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def sets(
-    tmp_path_factory: pytest.TempPathFactory, written: list[Sample]
-) -> dict[str, tuple[Path, Manifest]]:
+def sets(tmp_path_factory: pytest.TempPathFactory, written: list[Sample]) -> dict[str, Stored]:
     """The same samples as raw and as JPEG shards."""
     folder = tmp_path_factory.mktemp("sets")
     return {name: (folder / name, write_set(folder / name, written, name)) for name in FORMATS}
 
 
-FORMATS = ("rgb", "jpg")
-each_format = pytest.mark.parametrize("image_format", FORMATS)
+@pytest.fixture(scope="module")
+def raw(sets: dict[str, Stored]) -> Stored:
+    return sets["rgb"]
+
+
+@pytest.fixture(params=FORMATS)
+def shards(sets: dict[str, Stored], request: pytest.FixtureRequest) -> Stored:
+    return sets[request.param]
 
 
 def stream(data: Path | str, manifest: Manifest, **changes: Any) -> Iterator[Batch]:
@@ -106,7 +112,7 @@ def test_evaluation_gives_every_stored_sample_once_in_order_as_it_is(
 
 
 def test_jpeg_decoded_by_dali_is_that_of_simplejpeg_and_pillow_within_a_grey_level(
-    sets: dict[str, tuple[Path, Manifest]], written: list[Sample]
+    sets: dict[str, Stored], written: list[Sample]
 ) -> None:
     data, manifest = sets["jpg"]
     found = np.concatenate([pixels(batch) for batch in evaluated(data, manifest)]).astype(int)
@@ -136,12 +142,9 @@ def test_raw_pixels_through_dali_are_those_that_go_around_it(
         assert torch.equal(one[3], other[3])
 
 
-@each_format
-def test_a_training_batch_is_the_stored_samples_augmented_as_drawn(
-    sets: dict[str, tuple[Path, Manifest]], image_format: str
-) -> None:
+def test_a_training_batch_is_the_stored_samples_augmented_as_drawn(shards: Stored) -> None:
     """Put together here from `read_samples`, whose decoder is not the loader's."""
-    data, manifest = sets[image_format]
+    data, manifest = shards
     stored = {
         sample.row: sample
         for path in sorted((data / "train").glob("*.tar"))
@@ -157,17 +160,16 @@ def test_a_training_batch_is_the_stored_samples_augmented_as_drawn(
         expected, labels = augment(images, segments, drawn)
         assert torch.equal(batch.segments, labels)
         difference = np.abs(pixels(batch).astype(int) - expected.numpy())
-        assert difference.max() <= (0 if image_format == "rgb" else 2)
+        assert difference.max() <= (0 if manifest.image_format == "rgb" else 2)
         assert (batch.total, batch.offset) == (len(chosen), 0)
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
-@each_format
 @pytest.mark.parametrize("ranks", [2, 3, 5, 13])
 def test_the_shares_of_any_number_of_ranks_are_one_ranks_batches(
-    sets: dict[str, tuple[Path, Manifest]], image_format: str, ranks: int
+    shards: Stored, ranks: int
 ) -> None:
-    data, manifest = sets[image_format]
+    data, manifest = shards
     count = STEPS + 2
     alone = islice(stream(data, manifest), count)
     parts = [islice(stream(data, manifest, rank=rank, ranks=ranks), count) for rank in range(ranks)]
@@ -182,12 +184,9 @@ def test_the_shares_of_any_number_of_ranks_are_one_ranks_batches(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@each_format
-def test_a_gpu_gets_the_numbers_of_the_cpu(
-    sets: dict[str, tuple[Path, Manifest]], image_format: str
-) -> None:
+def test_a_gpu_gets_the_numbers_of_the_cpu(shards: Stored) -> None:
     """Raw pixels bit for bit; JPEG as near as nvJPEG's rounding is to libjpeg's."""
-    data, manifest = sets[image_format]
+    data, manifest = shards
     cuda = torch.device("cuda")
     found = [
         *islice(stream(data, manifest, device=cuda), 9),
@@ -199,58 +198,21 @@ def test_a_gpu_gets_the_numbers_of_the_cpu(
         for name in ("segments", "labels", "rows"):
             assert torch.equal(getattr(one, name).cpu(), getattr(other, name)), name
         difference = np.abs(pixels(one).astype(int) - pixels(other))
-        assert difference.max() <= (0 if image_format == "rgb" else 8)
+        assert difference.max() <= (0 if manifest.image_format == "rgb" else 8)
 
 
-# Every sample exactly once.
+# Epochs, and resuming.
 
 
-@pytest.mark.parametrize(
-    ("counts", "batch_size", "ranks", "window", "seed"),
-    [
-        (COUNTS, 16, 1, None, 0),
-        (COUNTS, 53, 4, None, 1),
-        (COUNTS, 7, 3, 1, 2),
-        (COUNTS, 64, 2, 2, 3),
-        ((1, 30, 0, 1, 21), 10, 5, 2, 4),
-        ([4] * 10 + [13], 6, 2, 3, 5),
-        ([1] * 53, 9, 3, 1, 6),
-    ],
-)
-def test_an_epoch_has_every_sample_once_over_all_ranks(
-    tmp_path: Path,
-    counts: tuple[int, ...],
-    batch_size: int,
-    ranks: int,
-    window: int | None,
-    seed: int,
-) -> None:
-    manifest = write_set(tmp_path, make_samples(size=(4, 4)), counts=counts)
-    steps, epochs = steps_per_epoch(53, batch_size, ranks), 3
-    settings = {"batch_size": batch_size, "ranks": ranks, "window": window, "seed": seed}
-    parts = [
-        list(islice(stream(tmp_path, manifest, rank=rank, **settings), epochs * steps))
-        for rank in range(ranks)
-    ]
-    orders = []
-    for first in range(0, epochs * steps, steps):
-        batches = [part[step] for step in range(first, first + steps) for part in parts]
-        assert all(len(batch.labels) > 0 for batch in batches)
-        orders.append(rows(batches))
-        assert sorted(orders[-1]) == list(range(1000, 1053))
-    assert orders[0] != orders[1] != orders[2] != orders[0]
-
-
-# Resuming.
-
-
-@each_format
 @pytest.mark.parametrize("window", [None, 1])
-def test_training_resumes_at_any_step_bit_for_bit_also_with_other_ranks(
-    sets: dict[str, tuple[Path, Manifest]], image_format: str, window: int | None
+def test_epochs_have_every_sample_once_and_resume_at_any_step_bit_for_bit_also_with_other_ranks(
+    shards: Stored, window: int | None
 ) -> None:
-    data, manifest = sets[image_format]
+    data, manifest = shards
     whole = list(islice(stream(data, manifest, window=window, seed=3), 3 * STEPS))
+    epochs = [rows(whole[first : first + STEPS]) for first in range(0, 3 * STEPS, STEPS)]
+    assert all(sorted(epoch) == list(range(1000, 1053)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     for stop in range(2 * STEPS + 1):
         epoch, step = divmod(stop, STEPS)
         settings = {"window": window, "seed": 3, "start": Position(epoch=epoch, step=step)}
@@ -262,19 +224,14 @@ def test_training_resumes_at_any_step_bit_for_bit_also_with_other_ranks(
 
 
 @pytest.mark.parametrize("step", [STEPS, 100, -1])
-def test_a_position_that_no_epoch_has_is_refused(
-    sets: dict[str, tuple[Path, Manifest]], step: int
-) -> None:
+def test_a_position_that_no_epoch_has_is_refused(raw: Stored, step: int) -> None:
     fault = rf"no step {step} .* 53 images in batches of 16 has 4 steps"
     with pytest.raises(UserError, match=fault):
-        next(stream(*sets["rgb"], start=Position(step=step)))
+        next(stream(*raw, start=Position(step=step)))
 
 
-@each_format
-def test_a_range_of_evaluation_batches_is_that_part_of_all(
-    sets: dict[str, tuple[Path, Manifest]], image_format: str
-) -> None:
-    data, manifest = sets[image_format]
+def test_a_range_of_evaluation_batches_is_that_part_of_all(shards: Stored) -> None:
+    data, manifest = shards
     whole = evaluated(data, manifest)
     for first, stop in ((0, 1), (2, 4), (5, 6)):
         assert_same(evaluated(data, manifest, first=first, stop=stop), whole[first:stop])
@@ -347,9 +304,9 @@ def test_a_local_set_is_checked_whole_before_the_first_batch(
         next(stream(tmp_path, manifest, **settings))
 
 
-def test_fewer_samples_than_ranks_are_refused(sets: dict[str, tuple[Path, Manifest]]) -> None:
+def test_fewer_samples_than_ranks_are_refused(raw: Stored) -> None:
     with pytest.raises(UserError, match="fewer workers"):
-        next(stream(*sets["rgb"], batch_size=3, ranks=4))
+        next(stream(*raw, batch_size=3, ranks=4))
 
 
 def test_a_cache_that_cannot_hold_the_shards_of_every_batch_is_refused_up_front(
@@ -367,13 +324,10 @@ def test_a_cache_that_cannot_hold_the_shards_of_every_batch_is_refused_up_front(
 # Ahead of use, and gone after it.
 
 
-@each_format
-def test_memory_is_not_used_again_while_a_view_or_an_array_refers_to_it(
-    sets: dict[str, tuple[Path, Manifest]], image_format: str
-) -> None:
+def test_memory_is_not_used_again_while_a_view_or_an_array_refers_to_it(shards: Stored) -> None:
     kept: list[list[torch.Tensor]] = []
     copies: list[list[torch.Tensor]] = []
-    for batch in islice(stream(*sets[image_format], batch_size=7), 30):
+    for batch in islice(stream(*shards, batch_size=7), 30):
         array = batch.images.numpy()[2:]
         kept.append([batch.images[:1], batch.segments[1:3], torch.from_numpy(array)])
         copies.append([part.clone() for part in kept[-1]])
@@ -383,15 +337,15 @@ def test_memory_is_not_used_again_while_a_view_or_an_array_refers_to_it(
 
 
 def test_batches_that_are_done_with_leave_their_memory_to_later_ones(
-    sets: dict[str, tuple[Path, Manifest]],
+    raw: Stored,
 ) -> None:
     # Batches of one size: a larger one is put into new memory the first time.
-    batches = islice(stream(*sets["rgb"], batch_size=1), 60)
+    batches = islice(stream(*raw, batch_size=1), 60)
     assert len({batch.images.data_ptr() for batch in batches}) <= AHEAD + 2  # one is made, one used
 
 
 def test_batches_are_made_ahead_of_use_and_no_more_than_stated(
-    sets: dict[str, tuple[Path, Manifest]], monkeypatch: pytest.MonkeyPatch
+    raw: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = threading.Semaphore(0)
     read = Samples.read
@@ -402,7 +356,7 @@ def test_batches_are_made_ahead_of_use_and_no_more_than_stated(
         return read(samples, indices)
 
     monkeypatch.setattr(Samples, "read", counted)
-    batches = stream(*sets["rgb"])
+    batches = stream(*raw)
     next(batches)
     for _ in range(1 + AHEAD):  # the one that was asked for, and those after it
         assert made.acquire(timeout=10)
@@ -412,11 +366,8 @@ def test_batches_are_made_ahead_of_use_and_no_more_than_stated(
     batches.close()  # type: ignore[attr-defined]
 
 
-@each_format
-def test_a_closed_iterator_leaves_no_thread_and_no_map(
-    sets: dict[str, tuple[Path, Manifest]], image_format: str
-) -> None:
-    data, manifest = sets[image_format]
+def test_a_closed_iterator_leaves_no_thread_and_no_map(shards: Stored) -> None:
+    data, manifest = shards
     before = threads()
     batches = stream(data, manifest)
     next(batches)
@@ -431,9 +382,8 @@ def test_a_closed_iterator_leaves_no_thread_and_no_map(
     assert threads() == before
 
 
-@each_format
 def test_an_error_in_the_thread_reaches_the_caller_and_ends_it(
-    sets: dict[str, tuple[Path, Manifest]], image_format: str, monkeypatch: pytest.MonkeyPatch
+    shards: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, calls = Samples.read, [0]
 
@@ -445,7 +395,7 @@ def test_an_error_in_the_thread_reaches_the_caller_and_ends_it(
 
     monkeypatch.setattr(Samples, "read", failing)
     before = threads()
-    batches = stream(*sets[image_format])
+    batches = stream(*shards)
     with pytest.raises(OSError, match="the disk is gone"):
         list(islice(batches, 20))
     assert calls == [6]
@@ -454,24 +404,22 @@ def test_an_error_in_the_thread_reaches_the_caller_and_ends_it(
 
 
 @pytest.mark.parametrize(("first", "stop"), [(5, 7), (-1, 2), (3, 2), (6, 7)])
-def test_batches_that_a_split_does_not_have_are_refused(
-    sets: dict[str, tuple[Path, Manifest]], first: int, stop: int
-) -> None:
+def test_batches_that_a_split_does_not_have_are_refused(raw: Stored, first: int, stop: int) -> None:
     with pytest.raises(ValueError, match=r"split 'train' has 6 of 10 images"):
-        evaluated(*sets["rgb"], first=first, stop=stop)
-    assert evaluated(*sets["rgb"], first=6, stop=6) == []
+        evaluated(*raw, first=first, stop=stop)
+    assert evaluated(*raw, first=6, stop=6) == []
 
 
 @pytest.fixture(scope="module")
-def remote_raw(s3_endpoint: str, sets: dict[str, tuple[Path, Manifest]]) -> str:
-    return remote.upload(sets["rgb"][0], s3_endpoint, "made")
+def remote_raw(s3_endpoint: str, raw: Stored) -> str:
+    return remote.upload(raw[0], s3_endpoint, "made")
 
 
 def test_a_closed_iterator_of_a_remote_set_brings_no_more_shards(
-    remote_raw: str, sets: dict[str, tuple[Path, Manifest]], tmp_path: Path
+    remote_raw: str, raw: Stored, tmp_path: Path
 ) -> None:
     """The cache holds two of three shards, so the third waits for room until the end."""
-    manifest = sets["rgb"][1]
+    manifest = raw[1]
     limit = sum(sorted(cached_bytes(shard) for shard in manifest.splits["train"].shards)[1:])
     before = threads()
     cache = CacheConfig(folder=tmp_path, limit_bytes=limit)
