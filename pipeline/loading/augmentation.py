@@ -6,6 +6,7 @@ in the stored image are computed once, in float64 on the host, and the pixels in
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -128,8 +129,7 @@ def _colour_maps(
     return np.rint(np.concatenate([matrix, offsets], axis=2) * 2**COLOUR_BITS).astype(np.int32)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Axis:
+class _Axis(NamedTuple):
     """The stored pixels that outputs along one axis are computed from, int32 [B, n] each.
 
     nearest: the stored pixel nearest to the output's centre. low: the pixel below the centre,
@@ -220,28 +220,29 @@ def _augment_in_numba(
     drawn: Draw,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if out is None:
-        out = torch.empty_like(images), torch.empty(segments.shape, dtype=torch.int64)
-    pixels, labels = out
+    pixels, labels = out or (
+        torch.empty_like(images),
+        torch.empty_like(segments, dtype=torch.int64),
+    )
     _augment_batch(
         images.numpy(),
         segments.numpy(),
-        (rows.nearest, rows.low, rows.weight, rows.inside),
-        (columns.nearest, columns.low, columns.weight, columns.inside),
+        rows,
+        columns,
         drawn.colours if drawn.colours is not None else np.zeros((0, 3, 4), np.int32),
         drawn.fill,
         bool(columns.inside.all()),
         pixels.numpy(),
         labels.numpy(),
     )
-    return out
+    return pixels, labels
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _augment_batch(  # type: ignore[no-untyped-def]
     images, segments, rows, columns, colours, fill, whole_rows, pixels, labels
 ):
-    """Fill `pixels` and `labels` image by image. rows, columns: the arrays of an `_Axis` each.
+    """Fill `pixels` and `labels` image by image. rows, columns: an `_Axis` each.
 
     A crop is not smaller than what it looks at, so neighbouring outputs share stored rows: each
     of those is interpolated along the row once, and outputs mix two of them. The sums are exact,

@@ -36,6 +36,7 @@ GIB = 1 << 30
 DEFAULT_LIMIT = 100.0  # GiB
 INDEX_BYTES = 320  # of a sample's line in the index, at most
 HASH_ATTEMPTS = 2
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk or quota
 COUNT_BYTES = 8
 ROOM_OFFSET = 1 << 62  # of the lock for counting and evicting
 ROOM_POLL = 0.2  # seconds between looks whether other shards were released
@@ -82,11 +83,8 @@ def _lock(descriptor: int, kind: int, offset: int, wait: bool = True) -> bool:
 
 
 def _use_offset(sha256: str) -> int:
+    """Return the offset of the byte that a shard's users lock; its downloader locks the next."""
     return 2 * int(sha256[:15], 16)
-
-
-def _download_offset(sha256: str) -> int:
-    return _use_offset(sha256) + 1
 
 
 def _gib(size: int) -> str:
@@ -241,7 +239,7 @@ class ShardCache:
         kept: hashes of shards not to be evicted for it.
         """
         part = self._file(shard, "part")
-        with self._locked(_download_offset(shard.sha256)):
+        with self._locked(_use_offset(shard.sha256) + 1):
             if self._has(shard):
                 return
             try:
@@ -256,7 +254,7 @@ class ShardCache:
                     os.fsync(file.fileno())
                 part.replace(self._file(shard, "tar"))
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in FULL:
                     raise
                 raise UserError(
                     f"the disk of the cache folder {self.folder} is full, and no unused shard is "
@@ -287,10 +285,8 @@ class ShardCache:
                     os.posix_fallocate(file.fileno(), 0, shard.bytes)
                     break
                 except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                        raise
                     unused = self._unused(kept)[1] if unused is None else unused
-                    if not unused:
+                    if error.errno not in FULL or not unused:
                         raise
                 self._evict(unused.pop(0))
             with self._file(shard, "idx").open("wb") as index:
@@ -322,9 +318,9 @@ class ShardCache:
         """
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         try:
-            for offset in (_download_offset(sha256), _use_offset(sha256)):
-                if not _lock(descriptor, fcntl.F_WRLCK, offset, wait=False):
-                    return 0
+            use = _use_offset(sha256)
+            if not all(_lock(descriptor, fcntl.F_WRLCK, x, wait=False) for x in (use + 1, use)):
+                return 0
             freed = 0
             for extension in ("tar", "idx", "part"):
                 path = self.folder / f"{sha256}.{extension}"
@@ -379,11 +375,7 @@ def _check_limit(data: str | Path, split: str, shards: Sequence[Shard], limit: i
 
 
 def check_window(
-    data: str | Path,
-    manifest: Manifest,
-    limit: int,
-    order: Order,
-    ranks: int,
+    data: str | Path, manifest: Manifest, limit: int, order: Order, ranks: int
 ) -> None:
     """Raise UserError where a cache of `limit` bytes is too small for training in this order.
 
