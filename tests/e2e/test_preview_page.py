@@ -3,13 +3,11 @@
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser
 
 from jobs.preprocess.preview import render
 from pipeline.shards.format import read_manifest
-from tests.e2e.test_report_page import CONTRASTS, EXECUTABLE, LEAST_CONTRAST
-
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no browser in PATH; `make browser`")
+from tests.e2e.test_report_page import CONTRASTS, LEAST_CONTRAST
 
 PANELS = """() => [...document.querySelectorAll(".panel")].map(panel => {
   const [image, drawn] = [panel.querySelector("img"), panel.querySelector("svg")];
@@ -22,24 +20,21 @@ BARS = """() => [...document.querySelectorAll(".bars i")].map(bar => bar.offsetH
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_the_page_fits_reads_well_and_asks_for_nothing(
-    small_set: Path, tmp_path: Path, width: int, scheme: str
+    browser: Browser, small_set: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:
     page_file = tmp_path / "preview.html"
     page_file.write_text(render(str(small_set), read_manifest(small_set), "train"))
     requests: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=EXECUTABLE, args=["--no-sandbox"])
-        page = browser.new_page(
-            viewport={"width": width, "height": 800},
-            color_scheme="dark" if scheme == "dark" else "light",
-        )
+    with browser.new_page(
+        viewport={"width": width, "height": 800},
+        color_scheme="dark" if scheme == "dark" else "light",
+    ) as page:
         page.on("request", lambda request: requests.append(request.url))
         page.goto(page_file.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") == width
         panels = page.evaluate(PANELS)
         bars = page.evaluate(BARS)
         contrasts = page.evaluate(CONTRASTS)
-        browser.close()
     assert [url for url in requests if not url.startswith("data:")] == [page_file.as_uri()]
     assert len(panels) == 2 * 24
     for plain, bordered in zip(panels[::2], panels[1::2], strict=True):

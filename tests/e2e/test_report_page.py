@@ -1,7 +1,6 @@
 """The report in a real browser: at desktop and phone width, in light and dark."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,21 +9,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from jobs.report.__main__ import render
 from jobs.report.compare import Entry, entries_of
 from jobs.report.pictures import report_pictures
 from pipeline.evaluation.results import read_evaluation
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-EXECUTABLE = next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        EXECUTABLE is None, reason=f"no browser ({', '.join(BROWSERS)}) in PATH; `make browser`"
-    ),
-]
+pytestmark = pytest.mark.slow
 LEAST_CONTRAST = 4.5  # WCAG 2, level AA, for text of any size
 LONG = "a_name_without_a_space_" * 5
 
@@ -98,16 +90,6 @@ def report(entries: list[Entry], tmp_path_factory: pytest.TempPathFactory) -> Pa
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(render(entries, report_pictures(entries, 0), ""))
     return path
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    # Chromium's sandbox does not run as root.
-    options = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=EXECUTABLE, args=options)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(

@@ -144,23 +144,23 @@ def test_the_page_of_boxes_needs_no_nets_and_few_packages(
 ) -> None:
     """As on a machine with numpy, opencv, pyarrow, jinja2 and matplotlib alone."""
     blocked = ("torch", "ray", "numba", "scipy", "simplejpeg", "safetensors", "nvidia")
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); "
-        "from jobs.report.__main__ import main; main(sys.argv[1:])"
-    )
-    boxes = evaluations[2]
     others = [tmp_path / name / "evaluation" for name in ("exp-a", "exp-b")]
     for other in others:
-        shutil.copytree(boxes, other)
-    for number, folders in enumerate([[boxes], others]):
-        output = tmp_path / f"{number}.html"
-        command = [sys.executable, "-c", code, *map(str, folders), "--output", str(output)]
-        subprocess.run(command, cwd=ROOT, check=True)
-        shown = Page(output.read_text())
-        assert "pictures" in shown.text
-        rows = [row[0] for row in shown.tables["All methods"] if "Given boxes" in row[0]]
-        for folder in folders if len(folders) > 1 else ():  # folders above tell them apart
-            assert sum(str(folder) in row for row in rows) == 1
+        shutil.copytree(evaluations[2], other)
+    outputs = [tmp_path / "one.html", tmp_path / "two.html"]
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))
+from jobs.report.__main__ import main
+main([{str(evaluations[2])!r}, "--output", {str(outputs[0])!r}])
+main([*{[str(path) for path in others]!r}, "--output", {str(outputs[1])!r}])
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    one, two = (Page(output.read_text()) for output in outputs)
+    assert "pictures" in one.text
+    rows = [row[0] for row in two.tables["All methods"] if "Given boxes" in row[0]]
+    for folder in others:  # folders above tell them apart
+        assert sum(str(folder) in row for row in rows) == 1
 
 
 @pytest.mark.parametrize(
