@@ -65,7 +65,7 @@ def test_a_cache_of_part_of_the_set_gives_windows_with_the_same_bytes(
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= limit
 
 
-def test_evaluation_batches_are_the_same_bytes_and_bring_their_shards_alone(
+def test_evaluation_batches_are_the_same_bytes_and_fetch_their_shards_alone(
     small_set: Path, remote_set: str, proxy: Proxy, tmp_path: Path
 ) -> None:
     def batches(data: str | Path, first: int, stop: int) -> list[Batch]:

@@ -140,24 +140,24 @@ def start(data: str, folder: Path) -> "subprocess.Popen[str]":
     )
 
 
-def tell(process: "subprocess.Popen[str]") -> None:
+def send(process: "subprocess.Popen[str]") -> None:
     assert process.stdin is not None
     process.stdin.write("go on\n")
     process.stdin.flush()
 
 
-def hear(process: "subprocess.Popen[str]") -> str:
+def receive(process: "subprocess.Popen[str]") -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def test_two_processes_bring_each_shard_once_and_a_killed_one_leaves_nothing_wrong(
+def test_two_processes_fetch_each_shard_once_and_a_killed_one_leaves_nothing_wrong(
     small: Small, proxy: Proxy, processes: list["subprocess.Popen[str]"]
 ) -> None:
     processes += [start(small.data, small.folder) for _ in range(3)]
-    assert [hear(process) for process in processes] == ["ready"] * 3
+    assert [receive(process) for process in processes] == ["ready"] * 3
     proxy.delay = 0.5
-    tell(processes[0])
+    send(processes[0])
     wait_for(lambda: proxy.gets(".tar"))
     wait_for(lambda: any(name.endswith(".part") for name in small.names()))
     processes[0].send_signal(signal.SIGKILL)
@@ -166,8 +166,8 @@ def test_two_processes_bring_each_shard_once_and_a_killed_one_leaves_nothing_wro
     proxy.delay = 0.05
     before = sum(proxy.gets(".tar").values())
     for process in processes[1:]:
-        tell(process)
-    assert [hear(process) for process in processes[1:]] == ["used"] * 2
+        send(process)
+    assert [receive(process) for process in processes[1:]] == ["used"] * 2
     assert sum(proxy.gets(".tar").values()) == before + 4
     assert len(small.names()) == 8  # four shards, four indexes, no half file
 
@@ -221,7 +221,7 @@ def test_a_damaged_shard_is_refused_naming_both_hashes(small: Small, proxy: Prox
     assert proxy.gets(".tar") == {"train-000001.tar": 2}
 
 
-def test_damage_on_the_way_is_mended_by_reading_again(small: Small, proxy: Proxy) -> None:
+def test_damage_on_the_way_is_repaired_by_reading_again(small: Small, proxy: Proxy) -> None:
     proxy.alter = lambda name, body, before: body if before else damaged(name, body, before)
     assert small.cache().path(1).exists()
 
@@ -244,7 +244,7 @@ def test_a_shard_of_another_size_or_none_is_refused(
     assert small.cached() == []
 
 
-def test_a_cached_file_cut_short_is_brought_again(small: Small, proxy: Proxy) -> None:
+def test_a_cached_file_cut_short_is_fetched_again(small: Small, proxy: Proxy) -> None:
     shards = small.cache()
     os.truncate(shards.path(0), 1000)
     assert shards.path(0).stat().st_size == small.shards[0].bytes
@@ -271,14 +271,14 @@ def test_the_least_recently_used_go_first_and_the_limit_holds_throughout(
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    there = []
+    numbers = []
     for number in (0, 1, 0, 2, 1, 2, 0):
         assert shards.path(number).exists()
         shards.release(number)
-        there.append(small.cached())
+        numbers.append(small.cached())
     stop.set()
     watcher.join()
-    assert there == [[0], [0, 1], [0, 1], [0, 2], [1, 2], [1, 2], [0, 2]]
+    assert numbers == [[0], [0, 1], [0, 1], [0, 2], [1, 2], [1, 2], [0, 2]]
     assert small.space(0) < largest <= limit
 
 
@@ -322,7 +322,7 @@ def test_a_limit_below_what_is_needed_at_once_is_an_error_up_front(
     assert not proxy.gets(".tar")
 
 
-def test_prefetching_brings_what_fits_in_order_and_goes_on_when_room_is_made(
+def test_prefetching_fetches_what_fits_in_order_and_goes_on_when_room_is_made(
     small: Small, proxy: Proxy
 ) -> None:
     shards = small.cache(small.space(0, 1))

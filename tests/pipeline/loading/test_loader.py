@@ -415,7 +415,7 @@ def remote_raw(s3_endpoint: str, raw: Stored) -> str:
     return remote.upload(raw[0], s3_endpoint, "made")
 
 
-def test_a_closed_iterator_of_a_remote_set_brings_no_more_shards(
+def test_a_closed_iterator_of_a_remote_set_fetches_no_more_shards(
     remote_raw: str, raw: Stored, tmp_path: Path
 ) -> None:
     """The cache holds two of three shards, so the third waits for room until the end."""
