@@ -141,17 +141,11 @@ def _members(sample: Sample, image_format: str) -> list[tuple[str, bytes]]:
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackedShard:
-    """A shard in memory. content: the tar; index: DALI's, as text; images: samples in it."""
-
-    content: bytearray
-    index: bytes
-    images: int
-
-
 class ShardPacker:
-    """Packs samples into a shard and its DALI index; the bytes depend on the samples alone."""
+    """Packs samples into a shard and its DALI index; the bytes depend on the samples alone.
+
+    content: the tar so far, about 20 MB for a thousand 64-px samples. lines: the index so far.
+    """
 
     def __init__(self, image_format: str) -> None:
         self.image_format, self.content = image_format, bytearray()
@@ -161,6 +155,10 @@ class ShardPacker:
     def images(self) -> int:
         """The number of samples so far."""
         return len(self.lines)
+
+    def index(self) -> bytes:
+        """Return DALI's index of the samples so far."""
+        return _index_text(self.lines)
 
     def add(self, sample: Sample) -> None:
         """Append a sample.
@@ -182,14 +180,6 @@ class ShardPacker:
             self.content += data
             self.content += bytes(padded(len(data)) - len(data))
 
-    def finish(self) -> PackedShard:
-        """End the shard, of about 20 MB for a thousand 64-px samples."""
-        self.content += bytes(2 * BLOCK)  # the end of a tar
-        self.content += bytes(-len(self.content) % RECORD)
-        return PackedShard(
-            content=self.content, index=_index_text(self.lines), images=len(self.lines)
-        )
-
 
 def _index_text(samples: list[list[str]]) -> bytes:
     """Return DALI's index of samples, each a list of entries: extension, offset, size and name."""
@@ -197,20 +187,21 @@ def _index_text(samples: list[list[str]]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def write_shard(location: str | Path, packed: PackedShard) -> Shard:
-    """Write a packed shard and its index beside it, both atomically."""
+def write_shard(location: str | Path, packer: ShardPacker) -> Shard:
+    """Write the samples packed and their index beside it, both atomically, and end the packer."""
+    content, index = packer.content, packer.index()
+    content += bytes(2 * BLOCK)  # the end of a tar
+    content += bytes(-len(content) % RECORD)
     with ThreadPoolExecutor(2) as threads:  # the disk and the hash take their time side by side
-        hashed = threads.submit(hashlib.sha256, packed.content)
-        index = threads.submit(
-            write_atomically, storage.with_suffix(location, ".idx"), packed.index
-        )
-        write_atomically(location, memoryview(packed.content))
-        index.result()
+        sha256 = threads.submit(hashlib.sha256, content)
+        written = threads.submit(write_atomically, storage.with_suffix(location, ".idx"), index)
+        write_atomically(location, memoryview(content))
+        written.result()
         return Shard(
             name=storage.name(location),
-            images=packed.images,
-            bytes=len(packed.content),
-            sha256=hashed.result().hexdigest(),
+            images=packer.images,
+            bytes=len(content),
+            sha256=sha256.result().hexdigest(),
         )
 
 

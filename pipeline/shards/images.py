@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -62,13 +62,8 @@ def read_image(data: bytes, height: int, width: int) -> DecodedImage:
     """
     if not data:
         raise ImageError("empty file: it has 0 bytes")
-    pixels, original_height, original_width, note = _decode(data, height, width)
-    return DecodedImage(
-        pixels=resize(pixels, height, width),
-        height=original_height,
-        width=original_width,
-        note=note,
-    )
+    image = _decode(data, height, width)
+    return replace(image, pixels=resize(image.pixels, height, width))
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -87,26 +82,27 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _decode(data: bytes, height: int, width: int) -> tuple[np.ndarray, int, int, str | None]:
+def _decode(data: bytes, height: int, width: int) -> DecodedImage:
+    """Decode data at their own size, or a JPEG at one that suffices for `height` and `width`."""
     note = None
     if data[:2] == b"\xff\xd8":
         try:
-            full_height, full_width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+            *full, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         except (ValueError, KeyError):
             # Also sound files, of a rare chroma subsampling: Pillow decides.
             note = "JPEG with a rare chroma subsampling: damage to it would not be noticed"
         else:
-            _check_size(full_height, full_width)
-            least = decoded_size((full_height, full_width), (height, width))
+            _check_size(*full)
             try:
                 if colours in ("YCbCr", "Gray", "RGB"):
+                    least = decoded_size((full[0], full[1]), (height, width))
                     pixels, note = decode_jpeg(data, *least)
-                    return pixels, full_height, full_width, note
+                    return DecodedImage(pixels=pixels, height=full[0], width=full[1], note=note)
                 _, note = decode_jpeg(data, 1, 1, "CMYK")  # a check: Pillow converts the colours
             except ValueError as error:
                 raise ImageError(f"damaged JPEG: {error}") from error
     pixels = _decode_with_pillow(data)
-    return pixels, *pixels.shape[:2], note
+    return DecodedImage(pixels=pixels, height=pixels.shape[0], width=pixels.shape[1], note=note)
 
 
 def decoded_size(full: tuple[int, int], stored: tuple[int, int]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ finished. The finished set has one `ledger.parquet` with the rows of all records
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pipeline import storage
 from pipeline.ahead import run_ahead
 from pipeline.errors import UserError
 from pipeline.shards.format import REMAKE, Shard
-from pipeline.storage import write_atomically
+from pipeline.storage import Result, write_atomically
 
 LEDGER_NAME = "ledger.parquet"
 OK, REJECTED = "ok", "rejected"
@@ -83,11 +83,6 @@ class Totals:
     superpixels: int = 0
     max_superpixels: int = 0
 
-    @classmethod
-    def of_none(cls, classes: int) -> "Totals":
-        """Return the totals of no rows, in a set of so many classes."""
-        return cls(class_counts=np.zeros(classes, np.int64))
-
     def merge(self, other: "Totals") -> None:
         """Add the totals of other rows."""
         self.rejected += other.rejected
@@ -124,12 +119,9 @@ def write_record(location: str | Path, rows: Sequence[LedgerRow], facts: ShardFa
 def read_facts(record: str | Path) -> ShardFacts:
     """Read the facts in a record. Raises UserError where it is missing or damaged."""
 
-    def read() -> dict[str, Any]:
+    def read() -> ShardFacts:
         with storage.open_input(record) as file:
-            return json.loads(pq.read_schema(file).metadata[FACTS])
-
-    try:
-        content = storage.attempt(record, read)
+            content = json.loads(pq.read_schema(file).metadata[FACTS])
         return ShardFacts(
             shard=Shard(**content["shard"]) if content["shard"] else None,
             index_bytes=content["index_bytes"],
@@ -137,10 +129,8 @@ def read_facts(record: str | Path) -> ShardFacts:
             sums=tuple(content["sums"]),
             squares=tuple(content["squares"]),
         )
-    except UserError:
-        raise
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{record} cannot be read ({error}). {REMAKE}") from error
+
+    return _reading(record, read)
 
 
 def read_record(record: str | Path) -> pa.Table:
@@ -150,12 +140,17 @@ def read_record(record: str | Path) -> pa.Table:
         with storage.open_input(record) as file:
             return pq.read_table(file, partitioning=None).cast(SCHEMA)
 
+    return _reading(record, read)
+
+
+def _reading(location: str | Path, read: Callable[[], Result]) -> Result:
+    """Return `read()`, tried again where a connection is lost. Raises UserError for damage."""
     try:
-        return storage.attempt(record, read)
+        return storage.attempt(location, read)
     except UserError:
         raise
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise UserError(f"{record} cannot be read ({error}). {REMAKE}") from error
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{location} cannot be read ({error}). {REMAKE}") from error
 
 
 def committed_facts(record: str | Path, sizes: dict[str, int]) -> ShardFacts | None:
@@ -187,7 +182,7 @@ def merge_records(
 
     Returns the totals by split, and the file's SHA-256. A bounded number of records is in memory.
     """
-    totals = {name: Totals.of_none(classes) for name in splits}
+    totals = {name: Totals(class_counts=np.zeros(classes, np.int64)) for name in splits}
     with storage.atomic_file(storage.join(output, LEDGER_NAME)) as file:
         with pq.ParquetWriter(file, SCHEMA) as writer:
             for table in run_ahead(read_record, records, threads=READ_AHEAD, depth=READ_AHEAD):
@@ -222,8 +217,6 @@ def read_ledger(
             return pq.read_table(file, columns=names, filters=chosen, partitioning=None)
 
     try:
-        return storage.attempt(location, read)
+        return _reading(location, read)
     except storage.MissingError as error:
         raise UserError(f"{location} is missing; preprocess again to finish the set.") from error
-    except pa.ArrowException as error:
-        raise UserError(f"{location} cannot be read ({error}). {REMAKE}") from error

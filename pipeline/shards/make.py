@@ -97,7 +97,12 @@ def _resume(
     connect: Callable[[], None],
 ) -> Outcome:
     facts = finished_shards(plan.output, plan.tasks)
-    manifest = _finished_manifest(plan.output)
+    try:
+        manifest: Manifest | None = read_manifest(plan.output)
+    except storage.UnreachableError:
+        raise
+    except UserError:  # there is none, or it must be made again
+        manifest = None
     recorded = shards_by_name(manifest) if manifest else {}
     if manifest:  # a shard that is not the recorded one was made of another source
         facts = {name: x for name, x in facts.items() if x.shard == recorded.get(f"{name}.tar")}
@@ -120,16 +125,6 @@ def _resume(
         if changed:
             raise _changed(plan, ", ".join(changed))
     return _finish(plan, facts, config, progress, manifest)
-
-
-def _finished_manifest(output: str) -> Manifest | None:
-    """Return the manifest of a finished set; None where none is there or it must be made again."""
-    try:
-        return read_manifest(output)
-    except storage.UnreachableError:
-        raise
-    except UserError:
-        return None
 
 
 def file_sizes(output: str, tasks: Iterable[ShardTask]) -> dict[str, dict[str, int]]:
@@ -179,7 +174,7 @@ def make_shards(
     for task, result in run_tasks(make_shard, pending, arguments, config.workers, tick=tick):
         if isinstance(result, Failure):
             failures[task.name] = result.reason
-        elif not _is_visible(task.record(plan.output)):
+        elif not storage.is_remote(plan.output) and not storage.is_file(task.record(plan.output)):
             failures[task.name] = (
                 "it was made on another node, and its files are not visible here; the output must "
                 "lie on storage that all nodes share"
@@ -200,10 +195,6 @@ def make_shards(
             "finished; the same command tries only these again."
         )
     return facts
-
-
-def _is_visible(location: str) -> bool:
-    return storage.is_remote(location) or storage.is_file(location)
 
 
 def _metrics(pending: list[ShardTask]) -> Callable[[int, int], None]:

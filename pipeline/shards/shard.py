@@ -59,19 +59,19 @@ def make_shard(
                 packer.add(sample)
                 sums += moments(sample.image)
             rows.append(row)
-    packed = packer.finish()
     # Readers of tars dislike empty ones.
-    shard = write_shard(storage.with_suffix(record, ".tar"), packed) if packed.images else None
+    tar = storage.with_suffix(record, ".tar")
+    shard = write_shard(tar, packer) if packer.images else None
     (r, g, b), (rr, gg, bb) = sums.tolist()
     facts = ShardFacts(
         shard=shard,
-        index_bytes=len(packed.index) if shard else 0,
-        pixels=packed.images * config.height * config.width,
+        index_bytes=len(packer.index()) if shard else 0,
+        pixels=packer.images * config.height * config.width,
         sums=(r, g, b),
         squares=(rr, gg, bb),
     )
     write_record(record, rows, facts)
-    rejected = len(rows) - packed.images
+    rejected = len(rows) - packer.images
     return ShardReport(facts=facts, rejected=rejected, seconds=time.monotonic() - started)
 
 

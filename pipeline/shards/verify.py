@@ -185,7 +185,7 @@ def check_shard(
         problems.append(f"{storage.name(record)}: its rows are not those of {LEDGER_NAME}")
     if problems:
         return ShardCheck(problems=tuple(problems), facts=facts)
-    totals = Totals.of_none(len(manifest.classes))
+    totals = Totals(class_counts=np.zeros(len(manifest.classes), np.int64))
     totals.add(table)
     if recorded is None:
         return ShardCheck(problems=(), facts=facts, totals=totals)
@@ -300,7 +300,8 @@ def _sample_problems(
 def _manifest_of_records(result: Verification) -> Manifest:
     """Make the manifest that the records give, with the recorded one's classes and source."""
     facts: dict[str, list[ShardFacts]] = {split: [] for split in result.fingerprint["images"]}
-    totals = {split: Totals.of_none(len(result.manifest.classes)) for split in facts}
+    classes = np.zeros(len(result.manifest.classes), np.int64)
+    totals = {split: Totals(class_counts=classes) for split in facts}
     for task in result.tasks:
         check = result.shards[task.name]
         assert check.facts is not None

@@ -10,7 +10,6 @@ import torch
 from pipeline.loading.loader import Batch
 from pipeline.shards.format import (
     Manifest,
-    PackedShard,
     Sample,
     ShardPacker,
     Split,
@@ -47,12 +46,12 @@ def make_samples(
     ]
 
 
-def pack_shard(samples: Iterable[Sample], image_format: str) -> PackedShard:
+def pack_shard(samples: Iterable[Sample], image_format: str) -> ShardPacker:
     """Pack a shard of these samples, as preprocessing does."""
     packer = ShardPacker(image_format)
     for sample in samples:
         packer.add(sample)
-    return packer.finish()
+    return packer
 
 
 def write_set(
