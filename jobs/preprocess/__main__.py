@@ -9,6 +9,7 @@ from jobs import cli
 from jobs.cli import option
 from jobs.preprocess.preview import PREVIEW_NAME, write_previews
 from pipeline.errors import UserError
+from pipeline.shards.format import Manifest
 from pipeline.shards.make import Outcome, Progress, preprocess
 from pipeline.shards.plan import PreprocessConfig
 from pipeline.shards.verify import Verification, verify
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if outcome.totals is not None:
         print(summary(outcome))
+        print("\n".join(unread_lines(outcome.manifest)))
     print(f"{outcome.output}: {_counts(outcome)}; look at {', '.join(pages)}")
 
 
@@ -72,7 +74,8 @@ def printer(note: Callable[[Progress], str]) -> Callable[[Progress], None]:
 
 def making(progress: Progress) -> str:
     """Return the note of a line while shards are made."""
-    return f"{progress.rejected} rejected{_shards(progress.failed_shards, 'failed')}"
+    unread = f", {progress.unread} files not read" if progress.unread else ""
+    return f"{progress.rejected} rejected{unread}{_shards(progress.failed_shards, 'failed')}"
 
 
 def checking(progress: Progress) -> str:
@@ -177,6 +180,14 @@ def summary(outcome: Outcome) -> str:
         "task seconds",
     ]
     return cli.table(headers, rows)
+
+
+def unread_lines(manifest: Manifest) -> list[str]:
+    """Return a line for each reason why files of the source are not read, most files first."""
+    unread = sorted(manifest.unread.items(), key=lambda item: -item[1]["files"])
+    return [
+        f"not read: {x['files']} x {reason}, as {', '.join(x['examples'])}" for reason, x in unread
+    ]
 
 
 def _counts(outcome: Outcome) -> str:

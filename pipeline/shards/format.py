@@ -94,6 +94,8 @@ class Manifest:
     mean, std: of the train split's pixels per channel, in 0..255.
     ledger: hexadecimal SHA-256 of the ledger.
     configuration: what the set was made with (source, sizes, superpixels, seed).
+    unread: files of the source that are no images of the set, by reason: `files`, their number,
+        and `examples`, some of their paths.
     """
 
     classes: tuple[str, ...]
@@ -109,6 +111,7 @@ class Manifest:
     ledger: str = ""
     configuration: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = FORMAT_VERSION
 
 

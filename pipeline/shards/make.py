@@ -41,12 +41,13 @@ MOST_FAILURES = 3  # named in the error of a job some of whose shards failed
 
 @dataclass(kw_only=True)
 class Progress:
-    """Counts of images. resumed: in shards that were finished before; done, rejected: in this
-    run's; failed_shards: this run's that failed for good; seconds: since its first task;
-    task_seconds: summed over tasks, by split."""
+    """Counts of images. unread: the source's files that are none of them; resumed: in shards that
+    were finished before; done, rejected: in this run's; failed_shards: this run's that failed for
+    good; seconds: since its first task; task_seconds: summed over tasks, by split."""
 
     total: int
     resumed: int
+    unread: int = 0
     done: int = 0
     rejected: int = 0
     failed_shards: int = 0
@@ -115,7 +116,9 @@ def _resume(
         rejected = {task.name: task.rows - facts[task.name].images for task in plan.tasks}
         if _too_many(sum(rejected.values()), total, config):
             pending = [task for task in plan.tasks if rejected[task.name]]
-    progress = Progress(total=total, resumed=total - sum(task.rows for task in pending))
+    resumed = total - sum(task.rows for task in pending)
+    unread = sum(x["files"] for x in plan.collection.unread.values())
+    progress = Progress(total=total, resumed=resumed, unread=unread)
     if pending:
         connect()
         facts |= make_shards(plan, pending, config, progress, show)
@@ -256,6 +259,7 @@ def _finish(
     manifest = make_manifest(
         classes=plan.collection.classes,
         class_names=plan.collection.class_names,
+        unread=recorded.unread if recorded else plan.collection.unread,
         source=recorded.configuration["source"] if recorded else plan.source,
         fingerprint=plan.fingerprint,
         facts={

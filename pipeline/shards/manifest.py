@@ -18,6 +18,7 @@ def make_manifest(
     *,
     classes: tuple[str, ...],
     class_names: tuple[str, ...],
+    unread: Mapping[str, Mapping[str, Any]],
     source: str,
     fingerprint: dict[str, Any],
     facts: Mapping[str, Sequence[ShardFacts]],
@@ -55,6 +56,7 @@ def make_manifest(
         configuration=fingerprint["configuration"]
         | {"source": source, "layout": fingerprint["layout"]},
         versions=fingerprint["versions"],
+        unread={reason: dict(files) for reason, files in unread.items()},
     )
 
 

@@ -311,6 +311,7 @@ def _manifest_of_records(result: Verification) -> Manifest:
     return make_manifest(
         classes=result.manifest.classes,
         class_names=result.manifest.class_names,
+        unread=result.manifest.unread,
         source=result.manifest.configuration["source"],
         fingerprint=result.fingerprint,
         facts=facts,

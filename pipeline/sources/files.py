@@ -4,16 +4,19 @@ import errno
 import os
 import stat
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 
 from pipeline import storage
 from pipeline.ahead import submit_ahead
 from pipeline.errors import UserError
+from pipeline.sources.listing import is_image
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,7 +25,21 @@ Entries = tuple[list[str], list[str]]  # names of folders and of files
 
 LIST_SUFFIXES = (".csv", ".parquet")
 FILE_SUFFIXES = (*LIST_SUFFIXES, ".tar", ".tar.gz", ".tgz")  # of a URI that is no folder
+# Faults of one folder, such as `lost+found`; those of a disk must end the job.
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 STREAMS = 32  # requests at once to object storage; each takes tens of milliseconds
+
+
+class Contents(NamedTuple):
+    """The sorted names in a folder, hidden ones too.
+
+    others: names of what is neither file nor folder to read, each with the reason as `kind: why`;
+    an empty name is the folder itself.
+    """
+
+    folders: list[str]
+    files: list[str]
+    others: list[tuple[str, str]]
 
 
 class SourceFiles:
@@ -30,7 +47,8 @@ class SourceFiles:
 
     A source may also be one file, an archive or a list: it counts as a folder that holds only that
     file, and paths are relative to the folder where it lies. Absolute paths and URIs are read too,
-    since a list may name them. only: the name of that file; None for a folder.
+    since a list may name them. only: the name of that file; None for a folder. used: the
+    `path_hash` of each file that was read, or whose size was.
 
     A context manager, which closes the archives that it opened. Raises UserError where the source
     does not exist.
@@ -52,6 +70,8 @@ class SourceFiles:
         self.only = storage.name(source) if is_file else None
         self._folder = storage.parent(source) if is_file else source
         self._root = "" if self.remote else str(storage.local_path(self._folder))
+        self._contents: dict[str, tuple[str, str, list[tuple[str, str]]]] = {}
+        self.used = array("q")
         self._opened: dict[str, pa.NativeFile] = {}
         self._opening = threading.Lock()
         may_be_remote = self.remote or is_list(self.only or "")
@@ -68,41 +88,64 @@ class SourceFiles:
 
         Both are empty where the folder does not exist.
         """
-        folders: list[str] = []
-        names: list[str] = []
+        folders, files, _ = self.contents(path)
+        return _without_hidden(folders), _without_hidden(files)
+
+    def contents(self, path: str = "") -> Contents:
+        """Return all that a folder holds, as it was when it was first asked for."""
+        if path not in self._contents:
+            folders, files, others = self._scan(path)
+            # Joined: a list of a million names takes four times as much.
+            self._contents[path] = "/".join(sorted(folders)), "/".join(sorted(files)), others
+        names, files_text, others = self._contents[path]
+        return Contents(_split(names), _split(files_text), others)
+
+    def _scan(self, path: str) -> Contents:
         if self.only is not None:
-            return [], [] if path else [self.only]
+            return Contents([], [] if path else [self.only], [])
         if self.remote:
-            folders, names = map(list, storage.entries(self.location(path)))
-        else:
-            try:
-                with os.scandir(self._local(path)) as entries:
-                    for entry in entries:
-                        (folders if entry.is_dir() else names).append(entry.name)
-            except (FileNotFoundError, NotADirectoryError):
-                pass
-        return _sorted_without_hidden(folders), _sorted_without_hidden(names)
+            folders, sizes = storage.entries(self.location(path))
+            return Contents(folders, [*sizes], [])
+        contents, folder = Contents([], [], []), self._local(path)
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    try:
+                        _sort_in(entry, folder, contents)
+                    except OSError as error:
+                        contents.others.append((entry.name, f"unreadable: {error.strerror}"))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            contents.others.append(("", f"unreadable: {error.strerror}"))
+        return contents
 
     def walk(self) -> Iterator[tuple[str, list[str]]]:
         """Yield every folder from the root down, in sorted order, with the names of its files.
 
         Links are followed, and no folder comes twice.
         """
-        return self._walk("", self.entries(), set())
+        visited: set[str] = set()
+        pending = [iter([""])]  # the children yet to come of each folder from the root down
+        while pending:
+            path = next(pending[-1], None)
+            if path is None:
+                pending.pop()
+                continue
+            if not self.remote:
+                real = os.path.realpath(self._local(path))
+                if real in visited:
+                    continue
+                visited.add(real)
+            folders, names = self.entries(path)
+            yield path, names
+            pending.append(self._looked_up([path_in(path, name) for name in folders]))
 
-    def _walk(
-        self, path: str, entries: Entries, visited: set[str]
-    ) -> Iterator[tuple[str, list[str]]]:
-        if not self.remote:
-            real = os.path.realpath(self._local(path))
-            if real in visited:  # a link back to a folder above
-                return
-            visited.add(real)
-        folders, names = entries
-        yield path, names
-        children = [path_in(path, name) for name in folders]
-        for child, entries in zip(children, self.ahead(self.entries, children), strict=True):
-            yield from self._walk(child, entries, visited)
+    def _looked_up(self, paths: list[str]) -> Iterator[str]:
+        """Yield paths of folders whose contents are known by then."""
+        return (x for x, _ in zip(paths, self.ahead(self.contents, paths), strict=True))
 
     def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Yield `function(item)` for each item, in order; STREAMS at once on object storage."""
@@ -123,7 +166,8 @@ class SourceFiles:
         return (x.result for x in submit_ahead(self._pool, function, items, STREAMS))
 
     def size(self, path: str) -> int:
-        """Return the size of a file in bytes."""
+        """Return the size of a file in bytes, of an archive before it is read."""
+        self.used.append(path_hash(path))
         return int(self._open(path).size())
 
     def read(self, path: str, offset: int | None = None, size: int | None = None) -> bytes:
@@ -134,6 +178,7 @@ class SourceFiles:
         be reached or a file ends before the range.
         """
         if offset is None or size is None:
+            self.used.append(path_hash(path))
             return self._read_whole(path)
         read = partial(self._open(path).read_at, size, offset)
         data = storage.attempt(self.location(path), read) if self.remote else read()
@@ -200,5 +245,32 @@ def path_in(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _sorted_without_hidden(names: Iterable[str]) -> list[str]:
-    return sorted(name for name in names if not name.startswith("."))
+def path_hash(path: str) -> int:
+    """Return a hash of 64 bits, which differs between processes."""
+    return hash(path.encode("utf-8", "backslashreplace"))  # as listings hold names not in UTF-8
+
+
+def _sort_in(entry: "os.DirEntry[str]", folder: str, contents: Contents) -> None:
+    """Add an entry of a local folder to the contents. Raises OSError for a link to itself."""
+    if entry.is_dir():
+        real = f"{os.path.realpath(entry.path)}/" if entry.is_symlink() else None
+        if real and f"{os.path.realpath(folder)}/".startswith(real):
+            contents.others.append((entry.name, "link: it leads to a folder above"))
+        else:
+            contents.folders.append(entry.name)
+    elif entry.is_file():
+        contents.files.append(entry.name)
+    elif not entry.is_symlink() or Path(entry.path).exists():
+        contents.others.append((entry.name, "pipe, socket or device: it has no end"))
+    elif is_image(entry.name):  # an image that is missing, to be rejected
+        contents.files.append(entry.name)
+    else:
+        contents.others.append((entry.name, "link: it leads to nothing"))
+
+
+def _split(names: str) -> list[str]:
+    return names.split("/") if names else []
+
+
+def _without_hidden(names: list[str]) -> list[str]:
+    return [name for name in names if not name.startswith(".")]

@@ -15,7 +15,11 @@ from pipeline.sources.files import SourceFiles, path_in
 from pipeline.sources.labels import MAPPING, WNID, Labels, merge_labels
 from pipeline.sources.listing import Listing, ListingBuilder, is_image, stem, with_columns
 
-SPLIT_FOLDER = re.compile(r"(?:(?:ILSVRC/)?Data/CLS-LOC/)?(train|val)(?:/([^/]+))?")
+SPLIT_FOLDER = re.compile(  # Hugging Face's archives are data/train_images_0 and the like
+    r"(?:(?:ILSVRC/)?Data/CLS-LOC/|data/)?(train|val)(?:_images(?:_\d)?)?(?:/([^/]+))?"
+)
+# Hugging Face's names end with the class.
+IMAGE_NAME = re.compile(r"((n\d{8})_\d+|ILSVRC2012_val_\d{8})(?:_(n\d{8}))?")
 TEST_FOLDER = re.compile(r"(?:(?:ILSVRC/)?Data/CLS-LOC/)?test(?:/.*)?")  # without labels
 IMAGES = {"ILSVRC2012_img_train.tar": "train", "ILSVRC2012_img_val.tar": "val"}
 SPLIT_WORD = re.compile(r"(?:(?<![^/])|(?<=bbox_)|(?<=LOC_))(train|val)(?=/|_v\d|_solution)")
@@ -91,17 +95,16 @@ def _read_contents(files: SourceFiles) -> _Contents:
     contents, class_tars = _Contents(), set[str]()
     for folder, names in files.walk():
         paths = [path_in(folder, name) for name in names]
-        if match := SPLIT_FOLDER.fullmatch(folder):
-            split, wnid = match.groups()
-            if split == "val" or wnid:
-                if f"{folder}.tar" in class_tars and any(map(is_image, names)):
-                    raise _repeated(files, folder, f"{folder}.tar")
-                for path in filter(is_image, paths):
-                    contents.images[split].add(id=stem(path), path=path, wnid=wnid)
-            else:  # train, where the outer tar was unpacked and the inner ones were not
-                class_tars = {*filter(is_archive, paths)}
-                for path in filter(is_archive, paths):
-                    _add_archive(contents.images[split], files, path)
+        match = SPLIT_FOLDER.fullmatch(folder)
+        if f"{folder}.tar" in class_tars and any(map(is_image, names)):
+            raise _repeated(files, folder, f"{folder}.tar")
+        if match or not folder:
+            for path in filter(is_image, paths):
+                _add_image(contents, path, match)
+        if match and match[1] == "train" and not match[2]:  # only the outer tar was unpacked
+            class_tars = {*filter(is_archive, paths)}
+            for path in filter(is_archive, paths):
+                _add_archive(contents.images["train"], files, path)
         if not TEST_FOLDER.fullmatch(folder):
             xml = [path for path in paths if path.endswith(".xml")]
             for path, data in zip(xml, files.ahead(files.read, xml), strict=True):
@@ -109,6 +112,31 @@ def _read_contents(files: SourceFiles) -> _Contents:
         for path in paths:
             _read_file(contents, files, path)
     return contents
+
+
+def _add_image(contents: _Contents, path: str, folder: re.Match[str] | None) -> None:
+    """Add the image in a folder of a split, or None, the source itself, where all is in its name.
+
+    One of train without a class, and one beside the folders, is left out.
+    """
+    id, wnid = _id_and_class(path)
+    if folder:
+        split, wnid = folder[1], folder[2] or wnid
+    else:
+        split = "train" if WNID.match(id) else "val"
+        wnid = wnid if path.rpartition(".")[0] == f"{id}_{wnid}" else None
+    if wnid or (folder and split == "val"):
+        contents.images[split].add(id=id, path=path, wnid=wnid)
+
+
+def _id_and_class(path: str) -> tuple[str, str | None]:
+    """Return an image's id and its class, of `n01440764_1.JPEG` and `n01440764_1_n01440764.JPEG`.
+
+    The class is None where the name has none.
+    """
+    name = stem(path)
+    match = IMAGE_NAME.fullmatch(name)
+    return (match[1], match[3] or match[2]) if match else (name, None)
 
 
 def _read_file(contents: _Contents, files: SourceFiles, path: str) -> None:
@@ -155,21 +183,26 @@ def _last(path: str) -> str:
 
 
 def _add_archive(builder: ListingBuilder, files: SourceFiles, path: str) -> None:
-    """Add the images in a tar, or in the tars within it, whose names are their classes."""
+    """Add the images in a tar, or in the tars within it, whose names are their classes.
+
+    Else the folder or the name in the tar gives the class.
+    """
     inner = [x for x in members(files, path) if is_archive(x.name) and not _is_hidden(x.name)]
     spans: list[tuple[str, int, int | None]]
     spans = [(x.name, x.offset, x.offset + x.size) for x in inner] or [(path, 0, None)]
     listings = files.ahead(lambda span: list(members(files, path, *span[1:])), spans)
     for (name, _, _), listing in zip(spans, listings, strict=True):
-        wnid = stem(name) if WNID.fullmatch(stem(name)) else None
         for x in listing:
             if not is_image(x.name) or _is_hidden(x.name):
                 continue
+            id, wnid = _id_and_class(x.name)
+            for folder in (_last(x.name.rpartition("/")[0]), stem(name)):
+                wnid = folder if WNID.fullmatch(folder) else wnid
             if x.link is None:
-                builder.add(id=stem(x.name), path=path, wnid=wnid, offset=x.offset, size=x.size)
+                builder.add(id=id, path=path, wnid=wnid, offset=x.offset, size=x.size)
             else:
                 problem = f"archive link: it has no content and points to {x.link}"
-                builder.add(id=stem(x.name), path=path, wnid=wnid, problem=problem)
+                builder.add(id=id, path=path, wnid=wnid, problem=problem)
 
 
 def _is_hidden(path: str) -> bool:

@@ -1,15 +1,18 @@
 """Collections in folders: Tiny ImageNet, CUB-200-2011, and plain folders of classes."""
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 from pipeline.errors import SHOWN, UserError
 from pipeline.sources import labels
 from pipeline.sources.annotations import Box, parse_box
 from pipeline.sources.files import SourceFiles, path_in
-from pipeline.sources.labels import MAPPING
+from pipeline.sources.labels import MAPPING, WNID
 from pipeline.sources.listing import Listing, ListingBuilder, is_image, stem
+from pipeline.sources.webdatasets import SPLITS
 
+SPLIT_NAME = re.compile(r"(train|val|valid|validation|test)\d*", re.IGNORECASE)
 CUB_FOLDER = "CUB_200_2011"  # the name in its archive
 CUB_FILES = (
     "images.txt",
@@ -20,29 +23,66 @@ CUB_FILES = (
 )
 
 
+def is_tiny_imagenet(files: SourceFiles) -> bool:
+    """Return whether train/ is Tiny ImageNet's, by its folders or by wnids.txt beside it."""
+    wnids = [name for name in files.entries("train")[0] if WNID.fullmatch(name)]
+    has_list = "wnids.txt" in files.entries()[1] and bool(files.entries("train")[0])
+    return has_list or any(_images(files, f"train/{wnid}/images") for wnid in wnids[:1])
+
+
 def list_tiny_imagenet(files: SourceFiles) -> Listing:
-    """List the images by split, each with its box, and readable names by wnid."""
+    """List the images by split, each with its box, and readable names by wnid.
+
+    Images may also lie beside a folder `images`, and those of val in folders of classes.
+    """
     train, val = ListingBuilder(), ListingBuilder()
     wnids = files.entries("train")[0]
     boxes = files.ahead(lambda x: _tab_rows(files, f"train/{x}/{x}_boxes.txt"), wnids)
-    images = files.ahead(lambda x: _images(files, f"train/{x}/images"), wnids)
-    for wnid, box_of, names in zip(wnids, boxes, images, strict=True):
-        for name in sorted({*names, *box_of}):
-            path = f"train/{wnid}/images/{name}"
-            _add_tiny(train, path, wnid, box_of.get(name, []), name in names)
+    images = files.ahead(lambda x: _tiny_paths(files, f"train/{x}"), wnids)
+    for wnid, box_of, paths in zip(wnids, boxes, images, strict=True):
+        for name, path in sorted(_with_missing(paths, box_of, f"train/{wnid}/images")):
+            _add_tiny(train, path, wnid, box_of.get(name, []), path in paths)
     annotations = _tab_rows(files, "val/val_annotations.txt")
-    val_images = _images(files, "val/images")
-    for name in sorted({*val_images, *annotations}):
+    folders = [name for name in files.entries("val")[0] if name != "images"]
+    in_folders = files.ahead(lambda x: _tiny_paths(files, f"val/{x}"), folders)
+    folder_of = {x: folder for folder, y in zip(folders, in_folders, strict=True) for x in y}
+    folder_of |= dict.fromkeys(_tiny_paths(files, "val"), "")
+    for name, path in sorted(_with_missing(folder_of, annotations, "val/images")):
         wnid, *box = annotations.get(name) or [""]
-        _add_tiny(val, f"val/images/{name}", wnid, box, name in val_images)
+        folder = folder_of.get(path) or wnid
+        _add_tiny(val, path, folder, box, path in folder_of, disputed=wnid not in ("", folder))
     class_names = labels.read_names(files.read_optional("words.txt"), "words.txt", "\t")
     return Listing({"train": train.table(), "val": val.table()}, class_names)
 
 
-def _add_tiny(builder: ListingBuilder, path: str, wnid: str, box: list[str], exists: bool) -> None:
+def _tiny_paths(files: SourceFiles, folder: str) -> set[str]:
+    """Return the paths of the images in a folder and in its folder `images`."""
+    folders = folder, f"{folder}/images"
+    return {path_in(x, name) for x in folders for name in _images(files, x)}
+
+
+def _with_missing(
+    paths: Iterable[str], names: Iterable[str], folder: str
+) -> Iterator[tuple[str, str]]:
+    """Yield name and path of each image, and of the names that no path has, as in `folder`."""
+    known = {path.rpartition("/")[2]: path for path in paths}
+    yield from ((path.rpartition("/")[2], path) for path in paths)
+    yield from ((name, f"{folder}/{name}") for name in names if name not in known)
+
+
+def _add_tiny(
+    builder: ListingBuilder,
+    path: str,
+    wnid: str,
+    box: list[str],
+    exists: bool,
+    disputed: bool = False,
+) -> None:
     problem = None
     if not exists:
         problem = "file missing: the annotations name it"
+    elif disputed:
+        problem = "label unknown: its folder and val_annotations.txt differ"
     elif not wnid:
         problem = "label unknown: val_annotations.txt does not name it"
     parsed, note = parse_box(box) if box else (None, None)
@@ -118,20 +158,48 @@ def _cub_box(text: str) -> tuple[Box | None, str | None]:
     return None, f"box dropped: not four numbers ({text[:SHOWN]})"
 
 
+def class_roots(files: SourceFiles) -> dict[str, str]:
+    """Return the folder of the class folders by split; none where there are no class folders.
+
+    Without a train folder the source itself is the root, where a folder named as a split, which
+    has images without classes, is none of them.
+    """
+    roots: dict[str, str] = {}
+    for name in files.entries()[0]:
+        split = SPLITS.get(name.lower())
+        if split in ("train", "val") and any(class_folders(files, name)):
+            roots.setdefault(split, name)
+    if "train" in roots:
+        return {split: roots[split] for split in ("train", "val") if split in roots}
+    return {"train": ""} if any(_classes(files, "")) else {}
+
+
 def list_folders(files: SourceFiles) -> Listing:
     """List the images of class folders by split: those of train/ and val/, else all as train."""
-    below_train = any(class_folders(files, "train"))
-    splits = {"train": "train", "val": "val"} if below_train else {"train": ""}
     images = {}
-    for split, root in splits.items():
+    for split, root in class_roots(files).items():
         builder = ListingBuilder()
-        for wnid, names in class_folders(files, root):
+        for wnid, names in _classes(files, root):
             for id in (f"{wnid}/{name}" for name in names):
                 builder.add(id=id, path=path_in(root, id), wnid=wnid)
         images[split] = builder.table()
     words = labels.read_names(files.read_optional("words.txt"), "words.txt", "\t")
     mapping = labels.read_names(files.read_optional(MAPPING), MAPPING)
     return Listing(images, words or mapping)
+
+
+def _classes(files: SourceFiles, root: str) -> Iterator[tuple[str, list[str]]]:
+    folders = class_folders(files, root)
+    if root:
+        return folders
+    if all(SPLIT_NAME.fullmatch(folder) for folder, _ in folders):
+        return iter(())
+    # "train" beside other classes is one of vehicles.
+    return (
+        (folder, names)
+        for folder, names in class_folders(files, root)
+        if folder.lower().startswith("train") or not SPLIT_NAME.fullmatch(folder)
+    )
 
 
 def class_folders(files: SourceFiles, root: str) -> Iterator[tuple[str, list[str]]]:

@@ -12,7 +12,10 @@ import pyarrow.compute as pc
 
 from pipeline.sources.annotations import Box
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif"),
+    *(".tiff", ".avif", ".jp2", ".heic", ".heif", ".jxl"),  # the last three cannot be decoded
+)
 BATCH = 4096  # rows that wait as Python objects
 
 SCHEMA = pa.schema(

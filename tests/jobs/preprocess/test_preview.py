@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from jobs import cli
+from jobs.preprocess.__main__ import unread_lines
 from jobs.preprocess.preview import histogram, read_rows, render, write_previews
 from pipeline import storage
 from pipeline.shards.format import read_manifest, read_sample, read_samples
@@ -86,6 +87,7 @@ def test_the_page_is_whole_escaped_and_the_same_each_time(tmp_path: Path) -> Non
             Image.fromarray(pixels).save(buffer, "PNG")
             data = buffer.getvalue() if i else b""
             (tmp_path / "images" / name / f"{i}.png").write_bytes(data)
+    (tmp_path / "images" / "dog" / "<i>.txt").write_bytes(b"")
     config = PreprocessConfig(
         source=str(tmp_path / "images"),
         output=str(tmp_path / "shards"),
@@ -104,6 +106,10 @@ def test_the_page_is_whole_escaped_and_the_same_each_time(tmp_path: Path) -> Non
     words = " ".join(" ".join(page.words).split())
     assert "“train”: 10 images" in words
     assert "empty file: 2" in words
+    assert "Such as suffix .txt: not an image's 1 dog/<i>.txt" in words
+    assert unread_lines(outcome.manifest) == [
+        "not read: 1 x suffix .txt: not an image's, as dog/<i>.txt"
+    ]
     assert "<b>cat" in words  # as text
     assert "51 × 40 ·" in words
 

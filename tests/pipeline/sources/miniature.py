@@ -186,10 +186,34 @@ def mixture(mini: Miniature) -> dict[str, bytes]:
     )
 
 
+def hugging_face(mini: Miniature) -> dict[str, bytes]:
+    """The archives of train unpacked, all in one folder; those of val in another."""
+    train = {f"data/train_images_0/{x.stem}_{x.wnid}.JPEG": x.data for x in mini.train}
+    return (
+        train
+        | {f"data/val_images/{x.stem}_{x.wnid}.JPEG": x.data for x in mini.val}
+        | box_archives(mini)
+    )
+
+
+def flat(mini: Miniature) -> dict[str, bytes]:
+    images = {f"{x.stem}_{x.wnid}.JPEG": x.data for x in (*mini.train, *mini.val)}
+    return images | box_archives(mini)
+
+
+def repacked(mini: Miniature) -> dict[str, bytes]:
+    """Train in one tar with a folder for each class, val as published."""
+    train = {f"./train/{name}": data for name, data in train_folders(mini).items()}
+    return archives(mini) | {"ILSVRC2012_img_train.tar": tar(train)}
+
+
 FORMS: dict[str, Callable[[Miniature], dict[str, bytes]]] = {
     "archives": archives,
     "folders": folders,
     "val in classes": val_in_classes,
     "kaggle": kaggle,
     "mixture": mixture,
+    "hugging face": hugging_face,
+    "flat": flat,
+    "repacked": repacked,
 }

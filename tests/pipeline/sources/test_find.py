@@ -7,7 +7,7 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.sources.find import Source
 from pipeline.sources.listing import SCHEMA
-from tests.pipeline.sources.miniature import read_source, write, xml
+from tests.pipeline.sources.miniature import read_source, tar, write, xml
 
 
 def touch(root: Path, *paths: str) -> None:
@@ -178,6 +178,76 @@ def test_a_source_that_cannot_be_used_is_named_with_the_remedy(
     prepare(source)  # type: ignore[operator]
     with pytest.raises(UserError, match=message):
         read_source(source)
+
+
+TINY = {
+    "train/n1/images/n1_0.JPEG": b"",
+    "wnids.txt": b"n1",
+    "words.txt": b"n1\tone",
+    "val/val_annotations.txt": b"v_0.JPEG\tn1\t0\t32\t44\t62\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("val", "problem"),
+    [
+        ("val/n1/images/v_0.JPEG", None),
+        ("val/n1/v_0.JPEG", None),
+        ("val/v_0.JPEG", None),
+        ("val/n2/v_0.JPEG", "label unknown: its folder and val_annotations.txt differ"),
+    ],
+)
+def test_tiny_imagenet_may_be_sorted_into_class_folders(
+    val: str, problem: str | None, tmp_path: Path
+) -> None:
+    source = read_source(write(tmp_path, TINY | {val: b""}))
+    assert source.layout == "tiny-imagenet"
+    (row,) = rows(source, "val")
+    assert (row["path"], row["boxes"], row["problem"]) == (val, [[0, 32, 44, 62]], problem)
+    assert [x["files"] for x in source.unread.values()] == [1]  # wnids.txt
+
+
+def test_tiny_imagenet_without_its_lists_is_known_by_its_folders(tmp_path: Path) -> None:
+    touch(tmp_path, "train/n00000001/images/1.JPEG", "val/n00000001/v.JPEG", "val/n00000001/w.JPEG")
+    source = read_source(tmp_path)
+    assert (source.layout, source.images["val"]["label"].to_pylist()) == ("tiny-imagenet", [0, 0])
+
+
+@pytest.mark.parametrize(
+    ("paths", "facts"),
+    [
+        (["train/cat.0.jpg", "test1/1.jpg"], ["2 x image", "test1/1.jpg, train/cat.0.jpg"]),
+        (["animals/cat/1.jpg"], ["1 x image", "animals/cat/1.jpg"]),
+        (["data/val_images.tar.gz"], ["1 x packed archive: to be unpacked first (data/val_images"]),
+    ],
+)
+def test_the_error_of_an_unknown_layout_names_what_lies_there(
+    paths: list[str], facts: list[str], tmp_path: Path
+) -> None:
+    touch(tmp_path, *paths)
+    with pytest.raises(UserError) as error:
+        read_source(tmp_path)
+    assert all(fact in str(error.value) for fact in facts)
+
+
+def test_where_two_layouts_fit_the_user_chooses(tmp_path: Path) -> None:
+    shard = tar({"a.jpg": b"x", "a.cls": b"0"})
+    write(tmp_path, {"cat/1.jpg": b"", "pets.tar": shard})
+    with pytest.raises(UserError, match=r"\(pets\.tar\) and class folders.*webdataset or folders"):
+        read_source(tmp_path)
+    assert read_source(tmp_path, "folders").classes == ("cat",)
+    assert read_source(tmp_path, "webdataset").classes == ("0",)
+    with pytest.raises(UserError, match="no images in the tiny-imagenet layout: "):
+        read_source(tmp_path, "tiny-imagenet")
+    (tmp_path / "pets.tar").write_bytes(b"damaged")
+    assert read_source(tmp_path).layout == "folders"
+    with pytest.raises(UserError, match="tiny-imagenet layout, but in that of folders: 1 x "):
+        read_source(tmp_path, "tiny-imagenet")
+
+
+def test_a_folder_named_as_a_split_is_no_class_but_one_named_train_may_be(tmp_path: Path) -> None:
+    touch(tmp_path, "plane/1.jpg", "train/1.jpg", "test1/1.jpg", "val/1.txt")
+    assert read_source(tmp_path).classes == ("plane", "train")
 
 
 def test_an_unknown_layout_is_refused_with_those_known(tmp_path: Path) -> None:
