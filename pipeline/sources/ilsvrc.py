@@ -102,7 +102,7 @@ def _read_contents(files: SourceFiles) -> _Contents:
             for path in filter(is_image, paths):
                 _add_image(contents, path, match)
         if match and match[1] == "train" and not match[2]:  # only the outer tar was unpacked
-            class_tars = {*filter(is_archive, paths)}
+            class_tars |= {*filter(is_archive, paths)}
             for path in filter(is_archive, paths):
                 _add_archive(contents.images["train"], files, path)
         if not TEST_FOLDER.fullmatch(folder):
