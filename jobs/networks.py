@@ -99,8 +99,20 @@ def _lite(name: str, outputs: int) -> tuple[nn.Module, dict[str, Any]]:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise _import_error("EfficientNet-Lite", "photos", error) from error
-    # without an image size padding follows each image's own
+    # Without an image size its convolutions pad each image by its own size. At stride 1 that is
+    # the same on all sides, which a plain convolution does in less time.
     module = EfficientNet.from_name(name, num_classes=outputs, image_size=None)
+    for path, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Conv2d) and tuple(layer.stride) == (1, 1):
+            plain = nn.Conv2d(
+                layer.in_channels,
+                layer.out_channels,
+                layer.kernel_size,  # type: ignore[arg-type]
+                padding=layer.kernel_size[0] // 2,
+                groups=layer.groups,
+                bias=False,
+            )
+            module.set_submodule(path, plain)
     usual = [127 / 255] * 3, [128 / 255] * 3
     return module, {"size": LITE_SIZES[name], "mean": usual[0], "std": usual[1]}
 
@@ -285,9 +297,11 @@ def _network(name: str, module: nn.Module, usual: Mapping[str, Any], size: int |
         )
     mean_r, mean_g, mean_b = (255 * float(value) for value in usual["mean"])
     std_r, std_g, std_b = (255 * float(value) for value in usual["std"])
+    classifier = _stages(name, module, side)
+    nn.utils.convert_conv2d_weight_memory_format(classifier, torch.channels_last)  # the fastest
     return Network(
         name=name,
-        classifier=_stages(name, module, side),
+        classifier=classifier,
         size=(side, side),
         mean=(mean_r, mean_g, mean_b),
         std=(std_r, std_g, std_b),

@@ -224,10 +224,7 @@ class PretrainedClassifier(nn.Module):
         """
         maps, x = [], images
         for i, stage in enumerate(self.stages):
-            if i <= self._first_final:
-                with torch.no_grad():
-                    x = stage(x)
-            else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i > self._first_final):
                 x = stage(x)
             if i == self._first_final:
                 x = x.detach().requires_grad_()
@@ -251,8 +248,12 @@ class PretrainedClassifier(nn.Module):
 
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the last maps [B, C, h, w] of strides 8, 16 and 32, without gradients."""
+        maps = []
         with torch.no_grad():
-            return self.encoded(self.maps(images))
+            for stage in self.stages[: self._encoded[-1] + 1]:
+                images = stage(images)
+                maps.append(images)
+        return self.encoded(maps)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the last feature map, [B, C, H/32, W/32]."""

@@ -46,12 +46,6 @@ def set_up_process(use_gpu: bool) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def to_device(net: torch.nn.Module, device: torch.device) -> None:
-    """Move a net to the device, its convolutions in the memory format that is fastest."""
-    net.to(device)
-    torch.nn.utils.convert_conv2d_weight_memory_format(net, torch.channels_last)
-
-
 def load_source(
     config: EvaluateConfig, manifest: Manifest, device: torch.device
 ) -> RunSource | NetworkSource:
@@ -73,12 +67,13 @@ def load_source(
                 f"{', '.join(network.new_classes[:NAMED])}. Evaluate a network that knows them, or "
                 "give --network-classes FILE."
             )
-        to_device(network.classifier, device)
+        network.classifier.to(device)
         return NetworkSource(network=network, superpixels=superpixels, crops=config.ten_crops)
     assert config.run is not None
     nets = load_nets(config.run)
     for net in nets.modules().values():
-        to_device(net, device)
+        net.to(device)
+        torch.nn.utils.convert_conv2d_weight_memory_format(net, torch.channels_last)
     return RunSource(
         nets=nets,
         superpixels=superpixels,
