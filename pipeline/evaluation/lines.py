@@ -111,9 +111,10 @@ def read_parquet(path: Path, types: dict[str, pa.DataType]) -> tuple[Lines, dict
         raise UserError(f"{path} does not exist; check the name.")
     try:
         table = pq.read_table(path, partitioning=None)
+        table.validate(full=True)  # texts that are not UTF-8 would fail later, with no line
         wanted = [name for name in types if name != "labels" or name in table.column_names]
         columns = {name: table[name].combine_chunks().cast(types[name]) for name in wanted}
-    except (pa.ArrowException, KeyError, OSError) as error:
+    except (pa.ArrowException, KeyError, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} cannot be read ({brief(error)}); expected a Parquet file with columns "
             + ", ".join(f"{name} ({kind})" for name, kind in types.items())
@@ -181,7 +182,7 @@ def find_images(lines: Lines, names: pa.Array, ids: pa.Array) -> np.ndarray:
     indices = match_ids(names, ids)
     lines.refuse(
         indices < 0,
-        lambda i: f"names image {names[i].as_py()!r}, which is no id and no name of only one file",
+        lambda i: f"names image {names[i].as_py()!r:.{SHOWN}}, no id and no name of only one file",
         f"use the ids of the ground truth, such as {ids[0].as_py()!r}",
     )
     return indices
@@ -261,7 +262,9 @@ def find_classes(lines: Lines, names: pa.Array, classes: Sequence[str] | None) -
     indices = index_in(names, pa.array(classes, pa.string()))
     lines.refuse(
         indices < 0,
-        lambda i: f"names class {names[i].as_py()!r}, which is none of the {len(classes)} known",
+        lambda i: (
+            f"names class {names[i].as_py()!r:.{SHOWN}}, which is none of the {len(classes)} known"
+        ),
         "repair the line, or list all classes",
     )
     return indices

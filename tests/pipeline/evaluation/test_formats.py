@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
@@ -504,6 +504,26 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, data: bytes) -> None:
         for read in readers:
             with contextlib.suppress(UserError):
                 read(path)
+
+
+@settings(max_examples=60)
+@given(changes=st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), min_size=1))
+def test_any_change_to_a_parquet_file_is_read_or_refused(
+    tmp_path: Path, changes: list[tuple[int, int]]
+) -> None:
+    path = write_parquet(tmp_path / "guesses.parquet", PARQUET)
+    changed = bytearray(path.read_bytes())
+    for position, value in changes:
+        changed[position % len(changed)] = value
+    write(path, bytes(changed))
+    with contextlib.suppress(UserError):
+        read_guesses(path, TRUTH)
+
+
+def test_names_that_are_no_utf_8_are_refused(tmp_path: Path) -> None:
+    names = pa.array([b"val/\xd6.JPEG", b"a", b"c"]).view(pa.string())
+    path = write_parquet(tmp_path / "guesses.parquet", {**PARQUET, "id": names})
+    assert_refused(path, " cannot be read .*UTF8", read_guesses, path, TRUTH)
 
 
 @given(data=st.data())
