@@ -105,13 +105,15 @@ def parse(
     argv: Sequence[str] | None,
     description: str,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
+    implied_presets: Mapping[str, str] | None = None,
 ) -> Config:
     """Fill a dataclass from command-line flags: field `batch_size` is flag `--batch-size`.
 
     A field that is a dataclass is a group: its fields are flags like any other. A bool becomes
     `--x/--no-x`; a field without a default is required; a tuple field takes several values,
     without a flag where its metadata says `positional`. presets: by the name given as --preset,
-    the values of flags that are not given. A ValueError of the dataclasses' own checks is
+    the values of flags that are not given; implied_presets: by the name of a flag, the preset that
+    it stands for where none is given. A ValueError of the dataclasses' own checks is
     reported as a usage error.
     """
     module = sys.modules["__main__"].__spec__
@@ -124,10 +126,14 @@ def parse(
     )
     _add_flags(parser, config_type)
     if presets is not None:
-        chooser = argparse.ArgumentParser(add_help=False)
-        chooser.add_argument("--preset")
-        chosen = chooser.parse_known_args(argv)[0].preset
-        parser.set_defaults(**presets.get(chosen, {}))
+        chooser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+        implied = implied_presets or {}
+        for name in ("preset", *implied):
+            chooser.add_argument(flag(name))
+        given = vars(chooser.parse_known_args(argv)[0])
+        names = [given["preset"]] if "preset" in given else [implied[name] for name in given]
+        for name in names:
+            parser.set_defaults(preset=name, **presets.get(name, {}))
     values = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(parser.parse_args(argv)).items()

@@ -1,20 +1,26 @@
 """RUN/model/: the trained nets with everything needed to use them again."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from jobs.networks import untrained_network
 from model.classifier import Classifier
 from model.corruption import LOGIT_LIMIT, CorruptionNet
+from model.decoder import FeatureCorruptionNet
+from model.localization import Rule
+from model.pretrained import Part, PretrainedClassifier
+from model.saliency import AnyClassifier
 from pipeline.errors import UserError
 from pipeline.storage import write_atomically
 
@@ -25,7 +31,10 @@ MODEL_FORMAT = 2
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of the nets (see their classes), and how images are normalized: mean and deviation per
-    channel, in 0..255. guide: whether the clean classifier guides the corruption net."""
+    channel, in 0..255. guide: whether the clean classifier guides the corruption net. network: the
+    pretrained network that both nets are over, None for nets from scratch; sides: of the images
+    that its features are computed of; decoder_width: of the corruption net over it; co_trained:
+    what of its weights the classifier has for itself. rule: the box rule for the maps."""
 
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -40,6 +49,11 @@ class ModelConfig:
     logit_limit: float = LOGIT_LIMIT
     residual_blocks: int = 0
     guide: bool = False
+    network: str | None = None
+    sides: tuple[int, ...] = ()
+    decoder_width: int = 96
+    co_trained: Part = "all"
+    rule: Rule = "paper"
 
 
 @dataclass(frozen=True)
@@ -48,9 +62,9 @@ class Nets:
     architecture trained on clean images alone."""
 
     config: ModelConfig
-    corruption: CorruptionNet
-    classifier: Classifier
-    clean_classifier: Classifier
+    corruption: CorruptionNet | FeatureCorruptionNet
+    classifier: AnyClassifier
+    clean_classifier: AnyClassifier
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the nets by name."""
@@ -77,13 +91,36 @@ def new_classifier(config: ModelConfig) -> Classifier:
     return Classifier(len(config.classes), config.net_width, config.residual_blocks)
 
 
+def new_nets(config: ModelConfig, pretrained: PretrainedClassifier | None = None) -> Nets:
+    """Return nets as training begins with them. The classifiers are equal; those over a pretrained
+    network share what is not co-trained. pretrained: the network, where it is already built."""
+    if config.network is None:
+        corruption, classifier = new_corruption(config), new_classifier(config)
+        return Nets(config, corruption, classifier, copy.deepcopy(classifier))
+    if pretrained is None:
+        outputs = len(config.classes)
+        pretrained = untrained_network(config.network, outputs, config.sides[-1]).classifier
+    settings = (config.sides, config.decoder_width, config.logit_limit)
+    corrupting = FeatureCorruptionNet(pretrained, *settings)
+    return Nets(config, corrupting, pretrained.copy(config.co_trained), pretrained)
+
+
 def net_tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return all weights, named NET.PARAMETER."""
+    """Return all weights, named NET.PARAMETER; of a classifier over a pretrained network those that
+    train, since it shares the others with the clean classifier."""
     return {
         f"{name}.{key}": tensor
         for name, net in nets.items()
-        for key, tensor in net.state_dict().items()
+        for key, tensor in _own_tensors(name, net).items()
     }
+
+
+def _own_tensors(name: str, net: nn.Module) -> dict[str, Tensor]:
+    return net.trained_tensors() if _shares(net, name) else net.state_dict()
+
+
+def _shares(net: nn.Module, name: str) -> TypeGuard[PretrainedClassifier]:
+    return name == "classifier" and isinstance(net, PretrainedClassifier)
 
 
 def load_net_tensors(nets: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
@@ -92,7 +129,7 @@ def load_net_tensors(nets: Mapping[str, nn.Module], tensors: Mapping[str, Tensor
     for name, net in nets.items():
         start = f"{name}."
         own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
-        net.load_state_dict(own)
+        net.load_state_dict(own, strict=not _shares(net, name))
 
 
 def save_nets(run: Path, nets: Nets, record: dict[str, Any]) -> None:
@@ -121,8 +158,9 @@ def load_nets(run: Path) -> Nets:
     config = read_config(run)
     with _remedies(run):
         tensors, _ = read_weights(run / MODEL_NAME)
-    classifiers = (new_classifier(config).eval() for _ in range(2))
-    nets = Nets(config, new_corruption(config).eval(), *classifiers)
+    nets = new_nets(config)
+    for net in nets.modules().values():
+        net.eval()
     load_net_tensors(nets.modules(), tensors)
     return nets
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.masking import paint, superpixel_mean
-from model.saliency import AnyClassifier, layer_cams
+from model.saliency import AnyClassifier, layer_cams, resize_maps
 
 ENLARGEMENT = 1.5  # of the image's sides; docs/log.md compares others, of one classifier
 LEVEL = 1e-4  # a map whose deviation is a smaller part of its values says nothing
@@ -37,8 +37,14 @@ def evidence(
     otherwise), each averaged over superpixels and standardized; their sum, standardized again:
     float32 [B, H, W] of mean 0 and deviation 1, without a gradient.
     """
-    total = torch.zeros(segments.shape, device=images.device)
-    for values in layer_cams(classifier, images, labels, enlargement=ENLARGEMENT):
-        means = superpixel_mean(values.sqrt(), segments, superpixels)
+    cams = layer_cams(classifier, images, labels, enlargement=ENLARGEMENT)
+    return superpixel_evidence(cams, segments, superpixels)
+
+
+def superpixel_evidence(cams: list[Tensor], segments: Tensor, superpixels: int) -> Tensor:
+    """Return `evidence` of the LayerCAMs of several layers, float [B, h, w] each."""
+    total = torch.zeros(segments.shape, device=segments.device)
+    for cam in cams:
+        means = superpixel_mean(resize_maps(cam.sqrt(), segments), segments, superpixels)
         total = total + _standardized(paint(means, segments))
     return _standardized(total)

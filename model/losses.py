@@ -23,7 +23,8 @@ class Objective:
     probability `evidence_share` where the evidence is the image's average, and a logit greater by
     `evidence_sharpness` for each deviation above it. The classifier: cross-entropy on masked
     images, plus `clean_weight` times that on clean ones. soft: the mask is the probability
-    itself, without sampling. The paper has top, power 1 and neither weight.
+    itself, without sampling. adversary_side: of the images that the classifier sees in adversarial
+    training; None: as they are. The paper has top, power 1 and neither weight.
     """
 
     confusion: Confusion = "top"
@@ -33,6 +34,7 @@ class Objective:
     evidence_sharpness: float = 2.0
     evidence_share: float = 0.25
     soft: bool = False
+    adversary_side: int | None = None
 
 
 def corruption_loss(logits: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.classifier import Classifier
-from model.evidence import evidence
+from model.decoder import FeatureCorruptionNet, resize
+from model.evidence import evidence, superpixel_evidence
 from model.losses import (
     Objective,
     area_penalty,
@@ -19,7 +19,9 @@ from model.losses import (
     correct,
     imitation_loss,
 )
-from model.masking import apply_mask, bernoulli_straight_through, mask_probability, paint
+from model.masking import apply_mask, bernoulli_straight_through, paint, superpixel_mean
+from model.pretrained import PretrainedClassifier
+from model.saliency import AnyClassifier, layer_cams_of
 
 Gradients = tuple[Tensor, ...]
 
@@ -29,8 +31,8 @@ class TrainingNets:
     """clean_classifier: the classifier as the warm-up left it, which trains no further."""
 
     corruption: nn.Module
-    classifier: Classifier
-    clean_classifier: Classifier
+    classifier: AnyClassifier
+    clean_classifier: AnyClassifier
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,66 @@ def clean_step(classifier: nn.Module, images: Tensor, labels: Tensor, total: int
     return Step(classifier_gradients=gradients, sums=sums)
 
 
-def masks_of(corruption: nn.Module, batch: Inputs, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Return the probability of masking each superpixel, [B, K], and the mask, [B, H, W]."""
-    superpixels = batch.noise.shape[1]
-    probability = mask_probability(corruption, batch.images, batch.segments, superpixels)
+@dataclass(frozen=True)
+class Masks:
+    """probability: of masking each superpixel, float [B, K]. mask: float [B, H, W]. maps: of the
+    pretrained network that the corruption net read, if it reads one."""
+
+    probability: Tensor
+    mask: Tensor
+    maps: list[Tensor] | None
+
+
+def masks_of(corruption: nn.Module, batch: Inputs, objective: Objective) -> Masks:
+    """Return the masks of a batch: the probabilities, or samples of them."""
+    if isinstance(corruption, FeatureCorruptionNet):
+        maps = corruption.encode(batch.images)
+        logits = corruption.decode(maps, batch.segments.shape[1:])
+    else:
+        maps, logits = None, corruption(batch.images)
+    values = torch.sigmoid(logits.to(batch.images.dtype))  # autocast's are bfloat16
+    probability = superpixel_mean(values, batch.segments, batch.noise.shape[1])
     chosen = probability if objective.soft else bernoulli_straight_through(probability, batch.noise)
-    return probability, paint(chosen, batch.segments)
+    return Masks(probability, paint(chosen, batch.segments), maps)
+
+
+def imitation(
+    classifier: AnyClassifier, masks: Masks, batch: Inputs, objective: Objective
+) -> Tensor:
+    """Return `imitation_loss` of each image's mask probabilities: float [B]."""
+    superpixels = batch.noise.shape[1]
+    if masks.maps is None:
+        shown = evidence(classifier, batch.images, batch.labels, batch.segments, superpixels)
+    else:
+        assert isinstance(classifier, PretrainedClassifier)
+        cams = layer_cams_of(classifier, classifier.final(masks.maps), batch.labels)
+        shown = superpixel_evidence(cams, batch.segments, superpixels)
+    return imitation_loss(paint(masks.probability, batch.segments), shown, objective)
+
+
+def adversary_view(images: Tensor, objective: Objective) -> Tensor:
+    """Return images [B, 3, H, W] as the classifier sees them in adversarial training."""
+    side = objective.adversary_side
+    return images if side is None else resize(images, (side, side))
+
+
+def imitation_step(nets: TrainingNets, batch: Inputs, objective: Objective) -> Step:
+    """Warm-up over a pretrained network: the corruption net imitates the evidence, and a new head
+    of the classifier, if it has one, learns the classes from clean images."""
+    masks = masks_of(nets.corruption, batch, objective)
+    assert masks.maps is not None
+    imitated = imitation(nets.classifier, masks, batch, objective)
+    gradients = torch.autograd.grad(imitated.sum() / batch.total, trainable(nets.corruption))
+    logits = nets.classifier(adversary_view(batch.images, objective)).to(batch.images.dtype)
+    loss = classification_loss(logits, batch.labels)
+    head = trainable(nets.classifier)
+    sums = {"imitation_loss": imitated, "classifier_loss": loss}
+    sums["correct"] = correct(logits, batch.labels)
+    return Step(
+        corruption_gradients=gradients,
+        classifier_gradients=torch.autograd.grad(loss.sum() / batch.total, head) if head else None,
+        sums={name: values.detach().sum() for name, values in sums.items()},
+    )
 
 
 def adversarial_step(
@@ -90,18 +146,18 @@ def adversarial_step(
     """
     images, labels, total = batch.images, batch.labels, batch.total
     # 1, 2. a probability per superpixel, and a sample of it
-    probability, mask = masks_of(nets.corruption, batch, objective)
+    masks = masks_of(nets.corruption, batch, objective)
+    mask = masks.mask
     # 3. masked pixels become the mean colour
-    logits = nets.classifier(apply_mask(images, mask)).to(images.dtype)
+    masked = adversary_view(apply_mask(images, mask), objective)
+    logits = nets.classifier(masked).to(images.dtype)
     # 4. the corruption net: confuse the classifier, by as small a mask as possible
     confused = confusion_loss(logits, labels, objective.confusion)
     area = area_penalty(mask, objective.area_power)
     loss = confused + area_weight * area
     sums = {"corruption_loss": confused, "area": mask.mean(dim=(1, 2)), "area_penalty": area}
     if objective.imitation_weight:
-        superpixels = batch.noise.shape[1]
-        shown = evidence(nets.clean_classifier, images, labels, batch.segments, superpixels)
-        imitated = imitation_loss(paint(probability, batch.segments), shown, objective)
+        imitated = imitation(nets.clean_classifier, masks, batch, objective)
         loss = loss + objective.imitation_weight * imitated
         sums["imitation_loss"] = imitated
     corruption_gradients = torch.autograd.grad(
@@ -114,7 +170,7 @@ def adversarial_step(
     if joint:
         mean = classified.sum() / total
         if objective.clean_weight:
-            clean_logits = nets.classifier(images).to(images.dtype)
+            clean_logits = nets.classifier(adversary_view(images, objective)).to(images.dtype)
             clean = classification_loss(clean_logits, labels).sum() / total
             mean = (mean + objective.clean_weight * clean) / (1 + objective.clean_weight)
         classifier_gradients = torch.autograd.grad(mean, trainable(nets.classifier))
@@ -127,7 +183,9 @@ def adversarial_step(
 
 
 @torch.no_grad()
-def probe(nets: TrainingNets, batch: Inputs, mask: Tensor) -> dict[str, Tensor]:
+def probe(
+    nets: TrainingNets, batch: Inputs, objective: Objective, mask: Tensor
+) -> dict[str, Tensor]:
     """Count right answers that tell good masks from bad ones; it changes nothing.
 
     clean_correct: of the classifier on clean images. context_correct: of the clean classifier on
@@ -136,7 +194,7 @@ def probe(nets: TrainingNets, batch: Inputs, mask: Tensor) -> dict[str, Tensor]:
     """
 
     def right(classifier: nn.Module, images: Tensor) -> Tensor:
-        return correct(classifier(images), batch.labels).sum()
+        return correct(classifier(adversary_view(images, objective)), batch.labels).sum()
 
     swapped = apply_mask(batch.images, mask.roll(1, 0))
     return {
@@ -150,9 +208,11 @@ def probe(nets: TrainingNets, batch: Inputs, mask: Tensor) -> dict[str, Tensor]:
 def first_sums(nets: TrainingNets, batch: Inputs, objective: Objective) -> dict[str, Tensor]:
     """Return the sums that the balance of the nets begins with: the confusion loss without masks,
     and right answers under masks."""
-    _, mask = masks_of(nets.corruption, batch, objective)
-    clean = nets.classifier(batch.images).to(batch.images.dtype)
-    masked = nets.classifier(apply_mask(batch.images, mask)).to(batch.images.dtype)
+    mask = masks_of(nets.corruption, batch, objective).mask
+    clean, masked = (
+        nets.classifier(adversary_view(images, objective)).to(images.dtype)
+        for images in (batch.images, apply_mask(batch.images, mask))
+    )
     return {
         "confusion": confusion_loss(clean, batch.labels, objective.confusion).sum(),
         "correct": correct(masked, batch.labels).sum(),

@@ -11,8 +11,9 @@ from torch import Tensor
 from jobs.networks import Network, prepare, resized
 from jobs.runs import Nets, colour_statistics
 from model.classifier import class_probabilities
+from model.decoder import object_map
 from model.evidence import combined_cams, evidence
-from model.masking import mask_map, normalize
+from model.masking import normalize
 from model.pretrained import PretrainedClassifier
 from model.relevance import layerwise_relevance
 from model.saliency import blur, class_activation_map, gradient_saliency, layer_cams
@@ -55,7 +56,7 @@ class MapSource:
 
 def _aln(nets: Nets, x: Inputs) -> Tensor:
     with torch.no_grad():
-        return mask_map(nets.corruption, x.images, x.segments, x.superpixels)
+        return object_map(nets.corruption, x.images, x.segments, x.superpixels)
 
 
 MAPS = {  # in the order of the table; our baselines are maps of the clean classifier

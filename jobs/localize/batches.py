@@ -13,8 +13,9 @@ import torch
 from jobs.cli import check_bounds, option
 from jobs.pictures import draw_overlay, encode_png, mask_picture
 from jobs.runs import ModelConfig, Nets, colour_statistics
+from model.decoder import object_map
 from model.localization import Rule, localize
-from model.masking import mask_map, normalize
+from model.masking import normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import TOP, scale_boxes
 from pipeline.shards.images import ImageError, read_image
@@ -123,7 +124,7 @@ def locate(
     segments = torch.from_numpy(labels).to(device)
     x = normalize(images, *colour_statistics(config, device))
     with torch.no_grad():
-        maps = mask_map(nets.corruption, x, segments, config.superpixels)
+        maps = object_map(nets.corruption, x, segments, config.superpixels)
         logits = nets.clean_classifier(x)
         scores, order = torch.softmax(logits, dim=1).sort(dim=1, descending=True, stable=True)
     values = maps[:count].cpu().numpy()

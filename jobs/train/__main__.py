@@ -123,7 +123,7 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
     """Raise UserError for shards that are damaged or that the nets cannot be trained on. Those of
     a remote set are checked by their hash as they come."""
     loading, target, classes = config.loading, config.balance.target, len(manifest.classes)
-    if manifest.height % STRIDE or manifest.width % STRIDE:
+    if config.nets.network is None and (manifest.height % STRIDE or manifest.width % STRIDE):
         raise UserError(
             f"the shards' images have {manifest.height} x {manifest.width} pixels; the corruption "
             f"net needs multiples of {STRIDE}. Preprocess again with another --image-size"
@@ -175,7 +175,7 @@ def train(config: TrainConfig) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with its flags (`--help` lists them)."""
-    train(cli.parse(TrainConfig, argv, __doc__ or "", PRESETS))
+    train(cli.parse(TrainConfig, argv, __doc__ or "", PRESETS, {"network": "photos"}))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,30 @@ from typing import Any, Literal
 from jobs.cli import check_bounds, option
 from jobs.loading import LoadingConfig
 from model.corruption import LOGIT_LIMIT
+from model.localization import Rule
 from model.losses import Confusion, Objective
 
-# Of flags that are not given; "best" are the defaults themselves.
+# Of flags that are not given; "small" are the defaults themselves.
 PRESETS: dict[str, dict[str, Any]] = {
-    "best": {},
+    "small": {},
+    "photos": {
+        "sides": (224, 320),
+        "co_trained": "last",
+        "rule": "medoid",
+        "confusion": "true-logit",
+        "imitation_weight": 10.0,
+        "evidence_share": 0.35,
+        "target_share": 0.22,
+        "area_start": 0.5,
+        "gumbel_noise": False,
+        "adversary_side": 128,
+        "warmup_epochs": 1,
+        "epochs": 2,
+        "batch_size": 32,
+        "controller_rate": 0.012,
+        "classifier_rate": 5e-5,
+        "precision": "bfloat16",
+    },
     "paper": {
         "target": 0.1,
         "area_power": 1,
@@ -45,6 +64,26 @@ class Group:
 class NetsConfig(Group):
     """Shape of the nets, under the names of `jobs.runs.ModelConfig`."""
 
+    network: str | None = option(
+        None,
+        help="a pretrained network that both nets are over: efficientnet-lite0 to 2, timm:NAME or "
+        "torchvision:NAME (default: nets from scratch)",
+    )
+    sides: tuple[int, ...] = option(
+        (),
+        low=64,
+        multiple_of=32,
+        help="of images as --network sees them; the last in training",
+    )
+    decoder_width: int = option(
+        96, low=16, multiple_of=16, help="channels of the corruption net over --network"
+    )
+    co_trained: Literal["none", "last", "all"] = option(
+        "all",
+        help="what of the classifier trains after the warm-up: none (the paper's section 3.4), of "
+        "--network the last stages (1/32 of the sides), or all",
+    )
+    rule: Rule = option("paper", help="box rule that suits the maps, for jobs.localize and tables")
     net_width: int = option(24, low=8, multiple_of=8, help="channels of the nets' first layers")
     residual_blocks: int = option(
         0, low=0, help="after each of the classifier's layers but the first (paper: 0)"
@@ -76,8 +115,11 @@ class ObjectiveConfig(Group):
         low=0,
         help="weight of the masks' distance from LayerCAM of the clean classifier (paper: 0)",
     )
-    train_classifier: bool = option(
-        True, help="off: the classifier stays frozen after the warm-up (the paper's section 3.4)"
+    adversary_side: int | None = option(
+        None, low=32, help="side of the images that the co-trained classifier sees (default: as is)"
+    )
+    evidence_share: float = option(
+        0.25, above=0, below=1, help="mask probability that imitation wants of average evidence"
     )
     superpixel_masks: bool = option(True, help="off: each pixel is masked by itself")
     gumbel_noise: bool = option(True, help="off: soft masks, probabilities instead of samples")
@@ -85,7 +127,14 @@ class ObjectiveConfig(Group):
     def objective(self) -> Objective:
         """Return the settings of the losses."""
         weights = (self.clean_weight, self.imitation_weight)
-        return Objective(self.confusion, self.area_power, *weights, soft=not self.gumbel_noise)
+        return Objective(
+            self.confusion,
+            self.area_power,
+            *weights,
+            evidence_share=self.evidence_share,
+            soft=not self.gumbel_noise,
+            adversary_side=self.adversary_side,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +160,20 @@ class OptimizationConfig(Group):
     """How long and how fast the nets train."""
 
     warmup_epochs: int = option(
-        25, low=1, help="epochs of the classifier alone, on clean images; without, masks collapse"
+        25,
+        low=1,
+        help="epochs of the classifier alone, on clean images (without, masks collapse); of "
+        "--network: of imitation alone, and of a new head for classes that it does not know",
     )
     warmup_from: Path | None = option(
         None,
         help="a run on the same set, with whose clean classifier to begin instead of a warm-up",
     )
-    epochs: int = option(10, low=1, help="epochs of adversarial training after that")
+    epochs: int = option(10, low=0, help="epochs of adversarial training after that")
     batch_size: int = option(64, low=1, help="images per step over all workers")
+    network_weights: Path | None = option(
+        None, help="weights file of --network (default: those of its package)"
+    )
     seed: int = option(0, low=0, help="of weights, order, crops and mask samples")
     warmup_rate: float = option(1e-3, above=0, help="peak learning rate of the warm-up")
     corruption_rate: float = option(2e-3, above=0, help="learning rate of the corruption net")
@@ -189,9 +244,10 @@ class TrainConfig:
     """How to train; `docs/method.md` explains each choice."""
 
     output: Path = option(help="folder for checkpoints, metrics and the trained nets")
-    preset: Literal["best", "paper"] = option(
-        "best",
-        help="defaults of the flags below: what measured best, or the paper (docs/method.md)",
+    preset: Literal["small", "photos", "paper"] = option(
+        "small",
+        help="defaults of the flags below: what measured best on small images with nets from "
+        "scratch; on photographs with --network, where it is the default; or the paper",
     )
     loading: LoadingConfig
     nets: NetsConfig = field(default_factory=NetsConfig)

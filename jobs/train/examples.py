@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from jobs.loading import LoadingConfig
 from jobs.pictures import enlarge, enlargement, heat, tile
 from jobs.runs import ModelConfig, colour_statistics
-from model.masking import mask_map, normalize
+from model.decoder import object_map
+from model.masking import normalize
 from pipeline.loading.loader import Loader
 from pipeline.shards.format import Manifest
 
@@ -38,7 +39,7 @@ def draw_examples(examples: Examples, corruption: nn.Module, model: ModelConfig)
     images, segments = examples
     x = normalize(images, *colour_statistics(model, images.device))
     with torch.no_grad():
-        maps = mask_map(corruption, x, segments, model.superpixels).cpu().numpy()
+        maps = object_map(corruption, x, segments, model.superpixels).cpu().numpy()
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     shares = maps[..., None]
     faded = np.rint(shares * np.array(model.mean) + (1 - shares) * pixels).astype(np.uint8)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from model.losses import Objective
 from model.masking import normalize
-from model.step import Inputs, Step, TrainingNets, adversarial_step, clean_step, probe
+from model.step import (
+    Inputs,
+    Step,
+    TrainingNets,
+    adversarial_step,
+    clean_step,
+    imitation_step,
+    probe,
+)
 
 TRIAL_CALLS = 3  # before the recording: libraries choose and load their kernels in the first ones
 
@@ -23,7 +31,8 @@ Colours = tuple[Tensor, Tensor]  # mean and deviation per channel, float32 [3] e
 @dataclass(frozen=True)
 class StepSettings:
     """All that a step depends on besides tensors. total: images over all ranks. objective: None in
-    the warm-up. joint: whether both nets train. probing: whether `probe` is called."""
+    the warm-up of nets from scratch. joint: whether both nets train. probing: whether `probe` is
+    called."""
 
     total: int
     half: bool
@@ -53,8 +62,9 @@ def compute_step(
 ) -> Step:
     """Return one rank's step.
 
-    tensors: images uint8 [B, 3, H, W] and labels int64 [B]; after the warm-up also segments int64
-    [B, H, W], noise float [B, K] and the area's weight, float []. It launches kernels alone: it
+    tensors: images uint8 [B, 3, H, W] and labels int64 [B]; after the warm-up, and in that of a
+    pretrained network, also segments int64 [B, H, W] and noise float [B, K]; after it the area's
+    weight, float []. It launches kernels alone: it
     neither waits for the GPU nor draws random numbers.
     """
     images, labels, *masking = tensors
@@ -62,11 +72,13 @@ def compute_step(
         x = net_inputs(images, colours)
         if settings.objective is None:
             return clean_step(nets.classifier, x, labels, settings.total)
-        segments, noise, area_weight = masking
-        batch = Inputs(x, segments, labels, noise, settings.total)
-        step = adversarial_step(nets, batch, settings.objective, area_weight, joint=settings.joint)
+        segments, noise, *area_weight = masking
+        batch, objective = Inputs(x, segments, labels, noise, settings.total), settings.objective
+        if not area_weight:
+            return imitation_step(nets, batch, objective)
+        step = adversarial_step(nets, batch, objective, *area_weight, joint=settings.joint)
         if settings.probing and step.mask is not None:
-            return replace(step, sums=step.sums | probe(nets, batch, step.mask))
+            return replace(step, sums=step.sums | probe(nets, batch, objective, step.mask))
         return step
 
 

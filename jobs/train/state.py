@@ -12,20 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from jobs.runs import (
-    ModelConfig,
-    Nets,
-    load_net_tensors,
-    net_tensors,
-    new_classifier,
-    new_corruption,
-)
+from jobs.networks import Network
+from jobs.runs import ModelConfig, Nets, load_net_tensors, net_tensors, new_nets
 from jobs.train.config import TrainConfig
 from jobs.train.graphs import memory_layout
-from model.classifier import Classifier
 from model.collapse import CollapseState
 from model.controller import ControllerState
 from model.corruption import CorruptionNet
+from model.decoder import FeatureCorruptionNet
+from model.pretrained import PretrainedClassifier
+from model.saliency import AnyClassifier
 from model.step import Gradients, trainable
 from pipeline.loading.loader import Batch
 
@@ -124,10 +120,10 @@ class TrainingState:
     steps whose numbers the host has not read. interval, epoch: what it has read since the last
     line of the log, and in this epoch."""
 
-    corruption: CorruptionNet
-    corruption_average: CorruptionNet
-    classifier: Classifier
-    clean_classifier: Classifier
+    corruption: CorruptionNet | FeatureCorruptionNet
+    corruption_average: CorruptionNet | FeatureCorruptionNet
+    classifier: AnyClassifier
+    clean_classifier: AnyClassifier
     optimizers: dict[str, torch.optim.Optimizer]
     step: int = 0
     clean_accuracy: float = 0.0
@@ -143,31 +139,45 @@ class TrainingState:
         return {name: net for name, net in vars(self).items() if isinstance(net, nn.Module)}
 
 
-def new_state(config: TrainConfig, model: ModelConfig, device: torch.device) -> TrainingState:
-    """Return the state before the first step: the same weights on every rank, from the seed."""
+def new_state(
+    config: TrainConfig, model: ModelConfig, device: torch.device, network: Network | None = None
+) -> TrainingState:
+    """Return the state before the first step: the same weights on every rank, from the seed.
+
+    network: with its weights, where the nets are over one. Its new head, if it has one, is all of
+    it that the warm-up trains.
+    """
     settings = config.optimization
     torch.manual_seed(settings.seed)
-    corruption, classifier = new_corruption(model).to(device), new_classifier(model).to(device)
-    for net in (corruption, classifier):
-        convert_conv2d_weight_memory_format(net, memory_layout(device))
+    nets = new_nets(model, None if network is None else network.classifier)
+    for net in nets.modules().values():
+        convert_conv2d_weight_memory_format(net.to(device), memory_layout(device))
     fused = device.type == "cuda"  # one kernel each
-    warmup = torch.optim.AdamW(
-        classifier.parameters(), settings.warmup_rate, weight_decay=WARMUP_WEIGHT_DECAY, fused=fused
-    )
+    corruption, classifier = nets.corruption, nets.classifier
+    nets.clean_classifier.requires_grad_(False)
     adversarial = {
-        name: torch.optim.Adam(trainable(net), rate, ADVERSARIAL_BETAS, fused=fused)
+        name: torch.optim.Adam(_weights(net), rate, ADVERSARIAL_BETAS, fused=fused)
         for name, net, rate in (
             ("corruption", corruption, settings.corruption_rate),
             ("classifier", classifier, settings.classifier_rate),
         )
     }
+    if network is not None and isinstance(classifier, PretrainedClassifier):
+        classifier.train_only("head" if network.new_classes else "none")
+    warmup = torch.optim.AdamW(
+        _weights(classifier), settings.warmup_rate, weight_decay=WARMUP_WEIGHT_DECAY, fused=fused
+    )
     return TrainingState(
         corruption=corruption,
         corruption_average=copy.deepcopy(corruption).requires_grad_(False),
         classifier=classifier,
-        clean_classifier=copy.deepcopy(classifier).requires_grad_(False),
+        clean_classifier=nets.clean_classifier,
         optimizers={"warmup": warmup, **adversarial},
     )
+
+
+def _weights(net: nn.Module) -> list[Tensor]:
+    return [*trainable(net)] or [torch.zeros(0)]  # an optimizer wants at least one
 
 
 def finished_nets(state: TrainingState, model: ModelConfig) -> Nets:

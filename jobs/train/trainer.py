@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from jobs.networks import Network, load_network
 from jobs.runs import ModelConfig, colour_statistics, load_net_tensors
 from jobs.train.checkpoints import read_checkpoint
 from jobs.train.collectives import reduce_step
@@ -29,7 +30,9 @@ from jobs.train.state import (
 )
 from model.collapse import TEXTS, CollapseState, watch
 from model.controller import ControllerState, relative_target, update
+from model.corruption import CorruptionNet
 from model.masking import gumbel_difference, pixel_segments
+from model.pretrained import PretrainedClassifier
 from model.step import Inputs, Step, TrainingNets, first_sums
 from pipeline.loading.loader import Batch
 from pipeline.loading.order import Position, steps_per_epoch
@@ -44,16 +47,32 @@ ADVERSARIAL_COST = 5  # an adversarial step over a warm-up step, until it is mea
 WARNING_SHARE = 0.2  # of --collapse-steps, after which the log says what stops the run in the end
 
 
-def model_config(config: TrainConfig, manifest: Manifest) -> ModelConfig:
-    """Return the nets' shape for a data set."""
+def pretrained_network(config: TrainConfig, manifest: Manifest) -> Network | None:
+    """Return the network that the nets are over, with its weights. Raises UserError."""
+    nets = config.nets
+    if nets.network is None:
+        return None
+    return load_network(
+        nets.network,
+        manifest.classes,
+        manifest.class_names,
+        weights=config.optimization.network_weights,
+        size=nets.sides[-1],
+    )
+
+
+def model_config(config: TrainConfig, manifest: Manifest, network: Network | None) -> ModelConfig:
+    """Return the nets' shape for a data set, and how images are normalized: as the network's were
+    in its training."""
     superpixels = manifest.configuration["superpixels"]
+    colours = manifest if network is None else network
     return ModelConfig(
         classes=manifest.classes,
         class_names=manifest.class_names,
         height=manifest.height,
         width=manifest.width,
-        mean=manifest.mean,
-        std=manifest.std,
+        mean=colours.mean,
+        std=colours.std,
         superpixels=max(manifest.max_superpixels, superpixels),
         compactness=manifest.configuration["compactness"],
         **asdict(config.nets),
@@ -65,7 +84,8 @@ class Trainer:
         self, config: TrainConfig, manifest: Manifest, device: torch.device, ranks: int
     ) -> None:
         self.config, self.device = config, device
-        self.model = model_config(config, manifest)
+        network = pretrained_network(config, manifest)
+        self.model = model_config(config, manifest, network)
         settings = config.optimization
         images = split_of(manifest, "train").images
         self.epoch_steps = steps_per_epoch(images, settings.batch_size, ranks)
@@ -73,7 +93,7 @@ class Trainer:
         self.warmup_steps = warmup_epochs * self.epoch_steps
         self.steps = self.warmup_steps + settings.epochs * self.epoch_steps
         self.objective = config.objective.objective()
-        self.state = new_state(config, self.model, device)
+        self.state = new_state(config, self.model, device, network)
         nets = (self.state.corruption, self.state.classifier, self.state.clean_classifier)
         self.nets = TrainingNets(*nets)
         self.colours = colour_statistics(self.model, device)
@@ -141,13 +161,22 @@ class Trainer:
         return batch
 
     def warmup_step(self, batch: Batch) -> None:
-        """Train the classifier alone, on clean images. On a GPU nothing here waits for it."""
+        """Train the classifier alone, on clean images; of a pretrained network its new head, and
+        the corruption net by imitation. On a GPU nothing here waits for it."""
         state, config = self.state, self.config.optimization
-        settings = StepSettings(total=batch.total, half=self.half)
-        step = reduce_step(self.compute(settings, (batch.images, batch.labels)))
-        rate = config.warmup_rate * warmup_factor(state.step, self.warmup_steps)
-        optimizer = state.optimizers["warmup"]
-        apply_gradients(state.classifier, optimizer, step.classifier_gradients, rate)
+        over_network = self.model.network is not None
+        tensors = self.adversarial_tensors(batch) if over_network else (batch.images, batch.labels)
+        settings = StepSettings(
+            total=batch.total, half=self.half, objective=self.objective if over_network else None
+        )
+        step = reduce_step(self.compute(settings, tensors))
+        factor = warmup_factor(state.step, self.warmup_steps)
+        gradients, optimizer = step.classifier_gradients, state.optimizers["warmup"]
+        apply_gradients(state.classifier, optimizer, gradients, config.warmup_rate * factor)
+        gradients, optimizer = step.corruption_gradients, state.optimizers["corruption"]
+        apply_gradients(state.corruption, optimizer, gradients, config.corruption_rate * factor)
+        if over_network:
+            self._average()
         state.pending.append(send(state.step + 1, batch, step.sums, joint=False))
 
     def adversarial_step(self, batch: Batch) -> None:
@@ -161,7 +190,7 @@ class Trainer:
             total=batch.total,
             half=self.half,
             objective=self.objective,
-            joint=state.controller.joint and self.config.objective.train_classifier,
+            joint=state.controller.joint and self.model.co_trained != "none",
             probing=(state.step + 1) % self.config.logging.log_interval == 0,
         )
         area_weight = torch.full((), state.controller.area_weight, device=self.device)
@@ -172,9 +201,12 @@ class Trainer:
             (state.classifier, "classifier", step.classifier_gradients, config.classifier_rate),
         ):
             apply_gradients(net, state.optimizers[name], gradients, rate * factor)
-        average = list(state.corruption_average.parameters())
-        self.average(average, list(state.corruption.parameters()), None)
+        self._average()
         state.pending.append(send(state.step + 1, batch, step.sums, settings.joint))
+
+    def _average(self) -> None:
+        average = list(self.state.corruption_average.parameters())
+        self.average(average, list(self.state.corruption.parameters()), None)
 
     def adversarial_tensors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return images, labels, what is masked as one, int64 [B, H, W], and this rank's part of
@@ -226,8 +258,10 @@ class Trainer:
     def _begin_adversarial(self, clean_accuracy: float) -> None:
         """Set the target, and make the clean classifier the corruption nets' guide, if any."""
         state, balance = self.state, self.config.balance
+        if isinstance(state.classifier, PretrainedClassifier):
+            state.classifier.train_only(self.model.co_trained)
         for net in (state.corruption, state.corruption_average):
-            if net.guide is not None:
+            if isinstance(net, CorruptionNet) and net.guide is not None:
                 net.guide.load_state_dict(state.clean_classifier.state_dict())
         state.clean_accuracy = clean_accuracy
         chance = 1 / len(self.model.classes)
@@ -270,7 +304,7 @@ class Trainer:
             classes=len(self.model.classes),
             target=state.target if adversarial else None,
             area=sums["area"] / total if adversarial else None,
-            joint=joint if adversarial and self.config.objective.train_classifier else None,
+            joint=joint if adversarial and self.model.co_trained != "none" else None,
         )
         signs = state.collapse.signs(config.collapse_steps)
         if signs and config.stop_on_collapse:
