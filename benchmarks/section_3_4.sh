@@ -7,7 +7,7 @@ demo=${1:?usage: benchmarks/section_3_4.sh DEMO}
 run="$demo/frozen-0" evaluation="$demo/evaluation-frozen-0"
 
 .venv/bin/python -m jobs.train --data "$demo/shards" --output "$run" --seed 0 --workers 2 \
-  --warmup-from "$demo/run-0" --epochs 10 --no-train-classifier
+  --warmup-from "$demo/run-0" --epochs 10 --co-trained none
 .venv/bin/python -m jobs.evaluate --data "$demo/shards" --run "$run" --output "$evaluation"
 .venv/bin/python -m jobs.report "$demo/evaluation-0" "$evaluation" \
   --titles co-trained frozen --output "$demo/section_3_4.html"

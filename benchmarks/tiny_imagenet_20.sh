@@ -19,7 +19,7 @@ for seed in 0 1; do
   train "log-probability-$seed" "${other[@]}" --confusion true-log-probability
 done
 train frozen-0 --seed 0 --warmup-from "$output/paper-loss-0" --target-share 0.65 \
-  --confusion true-log-probability --no-train-classifier
+  --confusion true-log-probability --co-trained none
 .venv/bin/python -m jobs.report "$output"/evaluation-{paper-loss,log-probability}-{0,1} \
   "$output/evaluation-frozen-0" --titles paper-loss paper-loss log-probability log-probability \
   frozen --output "$output/report.html"

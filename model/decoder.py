@@ -91,28 +91,31 @@ class FeatureCorruptionNet(nn.Module):
         self._encoder = (encoder,)  # in a tuple, into which torch does not look
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        (encoder,) = self._encoder
-        copied = type(self)(encoder, self.sides, 16, 0.0)
+        copied = type(self)(self.encoder, self.sides, 16, 0.0)
         copied.decoder, copied.averaged = copy.deepcopy(self.decoder, memo), self.averaged
         return copied
 
+    @property
+    def encoder(self) -> PretrainedClassifier:
+        """The pretrained network."""
+        return self._encoder[0]
+
     def encode(self, images: Tensor) -> list[Tensor]:
         """Return the encoder's maps of the images at the last side, for `decode` and evidence."""
-        return self._encoder[0].maps(resize(images, (self.sides[-1], self.sides[-1])))
+        return self.encoder.maps(resize(images, (self.sides[-1], self.sides[-1])))
 
     def decode(self, maps: list[Tensor], size: Sequence[int]) -> Tensor:
         """Return logits [B, H, W] of a size (H, W)."""
-        logits = self.decoder(self._encoder[0].encoded(maps))
+        logits = self.decoder(self.encoder.encoded(maps))
         return resize(logits.unsqueeze(1), size).squeeze(1)
 
     def forward(self, images: Tensor) -> Tensor:
         size, sides = images.shape[-2:], self.sides if self.averaged else self.sides[-1:]
         views = [images, images.flip(3)] if self.averaged else [images]
-        encoder = self._encoder[0]
         total = torch.zeros((len(images), *size), device=images.device)
         for side in sides:
             for number, view in enumerate(views):
-                maps = encoder.encode(resize(view, (side, side)))
+                maps = self.encoder.encode(resize(view, (side, side)))
                 logits = resize(self.decoder(maps).unsqueeze(1), size).squeeze(1)
                 total = total + (logits.flip(2) if number else logits)
         return total / (len(sides) * len(views))

@@ -61,7 +61,9 @@ def pretrained_network(config: TrainConfig, manifest: Manifest) -> Network | Non
     )
 
 
-def model_config(config: TrainConfig, manifest: Manifest, network: Network | None) -> ModelConfig:
+def model_config(
+    config: TrainConfig, manifest: Manifest, network: Network | None = None
+) -> ModelConfig:
     """Return the nets' shape for a data set, and how images are normalized: as the network's were
     in its training."""
     superpixels = manifest.configuration["superpixels"]

@@ -224,7 +224,7 @@ def test_clean_context_and_swapped_accuracy_are_of_the_stated_nets_on_the_stated
     images, mask = batch.images, step(nets, batch).mask
     assert mask is not None
     torch.testing.assert_close(mask, masked_logits(nets, batch)[1].detach())
-    sums = probe(nets, batch, mask)
+    sums = probe(nets, batch, Objective(), mask)
     others = torch.stack([mask[i - 1] for i in range(len(mask))])
     answers = {
         "clean_correct": nets.classifier(images),

@@ -171,7 +171,7 @@ def test_a_failed_task_stops_the_others_and_its_error_comes_as_it_is(
 ) -> None:
     nets = load_nets(random_run)
     with torch.no_grad():
-        nets.corruption.output.weight.fill_(torch.nan)
+        nets.corruption.state_dict()["output.weight"].fill_(torch.nan)
     save_nets(tmp_path, nets, {})
     with pytest.raises(UserError, match=r"^ledger rows \d+ to \d+ of .*NaN") as caught:
         job.evaluate(config_for(small_set, tmp_path, tmp_path / "out", shards=4), quiet)

@@ -131,7 +131,7 @@ def test_each_rule_gives_its_own_box_of_the_same_map(nets: Nets) -> None:
 
 def test_a_flat_map_is_the_whole_image_and_not_found(nets: Nets) -> None:
     with torch.no_grad():
-        nets.corruption.output.weight.zero_()
+        nets.corruption.state_dict()["output.weight"].zero_()
     (result,) = locate(nets, random_images(nets, 1), batch_size=4)
     assert (result.box, result.found) == ([0, 0, 89, 39], False)
 
@@ -213,7 +213,7 @@ def test_a_batch_without_a_usable_image_gives_reasons_alone(
 
 def test_diverged_nets_end_the_job_with_the_remedy(nets: Nets, tmp_path: Path) -> None:
     with torch.no_grad():
-        nets.corruption.output.weight.fill_(torch.nan)
+        nets.corruption.state_dict()["output.weight"].fill_(torch.nan)
     save_nets(tmp_path, nets, {})
     with pytest.raises(UserError, match="train it again"):
         locate(load_nets(tmp_path), random_images(nets, 1), batch_size=2)

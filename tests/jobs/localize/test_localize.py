@@ -265,7 +265,7 @@ def test_results_of_another_model_or_rule_are_not_mixed(
         run(random_run, finished, pictures / "a.jpg", flags=("--rule", "mean"))
     nets = load_nets(random_run)
     with torch.no_grad():
-        nets.corruption.output.weight.add_(1)
+        nets.corruption.state_dict()["output.weight"].add_(1)
     (tmp_path / "run").mkdir()
     save_nets(tmp_path / "run", nets, {})
     with pytest.raises(UserError, match="another model_sha256"):

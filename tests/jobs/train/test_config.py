@@ -16,7 +16,7 @@ def parsed(*flags: str) -> TrainConfig:
 
 def test_presets_fill_what_is_not_given_and_flags_win() -> None:
     defaults = TrainConfig(loading=LoadingConfig(data="d"), output=Path("o"))
-    assert parsed() == parsed("--preset", "best") == defaults
+    assert parsed() == parsed("--preset", "small") == defaults
     paper = parsed("--preset", "paper")
     assert (paper.balance.target, paper.balance.area_start) == (0.1, 0.35)
     assert (paper.objective.area_power, paper.objective.clean_weight) == (1, 0.0)

@@ -11,6 +11,7 @@ from jobs.train.examples import load_examples
 from jobs.train.log import TrainingLog
 from jobs.train.state import TrainingError, finished_nets
 from jobs.train.worker import resume, write_state
+from model.corruption import CorruptionNet
 from pipeline.shards.format import read_manifest
 from tests.jobs.train.small import (
     CPU,
@@ -140,11 +141,14 @@ def test_a_guided_net_sees_the_clean_classifier_which_stays_as_it_is(
     config = config_for(small_set, output=tmp_path, **options)
     whole, first, second = (new_trainer(config) for _ in range(3))
     state, fresh = whole.state, first.state.corruption
+    assert isinstance(state.corruption, CorruptionNet)
+    assert isinstance(fresh, CorruptionNet)
     assert state.corruption.mix is not None
     assert fresh.mix is not None
     before = [p.clone() for p in fresh.mix.parameters()]
     train_epochs(whole, 3)
     for net in (state.corruption, state.corruption_average):
+        assert isinstance(net, CorruptionNet)
         assert net.guide is not None
         assert equal(net.guide, state.clean_classifier)
     learned = zip(state.corruption.mix.parameters(), before, strict=True)
@@ -161,6 +165,7 @@ def test_a_guided_net_sees_the_clean_classifier_which_stays_as_it_is(
     )
     other.take_warmup(tmp_path)
     for net in (other.state.corruption, other.state.corruption_average):
+        assert isinstance(net, CorruptionNet)
         assert net.guide is not None
         assert equal(net.guide, first.state.clean_classifier)
 

@@ -54,7 +54,7 @@ def test_below_the_target_both_nets_train_once_the_first_numbers_are_read(small_
 
 def answer_class_0(trainer: Trainer) -> None:
     torch.nn.init.zeros_(trainer.state.classifier.head.weight)
-    trainer.state.classifier.head.bias.data = torch.eye(8)[0]
+    trainer.state.classifier.state_dict()["head.bias"].copy_(torch.eye(8)[0])
 
 
 def test_above_the_target_the_classifier_stands_still(small_set: Path) -> None:
@@ -209,7 +209,7 @@ def test_collapse_is_noted_then_stops_training_unless_told_otherwise(
 
 
 def test_the_frozen_classifier_keeps_its_weights_and_has_no_gate(small_set: Path) -> None:
-    trainer = new_trainer(config_for(small_set, target=1 - 1e-9, train_classifier=False))
+    trainer = new_trainer(config_for(small_set, target=1 - 1e-9, co_trained="none"))
     train_epochs(trainer, 4)
     assert trainer.state.epoch.joint_steps == 0
     assert trainer.state.controller is not None
@@ -240,7 +240,7 @@ def test_each_ablation_trains_other_masks_from_the_same_start(
     plain, other = (new_trainer(config_for(small_set, **c)) for c in ({}, changes))
     if "logit_limit" in changes:  # which small nets do not reach
         for trainer in (plain, other):
-            torch.nn.init.constant_(trainer.state.corruption.output.bias, 8.2)  # type: ignore[arg-type]
+            trainer.state.corruption.state_dict()["output.bias"].fill_(8.2)
     for trainer in (plain, other):
         train_epochs(trainer, 3)
     assert torch.isfinite(weights(other)).all()
