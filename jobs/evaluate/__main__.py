@@ -110,6 +110,7 @@ def described(config: EvaluateConfig, inputs: Inputs, source: Source) -> dict[st
         "protocol": config.protocol,
         "protocol_text": PROTOCOLS[config.protocol].text,
         "rules": RULE_TEXTS,
+        "rule": config.rule or "paper",
         "subsets": SUBSETS,
         "seed": config.seed,
         "class_names": class_names(truth),
@@ -118,9 +119,10 @@ def described(config: EvaluateConfig, inputs: Inputs, source: Source) -> dict[st
         },
     }
     if config.run is not None:
-        from jobs.runs import MODEL_NAME  # here: it needs torch
+        from jobs.runs import MODEL_NAME, read_config  # here: it needs torch
 
         content["model_sha256"] = sha256_file(config.run / MODEL_NAME)
+        content["rule"] = config.rule or read_config(config.run).rule
     return content
 
 
@@ -267,8 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.output.exists() and not config.output.is_dir():
         raise UserError(f"--output {config.output} is a file; give a folder.")
     evaluation = evaluate(config, cli.ProgressPrinter().show)
-    print(figures_table(evaluation, config.rule))
-    print("\n".join(notes(evaluation, config.rule)))
+    print(figures_table(evaluation, evaluation.metrics["rule"]))
+    print("\n".join(notes(evaluation, evaluation.metrics["rule"])))
     if config.export is not None:
         print(f"score maps and boxes in the formats of others: {config.export}")
     print(f"report: {write_page(config.output)}", flush=True)

@@ -87,8 +87,10 @@ class EvaluateConfig:
     protocol: Literal["devkit", "exclusive", "int224"] = option(
         "devkit", help="; ".join(f"{name}: {p.text}" for name, p in PROTOCOLS.items())
     )
-    rule: Rule = option(
-        "paper", help="box rule of the printed table; the files and the page have all"
+    rule: Rule | None = option(
+        None,
+        help="box rule of the printed table; the files and the page have all (default: the run's, "
+        "else the paper's)",
     )
     baselines: bool = option(
         True, help="beside --run's ALN also maps of its clean classifier: CAM and others"

@@ -260,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     config.output.mkdir(parents=True, exist_ok=True)
     model = sha256_file(config.run / MODEL_NAME)
-    settings = {"format": FORMAT, "model_sha256": model, "rule": config.rule}
+    settings = {"format": FORMAT, "model_sha256": model, "rule": config.rule or nets.config.rule}
     with open_progress(config.output, settings) as (progress, latest):
         jobs = name_results(images, config.output, latest)
         results = still_valid(latest, jobs, config)

@@ -44,7 +44,9 @@ class LocalizeConfig:
         help="write masks/: a grey PNG per image, of its size, 255 times the probability of being "
         "masked (threshold at 128 for what is masked more often than not)",
     )
-    rule: Rule = option("paper", help="how a box follows from a map")
+    rule: Rule | None = option(
+        None, help="how a box follows from a map (default: as the run says)"
+    )
     batch_size: int = option(
         32, low=1, help="images the nets see at once; a result may depend on it in its last digit"
     )
@@ -106,7 +108,7 @@ def prepare(config: ModelConfig, data: bytes) -> Prepared:
 
 
 def locate(
-    nets: Nets, prepared: Sequence[Prepared], *, batch_size: int, rule: Rule = "paper"
+    nets: Nets, prepared: Sequence[Prepared], *, batch_size: int, rule: Rule | None = None
 ) -> list[Located]:
     """Return boxes and classes of up to `batch_size` images, on the device where the nets are.
 
@@ -129,7 +131,7 @@ def locate(
         scores, order = torch.softmax(logits, dim=1).sort(dim=1, descending=True, stable=True)
     values = maps[:count].cpu().numpy()
     try:
-        boxes, found = localize(values, rule)
+        boxes, found = localize(values, rule or config.rule)
     except ValueError as error:  # of the nets, not of an image: every other one would fail too
         raise UserError(str(error)) from None
     sizes = np.array([(image.height, image.width) for image in prepared])

@@ -77,7 +77,9 @@ def entries_of(evaluations: Sequence[Evaluation], titles: Sequence[str]) -> list
     for title, chosen in by_title.items():
         members = _members(chosen, title)
         main_map = MAIN_MAPS[chosen[0].metrics["source"]["kind"]]
-        main = next(row for row in members if row.map == main_map)
+        rows = [row for row in members if row.map == main_map]
+        rule = chosen[0].metrics["rule"]
+        main = next((row for row in rows if row.rule == rule), rows[0])
         entries.append(Entry(title=title, evaluations=tuple(chosen), members=members, main=main))
     _check_same_truth(entries)
     return entries

@@ -130,7 +130,7 @@ def page_lines(entries: Sequence[Entry]) -> list[Line]:
             )
             known = [(x.r.row.map, x.r.figures["gt_known"]) for x in lines if x.constant]
             again = (row.map, line.r.figures["gt_known"]) in known
-            if len(entries) == 1 or (line.primary and not again):
+            if len(entries) == 1 or line.own or (line.primary and not again):
                 lines.append(line)
     return sorted(lines, key=lambda line: not line.constant)
 

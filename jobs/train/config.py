@@ -96,6 +96,19 @@ class NetsConfig(Group):
         LOGIT_LIMIT, low=0, help="bound of the corruption net's logits (paper: 0, none)"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.network is None:
+            if self.sides or self.co_trained == "last":
+                raise ValueError("--sides and --co-trained last are about a --network; name one")
+        elif not self.sides:
+            raise ValueError("--network needs --sides, such as 224 320, or --preset photos")
+        elif self.guide or self.residual_blocks or not self.logit_limit:
+            raise ValueError(
+                "--network takes the place of --guide and --residual-blocks, and needs a "
+                "--logit-limit; leave them out"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Group):
