@@ -44,9 +44,7 @@ class LocalizeConfig:
         help="write masks/: a grey PNG per image, of its size, 255 times the probability of being "
         "masked (threshold at 128 for what is masked more often than not)",
     )
-    rule: Rule | None = option(
-        None, help="how a box follows from a map (default: as the run says)"
-    )
+    rule: Rule | None = option(None, help="how a box follows from a map (default: as the run says)")
     batch_size: int = option(
         32, low=1, help="images the nets see at once; a result may depend on it in its last digit"
     )
