@@ -257,11 +257,16 @@ class Trainer:
             load_net_tensors({"clean_classifier": net}, checkpoint.tensors)
         self._begin_adversarial(checkpoint.numbers["clean_accuracy"])
 
+    def choose_trained(self) -> None:
+        """Let those weights of a pretrained network train that do after the warm-up, once that is
+        over."""
+        if isinstance(self.state.classifier, PretrainedClassifier) and not self.warming_up:
+            self.state.classifier.train_only(self.model.co_trained)
+
     def _begin_adversarial(self, clean_accuracy: float) -> None:
         """Set the target, and make the clean classifier the corruption nets' guide, if any."""
         state, balance = self.state, self.config.balance
-        if isinstance(state.classifier, PretrainedClassifier):
-            state.classifier.train_only(self.model.co_trained)
+        self.choose_trained()
         for net in (state.corruption, state.corruption_average):
             if isinstance(net, CorruptionNet) and net.guide is not None:
                 net.guide.load_state_dict(state.clean_classifier.state_dict())

@@ -27,6 +27,7 @@ def resume(trainer: Trainer) -> list[str]:
     if checkpoint is None:
         return []
     fill_state(trainer.state, checkpoint.tensors, checkpoint.numbers)
+    trainer.choose_trained()
     damaged = [f"damaged checkpoint not used: {text}" for text in checkpoint.damaged]
     return [*damaged, f"went on from the checkpoint of step {trainer.state.step}"]
 

@@ -4,7 +4,7 @@ import io
 import os
 from dataclasses import astuple
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from jobs.localize.batches import (
     process_batch,
 )
 from jobs.runs import Nets, colour_statistics, load_nets, save_nets
-from model.localization import RULES, localize
+from model.localization import RULES, Rule, localize
 from model.masking import mask_map, normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import scale_boxes
@@ -229,4 +229,4 @@ def test_a_flag_out_of_range_is_named(flags: str, capsys: pytest.CaptureFixture[
 
 
 def test_every_rule_can_be_asked_for() -> None:
-    assert get_args(get_type_hints(LocalizeConfig)["rule"]) == tuple(RULES)
+    assert get_args(Rule) == tuple(RULES)
