@@ -6,6 +6,9 @@ import dataclasses
 import json
 import math
 import os
+import re
+import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +35,8 @@ RECORDED_PACKAGES = (
 )
 ROOT = Path(__file__).parents[1]
 LINE_SECONDS = 5.0  # between progress lines
+ADDRESS = re.compile(r"auto|[^/]+:\d+")
+CLUSTER_SECONDS = 40  # for a cluster to answer; Ray itself would wait for 14 minutes
 
 
 def option(
@@ -175,8 +180,9 @@ def _add_flag(
         options["required"] = True
     elif field.default not in (None, ""):
         options["default"] = field.default
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # X | None
-        annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        # X of X | None; of int | str the text, which the dataclass reads
+        annotation = [a for a in typing.get_args(annotation) if a is not types.NoneType][-1]
     if annotation is bool:
         parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **options)
         return
@@ -193,16 +199,25 @@ def _add_flag(
     parser.add_argument(flag(field.name), type=annotation, **options)
 
 
+def _interrupt(number: int, _: types.FrameType | None) -> None:
+    os.write(2, b"\nstopping; this can take some seconds\n")  # print may be what was interrupted
+    raise KeyboardInterrupt(number)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a command: a known error becomes one line on standard error and exit code 1."""
+    """Run a command: a known error becomes one line on standard error and exit code 1. SIGTERM and
+    Ctrl-C raise KeyboardInterrupt in it; they end with a line and 128 + the signal's number."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell sets it for background jobs
+            signal.signal(number, _interrupt)
     try:
         main()
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted; the same command finishes the work", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (error.args or (signal.SIGINT,))[0])
 
 
 def record(config: Any) -> dict[str, Any]:
@@ -286,13 +301,35 @@ def progress_line(
 def connect_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, as within `ray job submit`, or start one here.
 
-    Left to itself Ray would also join any cluster once started on this machine.
+    Left to itself Ray would also join any cluster once started on this machine. Raises UserError
+    where no cluster answers, or Ray does not start.
     """
     import ray  # here: commands that need no Ray start in a tenth of the time
 
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        # Given here, Ray writes no token into the home folder, which a container may lack.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    else:
+        _check_cluster(address)
+    handler = signal.getsignal(signal.SIGTERM)
+    error = _start_ray(address)
+    if error is not None:
+        error = _start_ray(address)  # a busy machine may have been too slow
+    signal.signal(signal.SIGTERM, handler)  # Ray sets its own
+    if error is not None:
+        raise UserError(
+            f"Ray did not start, tried twice ({_first_line(error)}). End other work on this "
+            "machine; if no folder can be written to, set RAY_TMPDIR"
+        ) from error
+
+
+def _start_ray(address: str) -> BaseException | None:
+    """Connect to Ray. Return the error where that fails."""
+    import ray
+
     try:
         ray.init(
             address=address,
@@ -300,10 +337,44 @@ def connect_ray() -> None:
             logging_level="warning",
             log_to_driver=False,  # jobs print what their users need
         )
-    except ConnectionError as error:
-        raise UserError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}; unset it to run on this machine."
-        ) from error
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:
+            raise KeyboardInterrupt(signal.SIGTERM) from None
+        ray.shutdown()
+        return error
+    except Exception as error:  # Ray raises bare ones
+        ray.shutdown()
+        return error
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _check_cluster(address: str) -> None:
+    """Raise UserError where no Ray cluster answers at an address."""
+    reason = ""
+    if ADDRESS.fullmatch(address):
+        ray = (sys.executable, "-m", "ray.scripts.scripts")
+        try:
+            result = subprocess.run(
+                [*ray, "health-check", "--address", address],
+                capture_output=True,
+                text=True,
+                timeout=CLUSTER_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            reason = f" within {CLUSTER_SECONDS} s"
+        else:
+            if result.returncode == 0:
+                return
+            reason = f" ({(result.stderr.strip().splitlines() or ['no reason given'])[-1]})"
+    raise UserError(
+        f"no Ray cluster answers at RAY_ADDRESS={address}{reason}; give its head as HOST:PORT "
+        "(the port is 6379 by default), or unset it to run on this machine"
+    )
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,10 +1,11 @@
-"""RUN/model/: the trained nets with everything needed to use them again."""
+"""The files of a run that commands share: the trained nets with everything needed to use them
+again, and how far a training has come."""
 
 import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -22,10 +23,13 @@ from model.localization import Rule
 from model.pretrained import Part, PretrainedClassifier
 from model.saliency import AnyClassifier
 from pipeline.errors import UserError
-from pipeline.storage import write_atomically
+from pipeline.storage import lock, write_atomically
 
 MODEL_NAME = "model/model.json"  # model/model.safetensors holds the weights
 MODEL_FORMAT = 2
+RUN_NAME = "run.json"
+LOG_NAME = "log.txt"  # only ever appended to, so that it can be followed; locked by a training
+METRICS_NAME = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +174,7 @@ def _remedies(run: Path) -> Iterator[None]:
     """Say what to do where a run's nets are missing or damaged."""
     path = run / MODEL_NAME
     if not path.is_file():
-        raise UserError(
-            f"{run} holds no {MODEL_NAME}: no training has finished there. "
-            f"Run: python -m jobs.train --data SHARDS --output {run}"
-        )
+        raise UserError(f"{run} holds no {MODEL_NAME}: {_unfinished(run)}")
     try:
         yield
     except DamagedError as error:
@@ -181,6 +182,56 @@ def _remedies(run: Path) -> Iterator[None]:
             f"{error}; copy the run again, or delete {path.parent} and train on from the last "
             "checkpoint by the same command"
         ) from error
+
+
+def _unfinished(run: Path) -> str:
+    """Return in words why a run holds no nets, and what to do."""
+    if is_training(run):
+        return f"it is still training, {_progress(run)}; wait until it has finished"
+    if (run / RUN_NAME).is_file():
+        return f"its training stopped {_progress(run)}; the same jobs.train command goes on"
+    return f"no training has finished there. Run: python -m jobs.train --data SHARDS --output {run}"
+
+
+def _progress(run: Path) -> str:
+    """Return the last step that a run has logged, in words."""
+    step = "before the first line of its log"
+    with suppress(FileNotFoundError):
+        for text in (run / METRICS_NAME).read_text().splitlines():
+            with suppress(ValueError):  # of a line that is being written, or was cut off
+                values = json.loads(text)
+                step = f"at step {values['step']} of {values['steps']}"
+    return step
+
+
+def is_training(run: Path) -> bool:
+    """Return whether a process trains in this folder."""
+    try:
+        with (run / LOG_NAME).open("rb") as file:
+            return not lock(file, shared=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def check_training(run: Path) -> None:
+    """Raise UserError where a process trains in this folder."""
+    if is_training(run):
+        raise _other_training(run)
+
+
+def _other_training(run: Path) -> UserError:
+    return UserError(f"another process trains in {run}, {_progress(run)}; wait for it, or end it")
+
+
+@contextmanager
+def exclusive_run(run: Path) -> Iterator[None]:
+    """Keep other trainings from a run's folder, which is made. Raises UserError where one is at
+    work."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOG_NAME).open("ab") as file:
+        if not lock(file):
+            raise _other_training(run)
+        yield
 
 
 class DamagedError(Exception):

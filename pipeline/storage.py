@@ -5,6 +5,7 @@ AWS_ENDPOINT_URL, AWS_REGION, GOOGLE_APPLICATION_CREDENTIALS, ...).
 """
 
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, TypeVar
+from typing import IO, BinaryIO, TypeVar
 from urllib.parse import parse_qs, quote, unquote, urlsplit, urlunsplit
 
 import pyarrow as pa
@@ -298,6 +299,22 @@ def naming_full_disk(path: str | Path) -> Iterator[None]:
         if error.filename is None and error.errno in FULL:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def lock(file: IO, *, shared: bool = False) -> bool:
+    """Lock an open local file until it is closed. Return False where another process has it.
+
+    shared: only look whether one has. Some network file systems have no locks: there nothing is
+    locked.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return True
 
 
 def _upload(location: str | Path, pieces: Iterable[bytes | memoryview]) -> None:

@@ -5,7 +5,6 @@ OUTPUT/boxes.json has an entry per image, with the reason where one failed. The 
 again does only what is missing, has failed or has changed.
 """
 
-import fcntl
 import itertools
 import json
 import os
@@ -35,7 +34,7 @@ from pipeline.ahead import run_ahead
 from pipeline.errors import UserError
 from pipeline.shards.format import sha256_file
 from pipeline.sources.listing import IMAGE_SUFFIXES
-from pipeline.storage import atomic_file, naming_full_disk
+from pipeline.storage import atomic_file, lock, naming_full_disk
 
 FORMAT = 2
 BOXES_NAME = "boxes.json"
@@ -147,12 +146,8 @@ def open_progress(
     while another process has it open.
     """
     with (output / PROGRESS_NAME).open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another jobs.localize writes to {output} now; use another --output."
-            ) from None
+        if not lock(file):
+            raise UserError(f"another jobs.localize writes to {output} now; use another --output.")
         file.seek(0)
         lines = [line for line in file if line.endswith(b"\n")]
         file.truncate(sum(map(len, lines)))

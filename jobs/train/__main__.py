@@ -2,26 +2,31 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs import cli
-from jobs.runs import MODEL_NAME
+from jobs.loading import choose_device
+from jobs.runs import MODEL_NAME, RUN_NAME, check_training, exclusive_run
+from jobs.train.checkpoints import newest_step, read_warmup
 from jobs.train.config import PRESETS, TrainConfig, by_flag
-from jobs.train.launch import launch
+from jobs.train.launch import check_resources, launch
 from jobs.train.log import summary, waiting_summary
+from jobs.train.state import TrainingError
 from model.corruption import STRIDE
 from pipeline.errors import UserError
 from pipeline.loading.cache import ShardCache, check_window
-from pipeline.loading.order import Order
+from pipeline.loading.order import Order, steps_per_epoch
 from pipeline.loading.samples import Samples, verify_shard
 from pipeline.shards.format import Manifest, check_sizes, manifest_hash, read_manifest, split_of
 from pipeline.storage import absolute, is_remote, write_atomically
 
-RUN_NAME = "run.json"
 RUN_FORMAT = 2
+HASHES = ("data_sha256", "images_sha256", "shuffle_window")
 FREE_TO_CHANGE = ("output", "preset", "resources", "logging", "data", "cache", "cache_limit")
 
 
@@ -47,14 +52,22 @@ def describe_run(config: TrainConfig, manifest: Manifest, record: dict[str, Any]
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """Read RUN/run.json. Raises UserError for a run of an earlier version."""
-    content = json.loads((run / RUN_NAME).read_text())
-    if content.get("format") != RUN_FORMAT:
+    """Read RUN/run.json. Raises UserError for a damaged one, or a run of an earlier version."""
+    path = run / RUN_NAME
+    try:
+        content = json.loads(path.read_bytes())
+        number = content.get("format", 1)
+        if number == RUN_FORMAT:
+            content["configuration"]["nets"].items()
+            return content | {name: content[name] for name in HASHES}
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
         raise UserError(
-            f"{run / RUN_NAME} is of format {content.get('format', 1)}; this program reads "
-            f"{RUN_FORMAT}. Train anew in another --output"
-        )
-    return content
+            f"{path} is damaged ({error!r}); copy it again, or train anew in another --output"
+        ) from error
+    raise UserError(
+        f"{path} is of format {number}; this program reads {RUN_FORMAT}. Train anew in another "
+        "--output"
+    )
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -79,26 +92,34 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return words
 
 
-def claim_output(output: Path, content: dict[str, Any]) -> None:
-    """Write RUN/run.json, where there is none yet. Raises UserError for an output folder of
-    another training."""
-    path = output / RUN_NAME
-    if path.exists():
+def check_output(output: Path, content: dict[str, Any]) -> None:
+    """Raise UserError for an output folder of another training."""
+    if (output / RUN_NAME).exists():
         changed = changes(read_run(output), content)
         if changed:
             raise UserError(
                 f"{output} holds a run of another configuration: {', '.join(changed)}. "
                 "Use a new --output, or the same flags to go on with that run."
             )
-        return
-    if output.exists() and not output.is_dir():
+    elif output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder")
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+@contextmanager
+def claimed_output(output: Path, content: dict[str, Any]) -> Iterator[None]:
+    """Keep other trainings from the output folder, and write its run.json where there is none yet.
+    Raises UserError for a folder of another training, or of one at work."""
+    check_output(output, content)
+    with exclusive_run(output):
+        check_output(output, content)
+        if not (output / RUN_NAME).exists():
+            write_atomically(output / RUN_NAME, (json.dumps(content, indent=1) + "\n").encode())
+        yield
 
 
 def check_warmup(config: TrainConfig, manifest: Manifest) -> None:
-    """Raise UserError where the run of --warmup-from does not fit: other images or other nets."""
+    """Raise UserError where the run of --warmup-from does not fit: other images, other nets,
+    or no checkpoint past its warm-up."""
     run = config.optimization.warmup_from
     if run is None:
         return
@@ -117,6 +138,11 @@ def check_warmup(config: TrainConfig, manifest: Manifest) -> None:
                 f"--warmup-from {run} has {cli.flag(name)} {theirs}, not {ours}; give the same, or "
                 "warm up anew"
             )
+    if newest_step(config.output) is None:
+        try:
+            read_warmup(run)
+        except TrainingError as error:
+            raise UserError(str(error)) from error
 
 
 def check_data(config: TrainConfig, manifest: Manifest) -> None:
@@ -140,6 +166,8 @@ def check_data(config: TrainConfig, manifest: Manifest) -> None:
     cache_config = loading.cache_config()
     order = Order(batch_size=config.optimization.batch_size, window=loading.window(manifest))
     _, most_workers = config.resources.worker_range
+    images = split_of(manifest, "train").images
+    steps_per_epoch(images, order.batch_size, most_workers)  # raises where a worker goes empty
     check_window(loading.data, manifest, cache_config.limit_bytes, order, most_workers)
     check_sizes(loading.data, manifest, "train")
     if not is_remote(loading.data):
@@ -163,12 +191,18 @@ def train(config: TrainConfig) -> None:
     check_data(config, manifest)
     check_warmup(config, manifest)
     record = cli.record(config)
-    claim_output(output, describe_run(config, manifest, record))
+    content = describe_run(config, manifest, record)
+    check_output(output, content)
     if (output / MODEL_NAME).exists():
         print(f"{output / MODEL_NAME} is there already: nothing left to train")
         return
+    check_training(output)
+    if not os.environ.get("RAY_ADDRESS"):
+        choose_device(config.resources.device)
     cli.connect_ray()
-    launch(config, record)
+    check_resources(config.resources)
+    with claimed_output(output, content):
+        launch(config, record)
     print(summary(output), waiting_summary(output), sep="\n")
     print(f"trained nets: {output / MODEL_NAME}")
 

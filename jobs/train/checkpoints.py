@@ -14,6 +14,7 @@ from jobs.train.state import TrainingError
 CHECKPOINTS_NAME = "checkpoints"
 STATE_NAME = "state.json"  # state.safetensors holds the tensors
 CHECKPOINT_FORMAT = 1
+REQUEST_NAME = "checkpoint.request"  # asks rank 0 for a checkpoint, after which it is gone
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,32 @@ def _folders(run: Path) -> list[Path]:
     """Return complete ones, newest first; one whose writing was cut off has no JSON yet."""
     files = sorted((run / CHECKPOINTS_NAME).glob(f"step-*/{STATE_NAME}"), reverse=True)
     return [path.parent for path in files]
+
+
+def newest_step(run: Path) -> int | None:
+    """Return the step of the newest complete checkpoint, None where there is none."""
+    folders = _folders(run)
+    return int(folders[0].name.removeprefix("step-")) if folders else None
+
+
+def way_on(run: Path) -> str:
+    """Return in words where the same command goes on."""
+    step = newest_step(run)
+    if step is None:
+        return "there is no checkpoint yet: the same command starts again"
+    return f"the same command goes on from the checkpoint of step {step}"
+
+
+def read_warmup(run: Path) -> Checkpoint:
+    """Return the newest sound checkpoint of a run that has finished its warm-up. Raises
+    TrainingError where there is none."""
+    checkpoint = read_checkpoint(run)
+    if checkpoint is None or not checkpoint.numbers["clean_accuracy"]:
+        raise TrainingError(
+            f"--warmup-from {run} holds no checkpoint past its warm-up. Let that run get "
+            "further, or leave the flag out"
+        )
+    return checkpoint
 
 
 def write_checkpoint(

@@ -52,8 +52,8 @@ def check_ranks(state: TrainingState) -> None:
         states = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
         raise TrainingError(
             f"the workers no longer have the same state ({states}): training them further would "
-            "mix different nets. The last checkpoint is sound, the same command goes on from it; "
-            "if it happens again, a GPU or a node computes wrongly"
+            "mix different nets. The same command goes on from before that; if it happens again, a "
+            "GPU or a node computes wrongly"
         )
 
 
@@ -68,6 +68,4 @@ def on_first_rank(action: Callable[[], None], what: str) -> None:
     if _several_ranks():
         dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
-        raise TrainingError(
-            f"{failure[0]}. Make room on the disk; the same command goes on from its checkpoint"
-        )
+        raise TrainingError(f"{failure[0]}. Make room on the disk; then the same command goes on")

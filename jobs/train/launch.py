@@ -3,7 +3,9 @@
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from jobs.runs import LOG_NAME
+from jobs.train.checkpoints import REQUEST_NAME, way_on
 from jobs.train.config import ResourcesConfig, TrainConfig
-from jobs.train.log import LOG_NAME
 from pipeline.errors import UserError
 
 RAY_NAME = "ray"  # Ray Train's own record of the run; checkpoints are ours
 COLLECTIVE_TIMEOUT = 300  # seconds that ranks wait for one that died
 POLL_SECONDS = 0.5
+REQUEST_SECONDS = 15  # to finish a step and write a checkpoint, before an interruption ends all
 
 
 def check_resources(resources: ResourcesConfig) -> None:
@@ -62,7 +66,6 @@ def following(path: Path) -> Iterator[None]:
 def launch(config: TrainConfig, record: dict[str, Any]) -> None:
     """Train to the end. Raises UserError with the cause where training cannot go on."""
     resources = config.resources
-    check_resources(resources)
     fewest, most = resources.worker_range
     gpus = ray.cluster_resources().get("GPU", 0)
     use_gpu = resources.device == "cuda" or (resources.device == "auto" and gpus >= fewest)
@@ -80,18 +83,46 @@ def launch(config: TrainConfig, record: dict[str, Any]) -> None:
     )
     try:
         with following(config.output / LOG_NAME):
-            failure = trainer.fit().return_value
-    except SystemExit:  # how Ray Train answers Ctrl-C, once its workers have ended
-        raise KeyboardInterrupt from None
+            failure = _fit(trainer, config.output)
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
         reason = str(next(iter(failures.values()), error)).strip().splitlines()[-1]
         raise UserError(
             f"training failed {resources.max_failures + 1} times, the last time with: {reason}. "
-            "The same command goes on from the last checkpoint"
+            f"{way_on(config.output).capitalize()}"
         ) from error
     if failure is not None:
         raise UserError(failure)
+
+
+def _fit(trainer: TorchTrainer, run: Path) -> str | None:
+    """Run Ray Train to its end and return what its workers return. An interruption first waits for
+    a checkpoint. Raises TrainingFailedError."""
+    request = run / REQUEST_NAME
+    request.unlink(missing_ok=True)
+    ended: Future[str | None] = Future()
+
+    def fit() -> None:
+        try:
+            ended.set_result(trainer.fit().return_value)
+        except BaseException as error:
+            ended.set_exception(error)
+
+    # In a thread: in the main one Ray Train would answer Ctrl-C itself, without a checkpoint.
+    threading.Thread(target=fit, daemon=True).start()
+    try:
+        return ended.result()
+    except KeyboardInterrupt:
+        started = time.monotonic()
+        request.touch()
+        while request.exists() and not ended.done():
+            if time.monotonic() - started > REQUEST_SECONDS:
+                break
+            time.sleep(POLL_SECONDS)
+        ray.shutdown()
+        request.unlink(missing_ok=True)
+        print(way_on(run), file=sys.stderr)
+        raise
 
 
 def _work(settings: dict[str, Any]) -> str | None:

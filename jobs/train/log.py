@@ -11,10 +11,9 @@ from ray.util.metrics import Gauge
 from tensorboardX import SummaryWriter
 
 from jobs.cli import duration, table
+from jobs.runs import LOG_NAME, METRICS_NAME
 from pipeline.storage import write_atomically
 
-METRICS_NAME = "metrics.jsonl"
-LOG_NAME = "log.txt"  # only ever appended to, so that it can be followed
 TENSORBOARD_NAME = "tensorboard"
 EXAMPLES_NAME = "examples"
 

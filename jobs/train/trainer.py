@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from jobs.networks import Network, load_network
 from jobs.runs import ModelConfig, colour_statistics, load_net_tensors
-from jobs.train.checkpoints import read_checkpoint
+from jobs.train.checkpoints import read_warmup
 from jobs.train.collectives import reduce_step
 from jobs.train.config import REMEDIES, TrainConfig
 from jobs.train.graphs import Recordings, StepSettings, autocast, compute_step, net_inputs
@@ -40,7 +40,7 @@ from pipeline.shards.format import Manifest, split_of
 
 LAG = 2  # steps after which the controller reads numbers: the host waits for no running step
 NOT_FINITE_REMEDY = (
-    "training stopped. The last checkpoint is sound: lower the learning rates "
+    "training stopped. Lower the learning rates "
     "(--corruption-rate, --classifier-rate, --warmup-rate) and use a new --output"
 )
 ADVERSARIAL_COST = 5  # an adversarial step over a warm-up step, until it is measured
@@ -247,12 +247,7 @@ class Trainer:
     def take_warmup(self, run: Path) -> None:
         """Begin with the clean classifier of another run on the same set. Raises TrainingError
         where that run has none yet."""
-        checkpoint = read_checkpoint(run)
-        if checkpoint is None or not checkpoint.numbers["clean_accuracy"]:
-            raise TrainingError(
-                f"--warmup-from {run} holds no checkpoint past its warm-up. Let that run get "
-                "further, or leave the flag out"
-            )
+        checkpoint = read_warmup(run)
         for net in (self.state.classifier, self.state.clean_classifier):
             load_net_tensors({"clean_classifier": net}, checkpoint.tensors)
         self._begin_adversarial(checkpoint.numbers["clean_accuracy"])

@@ -8,7 +8,7 @@ import torch
 
 from jobs.pictures import encode_png
 from jobs.runs import save_nets
-from jobs.train.checkpoints import read_checkpoint, write_checkpoint
+from jobs.train.checkpoints import REQUEST_NAME, read_checkpoint, write_checkpoint
 from jobs.train.collectives import check_ranks, on_first_rank
 from jobs.train.config import TrainConfig
 from jobs.train.examples import Examples, draw_examples, load_examples
@@ -35,19 +35,25 @@ def resume(trainer: Trainer) -> list[str]:
 def write_state(trainer: Trainer, examples: Examples | None = None) -> None:
     """Write a checkpoint, of weights that are finite and the same on all ranks, and a picture of
     the example images where this rank has them."""
-    state, config = trainer.state, trainer.config
+    state = trainer.state
     trainer.check_weights()
     check_ranks(state)
 
     def write() -> None:
-        tensors, numbers = state_tensors(state), state_numbers(state)
-        keep = config.logging.keep_checkpoints
-        write_checkpoint(config.output, state.step, tensors, numbers, keep)
+        write_own_state(trainer)
         if trainer.log is not None and examples is not None and not trainer.warming_up:
             picture = draw_examples(examples, state.corruption_average, trainer.model)
             trainer.log.picture(state.step, picture, encode_png(picture))
 
     on_first_rank(write, f"the checkpoint of step {state.step}")
+
+
+def write_own_state(trainer: Trainer) -> None:
+    """Write a checkpoint of this rank's state, which is that of all. Raises OSError."""
+    state, config = trainer.state, trainer.config
+    tensors, numbers = state_tensors(state), state_numbers(state)
+    keep = config.logging.keep_checkpoints
+    write_checkpoint(config.output, state.step, tensors, numbers, keep)
 
 
 def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
@@ -75,10 +81,15 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
     batches = Loader(loading.data, manifest, device, loading.cache_config()).train(
         order, loading.augmentation(), start=trainer.position, rank=rank, ranks=ranks
     )
+    request = config.output / REQUEST_NAME
     while trainer.state.step < trainer.steps:
         trainer.train_step(batches)
         if trainer.at_checkpoint:
             write_state(trainer, examples)
+        if rank == 0 and request.exists():
+            trainer.check_weights()
+            write_own_state(trainer)
+            request.unlink()
     if trainer.log is not None:
         trainer.log.close()
     nets = finished_nets(trainer.state, trainer.model)

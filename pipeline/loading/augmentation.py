@@ -8,11 +8,11 @@ in the stored image are computed once, in float64 on the host, and the pixels in
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.compiled import njit
 from pipeline.loading.order import Position
 
 WEIGHT_BITS = 11  # of an interpolation weight: two of them and a byte fill 30 bits
@@ -238,7 +238,7 @@ def _augment_in_numba(
     return pixels, labels
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _augment_batch(  # type: ignore[no-untyped-def]
     images, segments, rows, columns, colours, fill, whole_rows, pixels, labels
 ):
@@ -302,7 +302,7 @@ def _augment_batch(  # type: ignore[no-untyped-def]
                             out[3 * x + i] = fill[i]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _blend_row(source, left, weight, words, blended, planar, out):  # type: ignore[no-untyped-def]
     """Interpolate a stored row of RGB triples along itself, in units of 2**-WEIGHT_BITS.
 
@@ -343,7 +343,7 @@ def _blend_row(source, left, weight, words, blended, planar, out):  # type: igno
             out[first + np.uint32(2)] = np.int32(word >> blue)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _mix(fine, colours, out):  # type: ignore[no-untyped-def]
     """Map one row's colours: `fine` int32 [3 W], channel by channel, to RGB triples."""
     width = len(fine) // 3

@@ -1,7 +1,6 @@
 """The output of a plan, which its plan.json describes and one driver at a time writes."""
 
 import errno
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,15 +74,8 @@ def exclusive_output(output: str) -> Iterator[None]:
         yield
         return
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another process is at work on {output}; wait for it, or end it."
-            ) from error
-        except OSError as error:  # some network file systems have no locks: as on remote outputs
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
+        if not storage.lock(file):
+            raise UserError(f"another process is at work on {output}; wait for it, or end it.")
         _clean(folder)
         try:
             yield

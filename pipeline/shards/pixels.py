@@ -7,8 +7,9 @@ A driver, which makes no image, does not load this.
 from functools import lru_cache
 
 import cv2
-import numba
 import numpy as np
+
+from pipeline.compiled import njit
 
 WEIGHT_BITS = 15  # of a source pixel's share in an output pixel
 KEPT_BITS = 7  # of fractions of a grey level between the two passes: 15 + 15 bits fit an int32
@@ -56,7 +57,7 @@ def _shares(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return first.astype(np.int32), (last - first).astype(np.int32), shares.astype(np.int32)
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _average(source, first, count, shares, drop, out):  # type: ignore[no-untyped-def]
     """Put into row j of `out` the weighted sum of `count[j]` rows of `source` from `first[j]` on.
 
@@ -78,7 +79,7 @@ def _average(source, first, count, shares, drop, out):  # type: ignore[no-untype
             target[i] = total[i] >> shift
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _moments(rows):  # type: ignore[no-untyped-def]
     """Add rows up value by value, which vectorizes, and channels in the end."""
     sums, squares = np.zeros(rows.shape[1], np.int32), np.zeros(rows.shape[1], np.int32)

@@ -9,6 +9,7 @@ import torch
 
 from jobs.runs import load_nets
 from jobs.train.__main__ import main
+from jobs.train.checkpoints import REQUEST_NAME
 from pipeline.errors import UserError
 from tests.e2e.commands import run
 from tests.jobs.kills import kill_driver_when, workers, workers_killed
@@ -94,9 +95,18 @@ def test_a_killed_run_resumes_loses_a_worker_and_ends_with_the_same_bits(
 ) -> None:
     """The same command goes on, and once a worker has died it does so by itself."""
     output = shutil.copytree(killed, tmp_path / "run")
-    with workers_killed(WORKER, when=lambda: past(output, 14)) as dead:
+    request = output / REQUEST_NAME
+
+    def past_step_14() -> bool:
+        if past(output, 14):
+            request.touch()
+            return True
+        return False
+
+    with workers_killed(WORKER, when=past_step_14) as dead:
         main(flags(small_set, output, "--checkpoint-interval=3"))
     assert dead
+    assert not request.exists()
     notes = [note for values in metrics(output) for note in values.get("notes", [])]
     resumed = [note for note in notes if note.startswith("went on from the checkpoint of step ")]
     assert len(resumed) == 2

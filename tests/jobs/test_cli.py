@@ -1,9 +1,12 @@
 """What the commands share: flags and their bounds, progress lines, records, one-line errors."""
 
+import signal
 import tomllib
 from dataclasses import dataclass, field
+from unittest.mock import Mock
 
 import pytest
+import ray
 
 from jobs import cli
 from jobs.cli import check_bounds, option, parse
@@ -24,6 +27,7 @@ class Config:
     output: str = option(help="a folder")
     sides: tuple[int, ...] = option((), help="in pixels", low=1)
     limit: float | None = option(None, help="GiB", above=0)
+    size: int | str = option(64, help="of images, pixels")
     nets: Nets = field(default_factory=Nets)
 
     def __post_init__(self) -> None:
@@ -33,6 +37,7 @@ class Config:
 def test_groups_are_flat_flags() -> None:
     config = parse(Config, ["--output", "o", "--net-width", "16", "--sides", "3", "4"], "")
     assert config == Config(output="o", sides=(3, 4), nets=Nets(net_width=16))
+    assert parse(Config, ["--output", "o", "--size", "64x96"], "").size == "64x96"
 
 
 def test_the_help_names_the_defaults_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,15 +107,61 @@ def test_a_record_has_the_projects_version_and_none_for_what_is_not_installed(
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(UserError("no folder a"), 1), (OSError("disk"), 1), (KeyboardInterrupt, 130)],
+    [
+        (UserError("no folder a"), 1),
+        (OSError("disk"), 1),
+        (KeyboardInterrupt(signal.SIGINT), 130),
+        (KeyboardInterrupt(signal.SIGTERM), 143),
+    ],
 )
 def test_known_errors_are_one_line_and_an_exit_code(
-    error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def main() -> None:
         raise error
 
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of this process
     with pytest.raises(SystemExit) as ended:
         cli.run(main)
     assert ended.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "somewhere"])
+def test_an_address_that_is_none_is_refused_with_its_variable(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(UserError, match=f"RAY_ADDRESS={address}; .* HOST:PORT"):
+        cli.connect_ray()
+
+
+def test_a_cluster_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cli, "CLUSTER_SECONDS", 2)
+    with pytest.raises(UserError, match=r"answers at RAY_ADDRESS=127\.0\.0\.1:1 within 2 s"):
+        cli.connect_ray()
+
+
+@pytest.mark.parametrize(
+    "failure", [Exception("timed out during startup\nmore"), SystemExit(1), OSError("/tmp/ray")]
+)
+def test_ray_gets_a_second_try_and_then_one_line(
+    failure: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    tries = Mock(side_effect=[failure, None])
+    monkeypatch.setattr(ray, "init", tries)
+    cli.connect_ray()
+    assert tries.call_count == 2
+    monkeypatch.setattr(ray, "init", Mock(side_effect=failure))
+    with pytest.raises(UserError, match=r"tried twice \(.*\)\. .*RAY_TMPDIR$"):
+        cli.connect_ray()

@@ -7,6 +7,7 @@ import torch
 
 from jobs.runs import (
     DamagedError,
+    exclusive_run,
     load_nets,
     read_config,
     read_weights,
@@ -93,4 +94,22 @@ def test_a_runs_configuration_is_read_without_its_weights(random_run: Path, tmp_
     with pytest.raises(UserError, match=r"model\.json is not what was written"):
         read_config(run)
     with pytest.raises(UserError, match=r"jobs\.train .* --output"):
+        read_config(tmp_path)
+
+
+def test_a_run_without_nets_tells_whether_and_how_far_it_trains(tmp_path: Path) -> None:
+    with exclusive_run(tmp_path):
+        with pytest.raises(UserError, match="still training, before the first line"):
+            read_config(tmp_path)
+        lines = [json.dumps({"step": step, "steps": 90}) for step in (20, 40)]
+        (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 6']))
+        with pytest.raises(UserError, match="still training, at step 40 of 90; wait"):
+            load_nets(tmp_path)
+        with (
+            pytest.raises(UserError, match=r"another process trains in .* step 40 of 90"),
+            exclusive_run(tmp_path),
+        ):
+            pass
+    (tmp_path / "run.json").touch()
+    with pytest.raises(UserError, match=r"stopped at step 40 of 90; the same jobs\.train"):
         read_config(tmp_path)

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from jobs.cli import flag, parse
+from jobs.runs import METRICS_NAME
 from jobs.train.config import PRESETS, TrainConfig
-from jobs.train.log import METRICS_NAME, TrainingLog
+from jobs.train.log import TrainingLog
 from jobs.train.state import state_numbers, state_tensors
 from jobs.train.trainer import Trainer
 from pipeline.loading.augmentation import Augmentation

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from jobs.runs import write_weights
-from jobs.train.checkpoints import read_checkpoint, write_checkpoint
+from jobs.train.checkpoints import read_checkpoint, way_on, write_checkpoint
 from jobs.train.state import TrainingError
 from tests.jobs.test_runs import damage, some_tensors
 from tests.jobs.train.small import no_room
@@ -16,9 +16,11 @@ def steps_kept(run: Path) -> list[int]:
 
 def test_the_newest_checkpoints_are_kept_and_the_newest_sound_one_is_read(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path) is None
+    assert "no checkpoint yet" in way_on(tmp_path)
     for step in (5, 10, 1_000_000):
         write_checkpoint(tmp_path, step, some_tensors(step), {"step": step}, keep=2)
     assert steps_kept(tmp_path) == [10, 1_000_000]
+    assert way_on(tmp_path).endswith("the checkpoint of step 1000000")
     newest = read_checkpoint(tmp_path)
     assert newest is not None
     assert (newest.numbers, newest.damaged) == ({"step": 1_000_000}, ())

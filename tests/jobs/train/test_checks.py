@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.cli import record
-from jobs.train.__main__ import check_data, check_warmup, claim_output, describe_run, train
+from jobs.runs import exclusive_run
+from jobs.train.__main__ import check_data, check_warmup, claimed_output, describe_run, train
+from jobs.train.checkpoints import write_checkpoint
 from jobs.train.config import ResourcesConfig, TrainConfig
 from jobs.train.launch import check_resources
 from pipeline.errors import UserError
@@ -24,7 +27,8 @@ def copy(small_set: Path, tmp_path: Path) -> Path:
 
 def claim(config: TrainConfig) -> None:
     manifest = read_manifest(config.loading.data)
-    claim_output(config.output, describe_run(config, manifest, record(config)))
+    with claimed_output(config.output, describe_run(config, manifest, record(config))):
+        pass
 
 
 def check(config: TrainConfig) -> None:
@@ -59,11 +63,56 @@ def test_a_run_of_an_earlier_version_is_refused(small_set: Path, tmp_path: Path)
         check_warmup(config_for(small_set, warmup_from=tmp_path), read_manifest(small_set))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"format": 2, "conf',
+        "[]",
+        '{"format": 2}',
+        '{"format": 2, "configuration": 3}',
+    ],
+)
+def test_a_damaged_run_json_is_named(content: str, small_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json is damaged .* another --output"):
+        claim(config_for(small_set, output=tmp_path))
+
+
+def test_two_trainings_in_one_folder_are_refused_before_ray_starts(
+    small_set: Path, tmp_path: Path
+) -> None:
+    config = config_for(small_set, output=tmp_path)
+    with exclusive_run(tmp_path):
+        for start in (train, claim):
+            with pytest.raises(UserError, match="another process trains in"):
+                start(config)
+
+
+def test_what_no_worker_could_do_is_refused_before_the_folder_is_claimed(
+    small_set: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    claim(config_for(small_set, output=tmp_path / "warmup"))
+    refused: list[tuple[dict[str, object], str]] = [
+        ({"workers": "17"}, "64 images in batches of 16 cannot give each of 17 workers an image"),
+        ({"workers": "2:17"}, "each of 17 workers"),
+        ({"warmup_from": tmp_path / "warmup"}, "holds no checkpoint past its warm-up"),
+    ]
+    if not torch.cuda.is_available():
+        refused.append(({"device": "cuda"}, "--device cuda: torch finds no CUDA device"))
+    for changes, message in refused:
+        with pytest.raises(UserError, match=message):
+            train(config_for(small_set, output=run, **changes))
+    assert not run.exists()
+
+
 def test_a_warm_up_on_other_images_or_of_other_nets_is_refused_one_on_other_superpixels_taken(
     small_set: Path, tmp_path: Path
 ) -> None:
     manifest = read_manifest(small_set)
     claim(config_for(small_set, output=tmp_path / "source"))
+    write_checkpoint(tmp_path / "source", 8, {}, {"clean_accuracy": 0.5}, keep=2)
     from_source = config_for(small_set, warmup_from=tmp_path / "source")
     check_warmup(from_source, manifest)
     finer = replace(manifest, max_superpixels=400, ledger="0" * 64, versions={"numpy": "3"})

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import duration
+from jobs.runs import LOG_NAME, METRICS_NAME
 from jobs.train.launch import following
 from jobs.train.log import (
-    LOG_NAME,
-    METRICS_NAME,
     TrainingLog,
     line,
     summary,
