@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,20 +44,94 @@ def given_commands(source: Path, folder: Path) -> list[list[str]]:
     return [shlex.split(line) for line in (folder / "commands").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_lists_the_flags(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", [command, "--help"])
-    main = importlib.import_module(module_of(command)).main
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 0
-    assert "--output" in capsys.readouterr().out
-
-
 def test_help_names_the_command_as_it_is_run() -> None:
     assert run("-m", "jobs.inspect", "--help").stdout.startswith("usage: python -m jobs.inspect ")
+
+
+# What each command needs beside the flag that is tried, and where that flag needs another one.
+NEEDED = {
+    "demo": "",
+    "evaluate": "--data d --output o",
+    "inspect": "--data d --output o",
+    "localize": "i.jpg --run r --output o",
+    "preprocess": "--source s --output o",
+    "report": "e --output o",
+    "train": "--data d --output o",
+}
+TOGETHER = {
+    **{f"evaluate --{name}": "--run r" for name in ("rule", "baselines", "ten-crops")},
+    "train --preset photos": "--network timm:n",
+    "train --co-trained last": "--network timm:n",
+}
+IN_WORDS = (  # documented beside choices and defaults
+    *("preprocess --image-size 64x96", "preprocess --image-size 512", "preprocess --layout cub"),
+    *("preprocess --image-format rgb", "preprocess --image-format jpg", "preprocess --verify"),
+    *("train --workers 2:8", "train --workers 1"),
+    *("evaluate --centred-box 0.5 0.6", "train --target 0.1", "train --target-share 0.65"),
+    *("train --averaging 0", "train --logit-limit 0", "train --area-power 1"),
+)
+
+
+def documented(help_text: str) -> Iterator[str]:
+    """Yield each flag of a help with each of its choices, its default, or alone where it takes no
+    value."""
+    entries = re.split(r"\n  (?=-)", help_text.partition("options:\n")[2])
+    for entry in map(" ".join, map(str.split, entries)):
+        words = re.match(r"(--[\w-]+)(?:, (--no-[\w-]+))?(?: \{(.*?)\})?( [A-Z_]+)?", entry)
+        if words is None:
+            continue
+        flag, negative, choices, value = words.groups()
+        default = re.search(r"\(default: ([^ )]+)\)$", entry)
+        if choices:
+            yield from (f"{flag} {choice}" for choice in choices.split(","))
+        elif value is None:
+            yield from filter(None, (flag, negative))
+        elif default:
+            yield f"{flag} {default[1]}"
+
+
+def parses(command: str, words: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Return whether the command accepts these words beside those that it needs."""
+    parse = cli.parse
+
+    def parse_only(*arguments: object) -> None:
+        parse(*arguments)  # type: ignore[arg-type]
+        raise ParsedError
+
+    flag = words.split()[0].replace("--no-", "--")
+    beside = TOGETHER.get(f"{command} {words}") or TOGETHER.get(f"{command} {flag}", "")
+    line = f"{NEEDED[command]} {words} {beside}".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "parse", parse_only)
+        patch.setattr(sys, "argv", [command, *line])
+        try:
+            importlib.import_module(module_of(command)).main()
+        except ParsedError:
+            return True
+        except SystemExit:
+            return False
+    raise AssertionError("a command parses, or ends with a usage error")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_documented_value_is_accepted_and_no_number_is_nan_or_infinite(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    assert not parses(command, "--help", monkeypatch)
+    tried = [*documented(capsys.readouterr().out)]
+    assert tried
+    tried += [words.partition(" ")[2] for words in IN_WORDS if words.split()[0] == command]
+    refused = [words for words in tried if not parses(command, words, monkeypatch)]
+    assert [words for words in refused if words not in ("-h", "--help")] == []
+    numbers = [words.split()[0] for words in tried if re.fullmatch(r"\S+ [\d.]+", words)]
+    taken = [
+        f"{flag} {value}"
+        for flag in numbers
+        for value in ("nan", "inf", "-inf", "1e999", "")
+        if parses(command, f"{flag} {value}", monkeypatch)
+    ]
+    assert taken == []
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
         if rank == 0 and request.exists():
             trainer.check_weights()
             write_own_state(trainer)
-            request.unlink()
+            request.unlink(missing_ok=True)
     if trainer.log is not None:
         trainer.log.close()
     nets = finished_nets(trainer.state, trainer.model)

@@ -1,0 +1,54 @@
+"""How the driver of a training answers an interruption."""
+
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import pytest
+
+from jobs.train import launch
+from jobs.train.checkpoints import REQUEST_NAME, write_checkpoint
+from tests.jobs.test_runs import some_tensors
+
+
+def interrupt_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt(signal.SIGTERM)
+
+    monkeypatch.setattr(launch.ray, "shutdown", Mock())
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("answers", "line"),
+    [(True, "goes on from the checkpoint of step 7"), (False, "there is no checkpoint yet")],
+)
+def test_an_interruption_waits_for_a_checkpoint_and_names_its_step(
+    answers: bool,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(launch, "REQUEST_SECONDS", 60 if answers else 0)
+    request = tmp_path / REQUEST_NAME
+    request.touch()  # of an earlier driver, which was killed
+
+    def fit() -> object:
+        while not request.exists():
+            time.sleep(0.01)
+        if answers:
+            write_checkpoint(tmp_path, 7, some_tensors(), {}, keep=2)
+            request.unlink()
+        time.sleep(5)  # workers train on until the driver ends
+        return Mock()
+
+    interrupt_soon(monkeypatch)
+    with pytest.raises(KeyboardInterrupt) as ended:
+        launch._fit(SimpleNamespace(fit=fit), tmp_path)
+    assert ended.value.args == (signal.SIGTERM,)
+    assert line in capsys.readouterr().err
+    assert not request.exists()
