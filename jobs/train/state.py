@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from model.decoder import FeatureCorruptionNet
 from model.pretrained import PretrainedClassifier
 from model.saliency import AnyClassifier
 from model.step import Gradients, trainable
-from pipeline.loading.loader import Batch
+
+if TYPE_CHECKING:  # the driver imports no DALI
+    from pipeline.loading.loader import Batch
 
 RAMP_STEPS = 50  # of the learning rates at the start of the adversarial phase
 DECAY_SHARE = 0.3  # of the adversarial phase, at its end, in which they fall to 0
@@ -47,7 +49,7 @@ class Pending:
     names: tuple[str, ...]
     values: Tensor
     ready: torch.cuda.Event | None = None
-    batch: Batch | None = None
+    batch: "Batch | None" = None
 
     def read(self) -> dict[str, float]:
         """Wait for the sums, and return them by name."""
@@ -60,7 +62,7 @@ class Pending:
         return {"step": self.step, "total": self.total, "joint": self.joint, "sums": self.read()}
 
 
-def send(step: int, batch: Batch, sums: Mapping[str, Tensor], joint: bool) -> Pending:
+def send(step: int, batch: "Batch", sums: Mapping[str, Tensor], joint: bool) -> Pending:
     """Start a step's sums on their way to the host; on a GPU nothing waits for them."""
     names = tuple(sorted(sums))
     values = torch.stack([sums[name] for name in names])
