@@ -19,7 +19,7 @@ SPLIT_FOLDER = re.compile(  # Hugging Face's archives are data/train_images_0 an
     r"(?:(?:ILSVRC/)?Data/CLS-LOC/|data/)?(train|val)(?:_images(?:_\d)?)?(?:/([^/]+))?"
 )
 # Hugging Face's names end with the class.
-IMAGE_NAME = re.compile(r"((n\d{8})_\d+|ILSVRC2012_val_\d{8})(?:_(n\d{8}))?")
+IMAGE_NAME = re.compile(r"((n\d{8})_.+?|ILSVRC2012_val_\d{8})(?:_(n\d{8}))?")
 TEST_FOLDER = re.compile(r"(?:(?:ILSVRC/)?Data/CLS-LOC/)?test(?:/.*)?")  # without labels
 IMAGES = {"ILSVRC2012_img_train.tar": "train", "ILSVRC2012_img_val.tar": "val"}
 SPLIT_WORD = re.compile(r"(?:(?<![^/])|(?<=bbox_)|(?<=LOC_))(train|val)(?=/|_v\d|_solution)")
