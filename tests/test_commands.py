@@ -120,7 +120,7 @@ def test_every_documented_value_is_accepted_and_no_number_is_nan_or_infinite(
     monkeypatch.setenv("COLUMNS", "500")
     assert not parses(command, "--help", monkeypatch)
     tried = [*documented(capsys.readouterr().out)]
-    assert tried
+    assert tried or command == "report"  # whose flags have neither choices nor defaults
     tried += [words.partition(" ")[2] for words in IN_WORDS if words.split()[0] == command]
     refused = [words for words in tried if not parses(command, words, monkeypatch)]
     assert [words for words in refused if words not in ("-h", "--help")] == []

@@ -146,13 +146,13 @@ def test_a_second_driver_on_the_same_output_is_refused(images: Path, tmp_path: P
 def test_a_set_is_made_on_object_storage_whoever_is_killed(
     images: Path, whole: dict[str, bytes], s3_endpoint: str, tmp_path: Path
 ) -> None:
-    uri = remote.uri(s3_endpoint, "made")
+    uri = remote.uri(s3_endpoint, "killed")
     system = remote.client(s3_endpoint)
 
     def objects() -> dict[str, int]:
-        selector = fs.FileSelector("sets/made", recursive=True, allow_not_found=True)
+        selector = fs.FileSelector("sets/killed", recursive=True, allow_not_found=True)
         found = system.get_file_info(selector)
-        return {info.path.removeprefix("sets/made/"): info.size for info in found if info.is_file}
+        return {info.path.removeprefix("sets/killed/"): info.size for info in found if info.is_file}
 
     kill_driver_when(
         lambda: sum(name.endswith(".parquet") for name in objects()) >= 5,
@@ -160,5 +160,5 @@ def test_a_set_is_made_on_object_storage_whoever_is_killed(
     )
     assert "dataset.json" not in objects()
     main(flags(images, uri))
-    fs.copy_files("sets/made", str(tmp_path), source_filesystem=system)
+    fs.copy_files("sets/killed", str(tmp_path), source_filesystem=system)
     assert contents(tmp_path) == whole
