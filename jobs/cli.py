@@ -36,7 +36,7 @@ RECORDED_PACKAGES = (
 ROOT = Path(__file__).parents[1]
 LINE_SECONDS = 5.0  # between progress lines
 ADDRESS = re.compile(r"auto|[^/]+:\d+")
-CLUSTER_SECONDS = 40  # for a cluster to answer; Ray itself would wait for 14 minutes
+CLUSTER_SECONDS = 50  # for a cluster to answer; Ray itself would wait for 14 minutes
 
 
 def option(
