@@ -16,7 +16,7 @@ from jobs.train.checkpoints import newest_step, read_warmup
 from jobs.train.config import PRESETS, TrainConfig, by_flag
 from jobs.train.launch import check_resources, launch
 from jobs.train.log import summary, waiting_summary
-from jobs.train.state import TrainingError
+from jobs.train.state import TrainingError, pretrained_network
 from model.corruption import STRIDE
 from pipeline.errors import UserError
 from pipeline.loading.cache import ShardCache, check_window
@@ -126,6 +126,12 @@ def check_warmup(config: TrainConfig, manifest: Manifest) -> None:
     if not (run / RUN_NAME).is_file():
         raise UserError(f"--warmup-from {run} holds no {RUN_NAME}: it is no run of jobs.train")
     other = read_run(run)
+    network = other["configuration"]["nets"].get("network")  # absent from older runs
+    if network is not None:
+        raise UserError(
+            f"--warmup-from {run} has nets over {network}, whose warm-up trains the corruption net "
+            "too. Give a run with nets from scratch, or leave the flag out"
+        )
     if other["images_sha256"] != images_hash(manifest):
         raise UserError(
             f"--warmup-from {run} was trained on other images than {config.loading.data} holds "
@@ -183,13 +189,18 @@ def train(config: TrainConfig) -> None:
     """Train to the end, from the last checkpoint where there is one. Raises UserError with the
     cause where training cannot go on."""
     loading = replace(config.loading, data=absolute(config.loading.data))
-    warmup_from = config.optimization.warmup_from
-    optimization = replace(config.optimization, warmup_from=warmup_from and warmup_from.resolve())
+    warmup_from, weights = config.optimization.warmup_from, config.optimization.network_weights
+    optimization = replace(
+        config.optimization,
+        warmup_from=warmup_from and warmup_from.resolve(),
+        network_weights=weights and weights.resolve(),
+    )
     output = config.output.resolve()
     config = replace(config, output=output, loading=loading, optimization=optimization)
     manifest = read_manifest(config.loading.data)
     check_data(config, manifest)
     check_warmup(config, manifest)
+    pretrained_network(config, manifest)  # so that what does not fit is one line here
     record = cli.record(config)
     content = describe_run(config, manifest, record)
     check_output(output, content)

@@ -270,6 +270,12 @@ class TrainConfig:
     resources: ResourcesConfig = field(default_factory=ResourcesConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    def __post_init__(self) -> None:
+        if self.nets.network is not None and self.optimization.warmup_from is not None:
+            raise ValueError("--warmup-from is for nets from scratch; leave it out with --network")
+        if self.nets.network is None and self.optimization.network_weights is not None:
+            raise ValueError("--network-weights needs the name of the network: --network")
+
 
 def by_flag(configuration: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recorded configuration without its groups: by the flags' names alone."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from jobs.networks import Network
+from jobs.networks import Network, load_network
 from jobs.runs import ModelConfig, Nets, load_net_tensors, net_tensors, new_nets
 from jobs.train.config import TrainConfig
 from jobs.train.graphs import memory_layout
@@ -23,6 +23,7 @@ from model.decoder import FeatureCorruptionNet
 from model.pretrained import PretrainedClassifier
 from model.saliency import AnyClassifier
 from model.step import Gradients, trainable
+from pipeline.shards.format import Manifest
 
 if TYPE_CHECKING:  # the driver imports no DALI
     from pipeline.loading.loader import Batch
@@ -139,6 +140,20 @@ class TrainingState:
     def nets(self) -> dict[str, nn.Module]:
         """Return the nets by name."""
         return {name: net for name, net in vars(self).items() if isinstance(net, nn.Module)}
+
+
+def pretrained_network(config: TrainConfig, manifest: Manifest) -> Network | None:
+    """Return the network that the nets are over, with its weights. Raises UserError."""
+    nets = config.nets
+    if nets.network is None:
+        return None
+    return load_network(
+        nets.network,
+        manifest.classes,
+        manifest.class_names,
+        weights=config.optimization.network_weights,
+        size=nets.sides[-1],
+    )
 
 
 def new_state(

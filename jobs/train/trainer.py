@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from jobs.networks import Network, load_network
+from jobs.networks import Network
 from jobs.runs import ModelConfig, colour_statistics, load_net_tensors
 from jobs.train.checkpoints import read_warmup
 from jobs.train.collectives import reduce_step
@@ -25,6 +25,7 @@ from jobs.train.state import (
     adversarial_factor,
     apply_gradients,
     new_state,
+    pretrained_network,
     send,
     warmup_factor,
 )
@@ -45,20 +46,6 @@ NOT_FINITE_REMEDY = (
 )
 ADVERSARIAL_COST = 5  # an adversarial step over a warm-up step, until it is measured
 WARNING_SHARE = 0.2  # of --collapse-steps, after which the log says what stops the run in the end
-
-
-def pretrained_network(config: TrainConfig, manifest: Manifest) -> Network | None:
-    """Return the network that the nets are over, with its weights. Raises UserError."""
-    nets = config.nets
-    if nets.network is None:
-        return None
-    return load_network(
-        nets.network,
-        manifest.classes,
-        manifest.class_names,
-        weights=config.optimization.network_weights,
-        size=nets.sides[-1],
-    )
 
 
 def model_config(

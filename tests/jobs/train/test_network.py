@@ -74,6 +74,9 @@ def test_the_warm_up_trains_a_new_head_and_the_decoder_then_the_last_stages_trai
     images = torch.randn(2, 3, trainer.model.height, trainer.model.width)
     for name, net in read.modules().items():
         torch.testing.assert_close(net(images), nets.modules()[name](images), rtol=0, atol=0)
+    averaged = load_nets(tmp_path, average_views=True).corruption(images)
+    mirrored = read.corruption(images.flip(3)).flip(2)
+    torch.testing.assert_close(averaged, (read.corruption(images) + mirrored) / 2)
     megabytes = (tmp_path / "model" / "model.safetensors").stat().st_size / 1e6
     assert megabytes < 1.95 * 4 * 4.6, "the frozen stages are kept once"
 
@@ -96,7 +99,12 @@ def test_a_training_over_a_network_resumes_to_the_last_bit(
 def test_flags_that_contradict_a_network_are_refused(
     small_set: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    for changes in ({"network": None}, {"sides": None}, {"guide": True}, {"logit_limit": 0}):
+    contradictions: tuple[dict, ...] = (
+        *({"network": None}, {"sides": None}, {"guide": True}, {"logit_limit": 0}),
+        {"warmup_from": "run"},
+        {"network": None, "sides": None, "co_trained": "all", "network_weights": "file"},
+    )
+    for changes in contradictions:
         with pytest.raises(SystemExit):
             network_config(small_set, **changes)
         assert "--network" in capsys.readouterr().err
