@@ -156,16 +156,26 @@ def read_config(run: Path) -> ModelConfig:
     return ModelConfig(**config)
 
 
-def load_nets(run: Path) -> Nets:
+def load_nets(run: Path, *, average_views: bool = False) -> Nets:
     """Read RUN/model/ onto the CPU, in evaluation mode. Raises UserError for missing, damaged or
-    foreign files."""
+    foreign files.
+
+    average_views: whether maps are averaged over all sides and mirror images, which nets over a
+    pretrained network alone can.
+    """
     config = read_config(run)
+    if average_views and config.network is None:
+        raise UserError(
+            f"--average-views is for nets over a pretrained network; {run} has nets from scratch"
+        )
     with _remedies(run):
         tensors, _ = read_weights(run / MODEL_NAME)
     nets = new_nets(config)
     for net in nets.modules().values():
         net.eval()
     load_net_tensors(nets.modules(), tensors)
+    if isinstance(nets.corruption, FeatureCorruptionNet):
+        nets.corruption.averaged = average_views
     return nets
 
 

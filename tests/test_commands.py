@@ -59,7 +59,10 @@ NEEDED = {
     "train": "--data d --output o",
 }
 TOGETHER = {
-    **{f"evaluate --{name}": "--run r" for name in ("rule", "baselines", "ten-crops")},
+    **{
+        f"evaluate --{name}": "--run r"
+        for name in ("rule", "baselines", "ten-crops", "average-views")
+    },
     "train --preset photos": "--network timm:n",
     "train --co-trained last": "--network timm:n",
 }

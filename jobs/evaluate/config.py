@@ -31,6 +31,7 @@ NEEDS = {  # a flag: of those that make use of it one is given
     "network_size": ("network",),
     "baselines": ("run",),
     "export": ("run",),
+    "average_views": ("run",),
     "ten_crops": ("run", "network"),
     "batch_size": ("run", "network"),
     "shards": ("run", "network"),
@@ -94,6 +95,11 @@ class EvaluateConfig:
     )
     baselines: bool = option(
         True, help="beside --run's ALN also maps of its clean classifier: CAM and others"
+    )
+    average_views: bool = option(
+        False,
+        help="average maps over all of the run's --sides and over mirror images (nets over a "
+        "pretrained network; several times slower)",
     )
     ten_crops: bool = option(
         False,

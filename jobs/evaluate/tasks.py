@@ -70,7 +70,7 @@ def load_source(
         network.classifier.to(device)
         return NetworkSource(network=network, superpixels=superpixels, crops=config.ten_crops)
     assert config.run is not None
-    nets = load_nets(config.run)
+    nets = load_nets(config.run, average_views=config.average_views)
     for net in nets.modules().values():
         net.to(device)
         torch.nn.utils.convert_conv2d_weight_memory_format(net, torch.channels_last)

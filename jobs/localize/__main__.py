@@ -238,7 +238,7 @@ def read_nets(config: LocalizeConfig) -> Nets:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not
         torch.use_deterministic_algorithms(True)
-    nets = load_nets(config.run)
+    nets = load_nets(config.run, average_views=config.average_views)
     for net in (nets.corruption, nets.clean_classifier):
         net.to(device)
     return nets
@@ -255,7 +255,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     config.output.mkdir(parents=True, exist_ok=True)
     model = sha256_file(config.run / MODEL_NAME)
-    settings = {"format": FORMAT, "model_sha256": model, "rule": config.rule or nets.config.rule}
+    rule = config.rule or nets.config.rule
+    settings = {"format": FORMAT, "model_sha256": model, "rule": rule}
+    settings["average_views"] = config.average_views
     with open_progress(config.output, settings) as (progress, latest):
         jobs = name_results(images, config.output, latest)
         results = still_valid(latest, jobs, config)

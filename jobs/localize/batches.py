@@ -42,7 +42,12 @@ class LocalizeConfig:
     masks: bool = option(
         False,
         help="write masks/: a grey PNG per image, of its size, 255 times the probability of being "
-        "masked (threshold at 128 for what is masked more often than not)",
+        "masked, or as --network's maps (threshold at 128 for what is masked more often than not)",
+    )
+    average_views: bool = option(
+        False,
+        help="average maps over all of the run's --sides and over mirror images (nets over a "
+        "pretrained network; several times slower)",
     )
     rule: Rule | None = option(None, help="how a box follows from a map (default: as the run says)")
     batch_size: int = option(
