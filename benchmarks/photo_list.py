@@ -63,7 +63,10 @@ def list_photos(config: ListConfig) -> list[tuple[str, ...]]:
     sizes = {Path(name).name: size for name, *size in _rows(config.truth, "image_sizes")}
     labels = {Path(name).name: int(label) for name, label in _rows(config.truth, "class_labels")}
     if len(wnids) != len(set(labels.values())):
-        raise UserError(f"train images of {len(wnids)} classes; val has labels of all 1000")
+        raise UserError(
+            f"the train images have {len(wnids)} classes and the labels of val more; list a folder "
+            "with an image of each class"
+        )
     for name, *box in _rows(config.truth, "localization"):
         name = Path(name).name
         if name in val:
