@@ -16,7 +16,9 @@ pages=("$output/evaluation-320") titles=(network)
 for seed in "${seeds[@]:-0}"; do
   .venv/bin/python -m jobs.train --data "$output/shards" "${network[@]}" --seed "$seed" \
     --output "$output/run-$seed"
-  "${evaluate[@]}" --run "$output/run-$seed" --output "$output/evaluation-$seed" --ten-crops
-  pages+=("$output/evaluation-$seed") titles+=(ALN)
+  run=("${evaluate[@]}" --run "$output/run-$seed" --no-baselines)
+  "${run[@]}" --output "$output/evaluation-$seed"
+  "${run[@]}" --average-views --output "$output/averaged-$seed"
+  pages+=("$output/evaluation-$seed" "$output/averaged-$seed") titles+=(ALN averaged)
 done
 .venv/bin/python -m jobs.report "${pages[@]}" --titles "${titles[@]}" --output "$output/report.html"
