@@ -117,7 +117,8 @@ class Line:
 
 def page_lines(entries: Sequence[Entry]) -> list[Line]:
     """Return the rows that the page shows, constant boxes first. Of several entries, those by the
-    paper's box rule, and a constant box once where it does as well for each."""
+    paper's box rule and by each entry's own, and a constant box once where it does as well for
+    each."""
     lines: list[Line] = []
     for entry in entries:
         for row, members in entry.members.items():
@@ -130,7 +131,8 @@ def page_lines(entries: Sequence[Entry]) -> list[Line]:
             )
             known = [(x.r.row.map, x.r.figures["gt_known"]) for x in lines if x.constant]
             again = (row.map, line.r.figures["gt_known"]) in known
-            if len(entries) == 1 or line.own or (line.primary and not again):
+            shown = line.primary or row.rule == entry.main.rule
+            if len(entries) == 1 or (shown and not again):
                 lines.append(line)
     return sorted(lines, key=lambda line: not line.constant)
 

@@ -523,6 +523,22 @@ def test_methods_side_by_side_have_a_colour_each(evaluations: Evaluations) -> No
     }
 
 
+def test_side_by_side_all_maps_are_shown_by_the_rule_of_their_evaluation_too(
+    evaluations: Evaluations, tmp_path: Path
+) -> None:
+    other = shutil.copytree(evaluations[1], tmp_path / "other")
+    metrics = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps(metrics | {"rule": "otsu"}))
+    lines = tables.page_lines(entries(evaluations[0], other))
+    rules = {(x.entry, x.r.row.map): set[str | None]() for x in lines}
+    for x in lines:
+        rules[x.entry, x.r.row.map].add(x.r.row.rule)
+    for name in ("aln", "cam", "layercam", "gradient"):
+        assert rules[evaluations[0].name, name] == {"paper"}
+        assert rules["other", name] == {"paper", "otsu"}
+    assert {x.r.row.rule for x in lines if x.own} == {"paper", "otsu"}
+
+
 def test_rows_with_the_same_boxes_are_drawn_once_and_all_others_are(
     evaluations: Evaluations,
 ) -> None:
