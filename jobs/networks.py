@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from model.decoder import resize
 from model.masking import normalize
 from model.pretrained import PretrainedClassifier
 from pipeline.errors import NAMED, UserError
@@ -348,20 +348,10 @@ def load_network(
     return replace(network, new_classes=tuple(unknown))
 
 
-def resized(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Float [B, C, H, W] at another size, bilinearly: where it shrinks, each pixel is a weighted
-    mean of all that lie under it, so that none is skipped; where it grows, none is repeated."""
-    if maps.shape[-2:] == torch.Size(size):
-        return maps
-    return functional.interpolate(
-        maps, size=size, mode="bilinear", align_corners=False, antialias=True
-    )
-
-
 def prepare(network: Network, images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] on the classifier's device -> normalized float32 at the network's size."""
     mean, std = (
         torch.tensor(values, device=images.device) for values in (network.mean, network.std)
     )
-    x = normalize(resized(images.to(torch.float32), network.size), mean, std)
+    x = normalize(resize(images.to(torch.float32), network.size), mean, std)
     return x.contiguous(memory_format=torch.channels_last)

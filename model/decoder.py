@@ -37,8 +37,8 @@ def _entry(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Return maps [B, C, h, w] at another size, bilinearly; smaller, each pixel is a mean of those
-    under it."""
+    """Return maps [B, C, h, w] at another size, bilinearly. Smaller, each pixel is a weighted mean
+    of all that lie under it, so that none is skipped."""
     if maps.shape[-2:] == torch.Size(size):
         return maps
     smaller = size[0] < maps.shape[-2]

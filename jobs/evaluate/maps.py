@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jobs.networks import Network, prepare, resized
+from jobs.networks import Network, prepare
 from jobs.runs import Nets, colour_statistics
 from model.classifier import class_probabilities
-from model.decoder import object_map
+from model.decoder import object_map, resize
 from model.evidence import combined_cams, evidence
 from model.masking import normalize
 from model.pretrained import PretrainedClassifier
@@ -169,6 +169,6 @@ class NetworkSource:
             for name, source in sources.items():
                 assert source.of_network is not None
                 values = source.of_network(self.network.classifier, inputs).unsqueeze(1)
-                stored = resized(values, batch.images.shape[-2:]).squeeze(1)
+                stored = resize(values, batch.images.shape[-2:]).squeeze(1)
                 parts[name].append(finished(stored, blurred=source.blurred))
         yield from ((name, np.concatenate(arrays)) for name, arrays in parts.items())
