@@ -28,7 +28,9 @@ def flags(data: Path, output: Path, *more: str) -> list[str]:
 
 def metrics(output: Path) -> list[dict]:
     path = output / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # a training may be writing the last line
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def past(output: Path, step: int) -> bool:
