@@ -33,13 +33,6 @@ class LoadingConfig:
     translation: float = option(
         0.0, low=0, below=1, help="largest share of the side by which a crop reaches over the edge"
     )
-    brightness: float = option(
-        0.0, low=0, below=1, help="largest relative change of the brightness"
-    )
-    contrast: float = option(0.0, low=0, below=1, help="largest relative change of the contrast")
-    saturation: float = option(
-        0.0, low=0, below=1, help="largest relative change of the saturation"
-    )
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -51,9 +44,6 @@ class LoadingConfig:
             max_aspect=self.max_crop_aspect,
             flip=self.flip,
             translation=self.translation,
-            brightness=self.brightness,
-            contrast=self.contrast,
-            saturation=self.saturation,
         )
 
     def cache_config(self) -> CacheConfig:

@@ -32,12 +32,14 @@ _font = functools.cache(ImageFont.load_default)
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """An image of a grid, its superpixel labels [H, W], and its two lines of text."""
+    """An image of a grid, its superpixel labels [H, W], its two lines of text, and boxes as
+    shares of its sides."""
 
     image: np.ndarray
     segments: np.ndarray
     name: str
     note: str
+    boxes: Sequence[Sequence[float]] = ()
 
 
 def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
@@ -81,8 +83,8 @@ def tile(rows: Sequence[Sequence[np.ndarray]], gap: int) -> np.ndarray:
 
 
 def draw_grid(cells: Sequence[Cell], title: str) -> np.ndarray:
-    """Draw the cells in rows of four: each image, enlarged, beside itself with superpixel borders.
-    The cells' images have one size."""
+    """Draw the cells in rows of four: each image, enlarged, with its boxes, beside itself with
+    superpixel borders. The cells' images have one size."""
     drawn = [_draw_cell(cell) for cell in cells]
     grid = tile([drawn[i : i + COLUMNS] for i in range(0, len(drawn), COLUMNS)], GAP)
     heading = _text_lines([(title, 20, INK, 12)], grid.shape[1], TITLE, margin=GAP)
@@ -93,7 +95,12 @@ def _draw_cell(cell: Cell) -> np.ndarray:
     scale = enlargement(*cell.segments.shape)
     bordered = with_borders(cell.image, cell.segments, scale)
     between = np.full((len(bordered), PAIR_GAP, 3), BACKGROUND, np.uint8)
-    pair = np.hstack([enlarge(cell.image, scale), between, bordered])
+    plain = enlarge(cell.image, scale)
+    height, width = plain.shape[:2]
+    for x0, y0, x1, y1 in cell.boxes:
+        box = round(x0 * width), round(y0 * height), round(x1 * width) - 1, round(y1 * height) - 1
+        _frame(plain, box, 2, BOX_COLOUR)
+    pair = np.hstack([plain, between, bordered])
     lines = [(cell.name, 18, INK, 2), (cell.note, 14, FAINT, 23)]
     return np.vstack([pair, _text_lines(lines, pair.shape[1], CAPTION)])
 

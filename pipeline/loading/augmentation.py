@@ -1,4 +1,4 @@
-"""Random crops, flips, translations and colours of whole batches, on the device that trains.
+"""Random crops, flips and translations of whole batches, on the device that trains.
 
 The random draws are a pure function of (seed, epoch, step). The coordinates of each output pixel
 in the stored image are computed once, in float64 on the host, and the pixels in integers, so a CPU
@@ -16,33 +16,28 @@ from pipeline.compiled import njit
 from pipeline.loading.order import Position
 
 WEIGHT_BITS = 11  # of an interpolation weight: two of them and a byte fill 30 bits
-PIXEL_BITS = 6  # kept below a grey level between interpolation and colour
-COLOUR_BITS = 12  # of a colour matrix's entries
+SHIFT = 2 * WEIGHT_BITS  # of a sum of pixels by two weights
+ROUNDING = (1 << (SHIFT - 1)) + (1 << (SHIFT - 7))  # half a grey level, and half of a 64th
 STREAM = 1  # sets these draws apart from the order's: a seed [a, b] is the same as [a, b, 0]
 WORD_BITS = 21  # of a channel among three in a word of 64: a byte times a weight takes 19
-LUMA = np.array([0.299, 0.587, 0.114])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random crop, translation and flip, the same for an image and its superpixels, and colours.
+    """Random crop, translation and flip, the same for an image and its superpixels.
 
     min_area: the smallest share of the image that a crop keeps, in (0, 1]. max_aspect: the
     largest factor by which a crop's aspect differs from the image's, at least 1; where a crop of
     its area would not fit into the image, the aspect gives way. flip: whether half of the crops
     are mirrored left to right. translation: the largest share of the image's side, in [0, 1), by
     which a crop reaches over its edge; there the image is `fill`, and a pixel belongs to the
-    superpixel of the nearest stored one. brightness, contrast, saturation: the largest relative
-    change of each, in [0, 1); contrast turns about the grey of `fill`.
+    superpixel of the nearest stored one.
     """
 
     min_area: float = 0.7
     max_aspect: float = 1.16
     flip: bool = True
     translation: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.min_area <= 1 or not 1 <= self.max_aspect < float("inf"):
@@ -50,14 +45,8 @@ class Augmentation:
                 f"min_area {self.min_area} must lie in (0, 1], "
                 f"max_aspect {self.max_aspect} be at least 1"
             )
-        for name in ("translation", "brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must lie in [0, 1)")
-
-    @property
-    def colours(self) -> bool:
-        """Return whether colours change at all."""
-        return max(self.brightness, self.contrast, self.saturation) > 0
+        if not 0 <= self.translation < 1:
+            raise ValueError(f"translation {self.translation} must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,22 +54,16 @@ class Draw:
     """The random choices for each image of a batch.
 
     start, end: float64 [B, 2], the crop's corners (y, x) in pixels of the stored image;
-    start x > end x means: mirrored. colours: int32 [B, 3, 4], rows of an affine map of RGB in
-    units of 2**-COLOUR_BITS (grey levels in the last column), or None where they do not change.
-    fill: uint8 [3], the colour beyond the image's edge.
+    start x > end x means: mirrored. fill: uint8 [3], the colour beyond the image's edge.
     """
 
     start: np.ndarray
     end: np.ndarray
-    colours: np.ndarray | None
     fill: np.ndarray
 
     def part(self, first: int, stop: int) -> "Draw":
         """Return the choices for images `first` to `stop`, exclusive."""
-        colours = None if self.colours is None else self.colours[first:stop]
-        return Draw(
-            start=self.start[first:stop], end=self.end[first:stop], colours=colours, fill=self.fill
-        )
+        return Draw(start=self.start[first:stop], end=self.end[first:stop], fill=self.fill)
 
 
 def draw(
@@ -91,7 +74,7 @@ def draw(
     mean: tuple[float, float, float],
     augmentation: Augmentation,
 ) -> Draw:
-    """Draw the crops, flips and colours of the `total` images of the global batch at `position`.
+    """Draw the crops and flips of the `total` images of the global batch at `position`.
 
     size: height and width in pixels. mean: of the set's pixels, 0..255: the fill colour.
     """
@@ -105,28 +88,7 @@ def draw(
     start, end = start * np.array(size), (start + shares) * np.array(size)
     mirrored = (mirror < 0.5) & augmentation.flip
     start[mirrored, 1], end[mirrored, 1] = end[mirrored, 1], start[mirrored, 1]
-    changes = random.random((3, total))
-    return Draw(
-        start=start,
-        end=end,
-        colours=_colour_maps(changes, mean, augmentation) if augmentation.colours else None,
-        fill=np.rint(mean).astype(np.uint8),
-    )
-
-
-def _colour_maps(
-    uniform: np.ndarray, mean: tuple[float, float, float], augmentation: Augmentation
-) -> np.ndarray:
-    """Return brightness, then contrast, then saturation as an affine map: int32 [B, 3, 4]."""
-    ranges = np.array([augmentation.brightness, augmentation.contrast, augmentation.saturation])
-    brightness, contrast, saturation = 1 + (2 * uniform - 1) * ranges[:, None]
-    grey = (1 - saturation)[:, None, None] * np.tile(LUMA, (3, 1))
-    matrix = saturation[:, None, None] * np.eye(3) + grey
-    matrix *= (brightness * contrast)[:, None, None]
-    # rows of the luma's matrix add up to 1, so saturation leaves the grey offset as it is
-    offset = (1 - contrast) * float(LUMA @ np.array(mean))
-    offsets = np.broadcast_to(offset[:, None, None], (len(offset), 3, 1))
-    return np.rint(np.concatenate([matrix, offsets], axis=2) * 2**COLOUR_BITS).astype(np.int32)
+    return Draw(start=start, end=end, fill=np.rint(mean).astype(np.uint8))
 
 
 class _Axis(NamedTuple):
@@ -159,7 +121,7 @@ def _axis(start: np.ndarray, end: np.ndarray, size: int) -> _Axis:
 def augment(
     images: Tensor, segments: Tensor, drawn: Draw, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Crop, flip and recolour a batch: uint8 [B, H, W, 3] and int64 [B, H, W].
+    """Crop and flip a batch: uint8 [B, H, W, 3] and int64 [B, H, W].
 
     images: uint8 [B, H, W, 3]. segments: uint8 or uint16 [B, H, W], on the same device. out: on
     a CPU, tensors to put the result into; fresh ones otherwise. The image is interpolated
@@ -197,15 +159,7 @@ def _augment_in_torch(
         return ends[0] * (unit - across) + ends[1] * across
 
     values = between(upper) * (unit - down) + between(lower) * down
-    shift = 2 * WEIGHT_BITS - PIXEL_BITS
-    values = (values + (1 << (shift - 1))) >> shift
-    shift, half = PIXEL_BITS, 1 << (PIXEL_BITS - 1)
-    if drawn.colours is not None:
-        maps = sent(drawn.colours)[:, None, None]  # [B, 1, 1, 3, 4]
-        mixed = (maps[..., :3] * values.unsqueeze(-2)).sum(dim=-1, dtype=torch.int32)
-        values = mixed + maps[..., 3] * (1 << PIXEL_BITS)
-        shift, half = shift + COLOUR_BITS, half << COLOUR_BITS
-    pixels = ((values + half) >> shift).clamp(0, 255).to(torch.uint8)
+    pixels = ((values + ROUNDING) >> SHIFT).to(torch.uint8)
     inside = sent(rows.inside)[:, :, None] * sent(columns.inside)[:, None, :]
     pixels = torch.where(inside[..., None] > 0, pixels, sent(drawn.fill))
     nearest = sent(rows.nearest).long()[:, :, None], sent(columns.nearest).long()[:, None, :]
@@ -229,7 +183,6 @@ def _augment_in_numba(
         segments.numpy(),
         rows,
         columns,
-        drawn.colours if drawn.colours is not None else np.zeros((0, 3, 4), np.int32),
         drawn.fill,
         bool(columns.inside.all()),
         pixels.numpy(),
@@ -240,7 +193,7 @@ def _augment_in_numba(
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _augment_batch(  # type: ignore[no-untyped-def]
-    images, segments, rows, columns, colours, fill, whole_rows, pixels, labels
+    images, segments, rows, columns, fill, whole_rows, pixels, labels
 ):
     """Fill `pixels` and `labels` image by image. rows, columns: an `_Axis` each.
 
@@ -255,12 +208,8 @@ def _augment_batch(  # type: ignore[no-untyped-def]
     words, blended = np.empty(width + 2, np.uint64), np.empty(width, np.uint64)
     left, weight = np.empty(width, np.int32), np.empty(width, np.uint64)
     upper, lower = np.empty(values, np.int32), np.empty(values, np.int32)
-    fine = np.empty(values, np.int32)
-    planar = len(colours) > 0  # channel by channel, so that colours are mixed over whole rows
     unit = np.int32(1 << WEIGHT_BITS)
-    shift = np.int32(2 * WEIGHT_BITS - PIXEL_BITS)
-    half = np.int32(1 << (2 * WEIGHT_BITS - PIXEL_BITS - 1))
-    both = np.int32(half + (1 << (2 * WEIGHT_BITS - 1)))  # of the roundings to PIXEL_BITS and to 0
+    rounding, shift = np.int32(ROUNDING), np.int32(SHIFT)
     for b in range(count):
         image = images[b].reshape(height, values)
         for x in range(width):
@@ -279,22 +228,16 @@ def _augment_batch(  # type: ignore[no-untyped-def]
             if above == in_lower:
                 upper, lower, in_upper, in_lower = lower, upper, in_lower, in_upper
             if above != in_upper:
-                _blend_row(image[above], left, weight, words, blended, planar, upper)
+                _blend_row(image[above], left, weight, words, blended, upper)
                 in_upper = above
             if below != in_lower:
-                _blend_row(image[below], left, weight, words, blended, planar, lower)
+                _blend_row(image[below], left, weight, words, blended, lower)
                 in_lower = below
             down = np.int32(weight_y[b, y])
             up = np.int32(unit - down)
-            if planar:
-                for i in range(values):
-                    value = np.int32(upper[i] * up) + np.int32(lower[i] * down)
-                    fine[i] = np.int32(value + half) >> shift
-                _mix(fine, colours[b], out)
-            else:
-                for i in range(values):
-                    value = np.int32(upper[i] * up) + np.int32(lower[i] * down)
-                    out[i] = np.int32(value + both) >> np.int32(2 * WEIGHT_BITS)
+            for i in range(values):
+                value = np.int32(upper[i] * up) + np.int32(lower[i] * down)
+                out[i] = np.int32(value + rounding) >> shift
             if not whole_rows:
                 for x in range(width):
                     if inside_x[b, x] == 0:
@@ -303,7 +246,7 @@ def _augment_batch(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _blend_row(source, left, weight, words, blended, planar, out):  # type: ignore[no-untyped-def]
+def _blend_row(source, left, weight, words, blended, out):  # type: ignore[no-untyped-def]
     """Interpolate a stored row of RGB triples along itself, in units of 2**-WEIGHT_BITS.
 
     A pixel's three channels lie side by side in a 64-bit word, so that one multiplication
@@ -311,7 +254,7 @@ def _blend_row(source, left, weight, words, blended, planar, out):  # type: igno
 
     left, weight: int32 and uint64 [W], the left neighbour, counted with one pixel put before the
     row, and its neighbour's weight. words, blended: uint64 [W + 2], [W] to work in. out: int32
-    [3 W], triples, or channel by channel where `planar`.
+    [3 W].
     """
     width = len(left)
     green, blue = np.uint64(WORD_BITS), np.uint64(2 * WORD_BITS)
@@ -328,32 +271,8 @@ def _blend_row(source, left, weight, words, blended, planar, out):  # type: igno
         near = words[np.uint32(left[x])]
         far = words[np.uint32(left[x]) + np.uint32(1)]
         blended[x] = (near << np.uint64(WEIGHT_BITS)) + (far - near) * weight[x]
-    if planar:
-        reds, greens, blues = out[:width], out[width : 2 * width], out[2 * width :]
-        for x in range(width):
-            word = blended[x]
-            reds[x] = np.int32(word & channel)
-            greens[x] = np.int32((word >> green) & channel)
-            blues[x] = np.int32(word >> blue)
-    else:
-        for x in range(width):
-            word, first = blended[x], np.uint32(3 * x)
-            out[first] = np.int32(word & channel)
-            out[first + np.uint32(1)] = np.int32((word >> green) & channel)
-            out[first + np.uint32(2)] = np.int32(word >> blue)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _mix(fine, colours, out):  # type: ignore[no-untyped-def]
-    """Map one row's colours: `fine` int32 [3 W], channel by channel, to RGB triples."""
-    width = len(fine) // 3
-    shift = np.int32(PIXEL_BITS + COLOUR_BITS)
-    half = np.int32(1 << (PIXEL_BITS + COLOUR_BITS - 1))
-    red, green, blue = fine[:width], fine[width : 2 * width], fine[2 * width :]
-    for channel in range(3):
-        of_red, of_green, of_blue, offset = colours[channel]
-        offset = np.int32(offset * np.int32(1 << PIXEL_BITS)) + half
-        for x in range(width):
-            value = np.int32(of_red * red[x]) + np.int32(of_green * green[x])
-            value = np.int32(value + np.int32(of_blue * blue[x]) + offset) >> shift
-            out[3 * x + channel] = min(max(value, 0), 255)
+    for x in range(width):
+        word, first = blended[x], np.uint32(3 * x)
+        out[first] = np.int32(word & channel)
+        out[first + np.uint32(1)] = np.int32((word >> green) & channel)
+        out[first + np.uint32(2)] = np.int32(word >> blue)

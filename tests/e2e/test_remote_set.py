@@ -35,7 +35,7 @@ def train(
     config = CacheConfig(folder=cache, limit_bytes=limit)
     stream = Loader(data, read_manifest(data), cache=config).train(
         Order(batch_size=batch_size, seed=3, window=window),
-        Augmentation(translation=0.1, contrast=0.2),
+        Augmentation(translation=0.1),
         start=Position(epoch=epoch, step=1),
         rank=rank,
         ranks=2,
@@ -84,7 +84,7 @@ def test_inspecting_a_remote_set_draws_the_same_pictures(
 ) -> None:
     for data, name in ((remote_set, "remote"), (str(small_set), "local")):
         flags = words(data=data, output=tmp_path / name, cache=tmp_path / "cache")
-        main([*flags, "--seconds=0.1", "--contrast=0.3"])
+        main([*flags, "--seconds=0.1"])
     for picture in ("train-batch-0.png", "train-batch-1.png"):
         found, expected = ((tmp_path / x / picture).read_bytes() for x in ("remote", "local"))
         assert found == expected

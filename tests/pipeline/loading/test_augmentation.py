@@ -29,9 +29,6 @@ AUGMENTATIONS = st.builds(
     max_aspect=st.floats(1, 3),
     flip=st.booleans(),
     translation=st.sampled_from([0.0, 0.1, 0.9]),
-    brightness=st.sampled_from([0.0, 0.4, 0.99]),
-    contrast=st.sampled_from([0.0, 0.4, 0.99]),
-    saturation=st.sampled_from([0.0, 0.4, 0.99]),
 )
 SIZES = st.tuples(st.integers(1, 23), st.integers(1, 23))
 DTYPES = st.sampled_from(["uint8", "uint16"])
@@ -59,7 +56,7 @@ def reference_labels(segments: np.ndarray, start: np.ndarray, end: np.ndarray) -
 
 
 def reference_image(image: np.ndarray, drawn: Draw, n: int) -> np.ndarray:
-    """Linear interpolation between pixel centres, colours, and the fill beyond the edge."""
+    """Linear interpolation between pixel centres, and the fill beyond the edge."""
     result = image.astype(np.float64)
     inside = np.ones(image.shape[:2], bool)
     for axis, size in enumerate(image.shape[:2]):
@@ -70,9 +67,6 @@ def reference_image(image: np.ndarray, drawn: Draw, n: int) -> np.ndarray:
         result = np.moveaxis(np.tensordot(hats[:, 1:-1], result, (1, axis)), 0, axis)
         shape = (-1, 1) if axis == 0 else (1, -1)
         inside &= ((centre >= 0) & (centre < size)).reshape(shape)
-    if drawn.colours is not None:
-        matrix = drawn.colours[n].astype(np.float64) / 4096
-        result = (result @ matrix[:, :3].T + matrix[:, 3]).clip(0, 255)
     return np.where(inside[..., None], result, drawn.fill)
 
 
@@ -122,17 +116,13 @@ def test_torch_and_numba_give_the_same_bits(
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("colours", [False, True])
-def test_torch_and_numba_agree_where_integers_are_largest(colours: bool) -> None:
-    """White and black checks, factors just below twice or none of each: no overflow, no wrap."""
+def test_torch_and_numba_agree_where_integers_are_largest() -> None:
+    """White and black checks: no overflow, no wrap."""
     checks = torch.tensor([[0, 255], [255, 0]], dtype=torch.uint8).repeat(6, 6)
     images = checks[None, :, :, None].repeat(8, 1, 1, 3)
     images[4:, ..., 1:] = 0  # pure red
     segments = torch.zeros((8, 12, 12), dtype=torch.uint8)
-    change = 0.999 if colours else 0.0
-    augmentation = Augmentation(
-        translation=0.5, brightness=change, contrast=change, saturation=change
-    )
+    augmentation = Augmentation(translation=0.5)
     for step in range(50):
         drawn = draw(8, 0, Position(step=step), (12, 12), (255.0, 255.0, 255.0), augmentation)
         rows = _axis(drawn.start[:, 0], drawn.end[:, 0], 12)
@@ -152,7 +142,6 @@ def test_a_shift_and_a_flip_by_hand() -> None:
     drawn = Draw(
         start=np.array([[0.0, -1.0], [0.0, 3.0]]),
         end=np.array([[1.0, 3.0], [1.0, -1.0]]),
-        colours=None,
         fill=np.array(FILL, np.uint8),
     )
     pixels, labels = augment(images, segments, drawn)
@@ -169,7 +158,7 @@ def test_nothing_drawn_changes_nothing_and_inputs_stay_as_they_are() -> None:
     pixels, labels = augment(images, segments, drawn)
     assert torch.equal(pixels, images)
     assert torch.equal(labels, segments.long())
-    everything = draw(3, 0, Position(), (13, 10), MEAN, Augmentation(contrast=0.5))
+    everything = draw(3, 0, Position(), (13, 10), MEAN, Augmentation())
     assert not torch.equal(augment(images, segments, everything)[0], images)
     assert torch.equal(images, kept[0])
     assert torch.equal(segments, kept[1])
@@ -221,21 +210,17 @@ def test_half_of_the_crops_are_mirrored_or_none() -> None:
 
 
 def test_draws_depend_on_seed_epoch_and_step_alone_and_parts_are_theirs() -> None:
-    def drawn(seed: int = 1, epoch: int = 2, step: int = 3, brightness: float = 0.2) -> Draw:
+    def drawn(seed: int = 1, epoch: int = 2, step: int = 3) -> Draw:
         position = Position(epoch=epoch, step=step)
-        return draw(9, seed, position, (8, 8), MEAN, Augmentation(brightness=brightness))
+        return draw(9, seed, position, (8, 8), MEAN, Augmentation())
 
     one = drawn()
-    assert np.array_equal(one.start, drawn(brightness=0.0).start), "colours change no crop"
     for other in (drawn(seed=2), drawn(epoch=3), drawn(step=4), drawn(seed=3, step=1)):
         assert not np.isclose(one.start, other.start).any()
     for low, high in ((0, 4), (4, 9), (3, 3)):
         part = drawn().part(low, high)
         assert np.array_equal(part.start, one.start[low:high])
         assert np.array_equal(part.end, one.end[low:high])
-        assert part.colours is not None
-        assert one.colours is not None
-        assert np.array_equal(part.colours, one.colours[low:high])
     assert one.fill.tolist() == [*FILL]
 
 
@@ -247,59 +232,12 @@ def test_the_first_crops_of_an_epoch_are_drawn_apart_from_its_order() -> None:
     assert not np.isclose(areas, of_the_order).any()
 
 
-def luma(pixels: np.ndarray) -> np.ndarray:
-    return (pixels @ np.array([0.299, 0.587, 0.114]))[..., None]
-
-
-def recoloured(images: Tensor, **ranges: float) -> tuple[np.ndarray, np.ndarray]:
-    """Of a batch recoloured alone: its pixels, and the maps that were drawn, float [B, 3, 4]."""
-    segments = torch.zeros(images.shape[:3], dtype=torch.uint8)
-    plain = {"min_area": 1.0, "max_aspect": 1.0, "flip": False}
-    augmentation = Augmentation(**plain, **ranges)  # type: ignore[arg-type]
-    drawn = draw(len(images), 0, Position(), images.shape[1:3], MEAN, augmentation)  # type: ignore[arg-type]
-    assert drawn.colours is not None
-    return augment(images, segments, drawn)[0].numpy().astype(np.float64), drawn.colours / 4096
-
-
-@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
-def test_each_colour_change_alone_is_that_of_its_definition(name: str) -> None:
-    """The factor is read off the drawn map; the pixels must be within a grey level of it."""
-    images = made_batch(400, (3, 4), "uint8", 0)[0]
-    plain = images.numpy().astype(np.float64)
-    greys: dict[str, Any] = {"brightness": 0, "contrast": luma(np.array(MEAN))}
-    grey = greys.get(name, luma(plain))
-    pixels, maps = recoloured(images, **{name: 0.4})
-    factors = 1 - maps[:, 0, 1] / 0.587 if name == "saturation" else maps[:, 0, 0]
-    expected = grey + (plain - grey) * factors[:, None, None, None]
-    assert np.abs(pixels - expected.clip(0, 255)).max() <= 1
-    low, high = factors.min(), factors.max()
-    assert (low, high) == (pytest.approx(0.6, abs=0.02), pytest.approx(1.4, abs=0.02))
-    assert low >= 0.6 - 1e-3
-    assert high <= 1.4 + 1e-3
-
-
-def test_all_colour_changes_together_are_brightness_then_contrast_then_saturation() -> None:
-    """Step by step in floats, with the factors that each alone draws at the same position."""
-    images = made_batch(400, (3, 4), "uint8", 0)[0]
-    brightness = recoloured(images, brightness=0.3)[1][:, 0, 0][:, None, None, None]
-    contrast = recoloured(images, contrast=0.5)[1][:, 0, 0][:, None, None, None]
-    saturation = 1 - recoloured(images, saturation=0.4)[1][:, 0, 1][:, None, None, None] / 0.587
-    expected = images.numpy() * brightness
-    expected = luma(np.array(MEAN)) * (1 - contrast) + expected * contrast
-    expected = luma(expected) * (1 - saturation) + expected * saturation
-    found = recoloured(images, brightness=0.3, contrast=0.5, saturation=0.4)[0]
-    assert np.abs(found - expected.clip(0, 255)).max() <= 1
-
-
 @pytest.mark.parametrize(
     ("name", "values"),
     [
         ("min_area", (0.0, -0.1, 1.1, float("nan"))),
         ("max_aspect", (0.99, 0.0, float("inf"), float("nan"))),
-        *(
-            (name, (-0.1, 1.0, float("nan")))
-            for name in ("translation", "brightness", "contrast", "saturation")
-        ),
+        ("translation", (-0.1, 1.0, float("nan"))),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(name: str, values: tuple[float, ...]) -> None:

@@ -275,7 +275,7 @@ def test_the_command_prints_a_table_names_what_to_remove_and_makes_that_again(
     main(["--verify", "--output", str(output)])
     assert capsys.readouterr().out.endswith("is sound.\n")
     assert (output / "train" / "notes.txt").read_text() == "mine"
-    assert (output / "val" / "preview.html").is_file()
+    assert (output / "val" / "preview.jpg").is_file()
 
 
 def test_a_set_on_object_storage_is_verified_and_repaired_there(
