@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: env browser demo check test lint bench clean
+.PHONY: env browser demo localize check test lint bench clean
 
 env: .venv/installed
 
@@ -26,6 +26,10 @@ browser:
 
 demo: env
 	$(BIN)/python -m jobs.demo --output demo
+
+# Boxes, overlays and masks of photographs, in boxes/: make localize IMAGES="photo.jpg folder/"
+localize: env
+	$(BIN)/python -m jobs.localize $(IMAGES)
 
 # Two processes, each with the tests of a file; in either, tests that need Ray share one.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -146,14 +146,18 @@ def read_config(run: Path) -> ModelConfig:
     """Read the shape of a run's nets, and no weights. Raises UserError as `load_nets` does."""
     with _remedies(run):
         content = read_content(run / MODEL_NAME)
+    return shape_of_nets(run / MODEL_NAME, content)
+
+
+def shape_of_nets(path: Path, content: Mapping[str, Any], **values: Any) -> ModelConfig:
+    """Return the shape of nets whose JSON file has this content, with values that are not in it.
+    Raises UserError for a file of another format."""
     if content.get("format") != MODEL_FORMAT:
         raise UserError(
-            f"{run / MODEL_NAME} has format {content.get('format')}; this program reads "
-            f"{MODEL_FORMAT}."
+            f"{path} has format {content.get('format')}; this program reads {MODEL_FORMAT}."
         )
-    values = content["config"].items()
-    config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values}
-    return ModelConfig(**config)
+    values |= {k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
+    return ModelConfig(**values)
 
 
 def load_nets(run: Path, *, average_views: bool = False) -> Nets:

@@ -13,7 +13,7 @@ import pytest
 from jobs import cli
 from tests.e2e.commands import ROOT, run
 
-COMMANDS = ("demo", "evaluate", "inspect", "localize", "preprocess", "report", "train")
+COMMANDS = ("demo", "evaluate", "inspect", "localize", "preprocess", "report", "shipped", "train")
 DOCUMENTS = ("README.md", "docs/operations.md")
 PYTHON = """#!/usr/bin/env bash
 printf '%q ' "$@" >> commands && echo >> commands
@@ -53,9 +53,10 @@ NEEDED = {
     "demo": "",
     "evaluate": "--data d --output o",
     "inspect": "--data d --output o",
-    "localize": "i.jpg --run r --output o",
+    "localize": "i.jpg",
     "preprocess": "--source s --output o",
     "report": "e --output o",
+    "shipped": "--run r --images words",
     "train": "--data d --output o",
 }
 TOGETHER = {

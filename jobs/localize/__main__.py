@@ -29,7 +29,8 @@ from jobs.localize.batches import (
     file_state,
     process_batch,
 )
-from jobs.runs import MODEL_NAME, Nets, load_nets
+from jobs.runs import Nets
+from jobs.shipped import nets_file, open_nets
 from pipeline.ahead import run_ahead
 from pipeline.errors import UserError
 from pipeline.shards.format import sha256_file
@@ -233,12 +234,12 @@ def process(
 
 
 def read_nets(config: LocalizeConfig) -> Nets:
-    """Return the run's nets on the device of --device; on a GPU, kernels are deterministic ones."""
+    """Return the nets on the device of --device; on a GPU, kernels are deterministic ones."""
     device = choose_device(config.device)
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not
         torch.use_deterministic_algorithms(True)
-    nets = load_nets(config.run, average_views=config.average_views)
+    nets = open_nets(config.run, average_views=config.average_views)
     for net in (nets.corruption, nets.clean_classifier):
         net.to(device)
     return nets
@@ -254,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = find_images(config.images, config.output)
     started = time.monotonic()
     config.output.mkdir(parents=True, exist_ok=True)
-    model = sha256_file(config.run / MODEL_NAME)
+    model = sha256_file(nets_file(config.run))
     rule = config.rule or nets.config.rule
     settings = {"format": FORMAT, "model_sha256": model, "rule": rule}
     settings["average_views"] = config.average_views

@@ -34,13 +34,15 @@ class LocalizeConfig:
     images: tuple[Path, ...] = option(
         help="image files, or folders that are searched for them", positional=True
     )
-    run: Path = option(help="folder of a finished jobs.train")
-    output: Path = option(help="folder for boxes.json and the pictures")
+    run: Path | None = option(
+        None, help="folder of a finished jobs.train (default: the net that comes with the project)"
+    )
+    output: Path = option(Path("boxes"), help="folder for boxes.json and the pictures")
     overlays: bool = option(
         True, help="write a PNG per image with the mask's colours, the box and the class over it"
     )
     masks: bool = option(
-        False,
+        True,
         help="write masks/: a grey PNG per image, of its size, 255 times the probability of being "
         "masked, or as --network's maps (threshold at 128 for what is masked more often than not)",
     )
@@ -51,7 +53,7 @@ class LocalizeConfig:
     )
     rule: Rule | None = option(None, help="how a box follows from a map (default: as the run says)")
     batch_size: int = option(
-        32, low=1, help="images the nets see at once; a result may depend on it in its last digit"
+        8, low=1, help="images the nets see at once; a result may depend on it in its last digit"
     )
     threads: int | None = option(
         None,
@@ -99,11 +101,16 @@ class Located:
 
 
 def prepare(config: ModelConfig, data: bytes) -> Prepared:
-    """Decode an image file's bytes to the nets' size and cut superpixels. Raises ImageError."""
+    """Decode an image file's bytes to the nets' size, and cut superpixels where the nets see any.
+    Raises ImageError."""
     image = read_image(data, config.height, config.width)
+    if config.network is None:
+        segments = superpixels(image.pixels, config.superpixels, config.compactness)
+    else:  # whose maps are of single pixels
+        segments = np.zeros(image.pixels.shape[:2], np.int64)
     return Prepared(
         pixels=image.pixels,
-        segments=superpixels(image.pixels, config.superpixels, config.compactness),
+        segments=segments,
         height=image.height,
         width=image.width,
         note=image.note,
@@ -128,9 +135,10 @@ def locate(
     images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous()
     segments = torch.from_numpy(labels).to(device)
     x = normalize(images, *colour_statistics(config, device))
-    with torch.no_grad():
+    half = config.network is not None and computes_bfloat16(device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
         maps = object_map(nets.corruption, x, segments, config.superpixels)
-        logits = nets.clean_classifier(x)
+        logits = nets.clean_classifier(x).float()
         scores, order = torch.softmax(logits, dim=1).sort(dim=1, descending=True, stable=True)
     values = maps[:count].cpu().numpy()
     try:
@@ -151,6 +159,12 @@ def locate(
         )
         for i in range(count)
     ]
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for bfloat16, which halve the nets' time."""
+    capabilities = {} if device.type == "cuda" else torch.cpu.get_capabilities()
+    return device.type == "cuda" or capabilities.get("avx512_bf16", False)
 
 
 def file_state(path: Path) -> dict[str, int]:

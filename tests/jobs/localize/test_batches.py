@@ -160,7 +160,7 @@ def test_every_kind_of_image_is_located_in_its_stored_pixels(
     paths.append(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff 'quoted' \xe7.png")))
     picture.save(os.fsencode(paths[-1]), "PNG")
     config = LocalizeConfig(
-        images=(tmp_path,), run=random_run, output=tmp_path / "out", masks=True, batch_size=16
+        images=(tmp_path,), run=random_run, output=tmp_path / "out", batch_size=16
     )
     jobs = [Job(path=p, overlay=f"{p.name}.png", mask=f"masks/{p.name}.png") for p in paths]
     entries = process_batch(nets, config, jobs)
@@ -182,9 +182,7 @@ def test_a_mask_of_an_image_of_the_nets_size_is_its_map(
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (SIZE, SIZE, 3)).astype(np.uint8)
     (tmp_path / "a.png").write_bytes(png(pixels))
-    config = LocalizeConfig(
-        images=(), run=random_run, output=tmp_path / "out", masks=True, overlays=False
-    )
+    config = LocalizeConfig(images=(), run=random_run, output=tmp_path / "out", overlays=False)
     job = Job(path=tmp_path / "a.png", overlay="a.png", mask="masks/a.png")
     (entry,) = process_batch(nets, config, [job])
     image = prepare(nets.config, png(pixels))

@@ -92,7 +92,9 @@ def test_every_image_gets_an_overlay_of_its_size_or_a_reason(
             top["score"] for top in entry["top5"]
         ]
     written = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-    assert written == {"a.png", "grey.png", "sub/a.png", "boxes.json", "progress.jsonl"}
+    pictures_of = {"a.png", "grey.png", "sub/a.png"}
+    masks = {f"masks/{name}" for name in pictures_of}
+    assert written == pictures_of | masks | {"boxes.json", "progress.jsonl"}
 
 
 def test_many_images_give_progress_with_rate_and_time_left(
@@ -126,7 +128,7 @@ def test_a_file_name_that_is_no_text_is_printed_and_recorded(
 def test_the_number_of_threads_changes_no_byte(random_run: Path, tmp_path: Path) -> None:
     folder = tiny_images(tmp_path / "in", 40)
     for threads in ("1", "5"):
-        flags = ("--threads", threads, "--batch-size", "3", "--masks")
+        flags = ("--threads", threads, "--batch-size", "3")
         run(random_run, tmp_path / threads, folder, flags=flags)
     few, many = (
         {
@@ -194,8 +196,9 @@ def test_again_only_what_changed_failed_or_is_missing_is_done(
     Image.new("RGB", (20, 30)).save(pictures / "broken.jpg")
     assert again() == {"broken.jpg"}
     assert again() == set()
-    assert again("--masks") == everything
-    assert again("--no-overlays") == set()
+    (output / "masks" / "grey.png").unlink()
+    assert again("--no-overlays") == {"grey.GIF"}
+    assert again("--no-overlays", "--no-masks") == set()
     assert [entry["status"] for entry in read_entries(output)] == ["ok"] * 4
     assert read_entries(output)[0]["width"] == 50
 

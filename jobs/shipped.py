@@ -1,0 +1,144 @@
+"""`python -m jobs.shipped`: from a finished run, the localizer that comes with the project.
+
+shipped/decoder.safetensors holds the corruption net's decoder alone: the network below it comes
+with its package, and so do its 1000 classes. shipped/decoder.json says what it is made from.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import cli
+from jobs.networks import ILSVRC, load_network
+from jobs.runs import (
+    MODEL_FORMAT,
+    MODEL_NAME,
+    RUN_NAME,
+    DamagedError,
+    Nets,
+    load_nets,
+    new_nets,
+    read_content,
+    read_weights,
+    shape_of_nets,
+    write_weights,
+)
+from model.decoder import FeatureCorruptionNet
+from pipeline.errors import UserError
+from pipeline.evaluation.results import read_evaluation
+from pipeline.shards.format import sha256_file
+from pipeline.sources.labels import class_lines
+
+SHIPPED = cli.ROOT / "shipped" / "decoder.json"  # beside it decoder.safetensors
+FIGURES = ("n", "gt_known", "mean_iou", "top1_loc", "top1_cls")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShipConfig:
+    """What is shipped, and what is recorded of it."""
+
+    run: Path = cli.option(help="folder of a finished jobs.train --network")
+    images: str = cli.option(help="in words, what it was trained on; for the record")
+    evaluations: tuple[Path, ...] = cli.option((), help="of the run; their figures are recorded")
+    output: Path = cli.option(SHIPPED.parent, help="folder for decoder.safetensors and .json")
+
+
+def nets_file(run: Path | None) -> Path:
+    """Return the file whose hash tells a run's nets, or the shipped ones, from others."""
+    return SHIPPED if run is None else run / MODEL_NAME
+
+
+def open_nets(run: Path | None, *, average_views: bool = False) -> Nets:
+    """Return a run's nets, or the shipped ones, as `load_nets`."""
+    if run is not None:
+        return load_nets(run, average_views=average_views)
+    return load_shipped(average_views=average_views)
+
+
+def load_shipped(path: Path = SHIPPED, *, average_views: bool = False) -> Nets:
+    """Read the shipped decoder over the network of its package, onto the CPU, in evaluation mode.
+    Its classifiers are that network. Raises UserError for damaged files or a missing package."""
+    try:
+        tensors, content = read_weights(path)
+    except DamagedError as error:
+        raise UserError(f"{error}; restore it: git checkout -- {path.parent}") from error
+    classes, names = _classes()
+    config = shape_of_nets(path, content, classes=classes, class_names=names)
+    assert config.network is not None
+    network = load_network(config.network, classes, names, size=config.sides[-1])
+    nets = new_nets(config, network.classifier)
+    assert isinstance(nets.corruption, FeatureCorruptionNet)
+    nets.corruption.decoder.load_state_dict(tensors)
+    nets.corruption.averaged = average_views
+    nets.corruption.eval()
+    return nets
+
+
+def _classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the wnids of ILSVRC's classes, and the first name of each."""
+    lines = list(class_lines(ILSVRC.read_text()))
+    names = [(text or wnid).split(",")[0] for _, wnid, text in lines]
+    return tuple(wnid for _, wnid, _ in lines), tuple(names)
+
+
+def ship(config: ShipConfig) -> dict[str, Any]:
+    """Write the decoder of a run and its record. Returns the record. Raises UserError for nets
+    that are over no pretrained network, and for an evaluation of another run."""
+    nets, source = load_nets(config.run), config.run / MODEL_NAME
+    if not isinstance(nets.corruption, FeatureCorruptionNet):
+        raise UserError(f"{config.run} has nets from scratch; give a run of jobs.train --network")
+    trained = read_content(source)["record"]
+    record = {
+        "images": config.images,
+        "data_sha256": json.loads((config.run / RUN_NAME).read_bytes())["data_sha256"],
+        "model_sha256": sha256_file(source),
+        **trained,
+        "configuration": _without_paths(trained["configuration"]),
+        "evaluations": [_figures(folder, sha256_file(source)) for folder in config.evaluations],
+    }
+    shape = asdict(nets.config) | {"co_trained": "none"}  # the classifier is the network itself
+    del shape["classes"], shape["class_names"]
+    content = {"format": MODEL_FORMAT, "config": shape, "record": record}
+    write_weights(config.output / SHIPPED.name, nets.corruption.decoder.state_dict(), content)
+    return record
+
+
+def _without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without what holds on one machine alone."""
+    return {
+        name: _without_paths(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if not (isinstance(value, str) and "/" in value)
+    }
+
+
+def _figures(folder: Path, model_sha256: str) -> dict[str, Any]:
+    """Return the figures of an evaluation for the run's own box rule and the network's classes."""
+    evaluation = read_evaluation(folder)
+    metrics = evaluation.metrics
+    if metrics.get("model_sha256") != model_sha256:
+        raise UserError(f"{folder} is an evaluation of another run")
+    (row,) = (
+        row
+        for row in evaluation.rows
+        if (row.row.map, row.row.rule, row.row.classes) == ("aln", metrics["rule"], "clean")
+    )
+    chosen = {name: row.figures[name] for name in FIGURES}
+    averaged = metrics["configuration"].get("average_views", False)
+    return {"split": metrics["split"], "rule": metrics["rule"], "averaged": averaged, **chosen}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with its flags (`--help` lists them)."""
+    config = cli.parse(ShipConfig, argv, __doc__ or "")
+    record = ship(config)
+    load_shipped(config.output / SHIPPED.name)  # as its users will
+    for figures in record["evaluations"]:
+        print(", ".join(f"{name} {value}" for name, value in figures.items()))
+    print(f"written: {config.output / SHIPPED.name} and the decoder beside it")
+
+
+if __name__ == "__main__":
+    cli.run(main)
