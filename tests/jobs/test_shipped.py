@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.localize.batches import locate, prepare
+from jobs.locate import locate, prepare
 from jobs.pictures import encode_png
 from jobs.runs import MODEL_NAME, RUN_NAME, Nets, save_nets
 from jobs.shipped import SHIPPED, load_shipped, main

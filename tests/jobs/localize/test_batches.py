@@ -12,15 +12,8 @@ import torch
 from PIL import Image
 
 from jobs.cli import parse
-from jobs.localize.batches import (
-    Job,
-    LocalizeConfig,
-    Located,
-    Prepared,
-    locate,
-    prepare,
-    process_batch,
-)
+from jobs.localize.batches import Job, LocalizeConfig, process_batch
+from jobs.locate import Located, Prepared, locate, prepare
 from jobs.runs import Nets, colour_statistics, load_nets, save_nets
 from model.localization import RULES, Rule, localize
 from model.masking import mask_map, normalize
