@@ -6,5 +6,7 @@ set -euo pipefail
 usage="usage: benchmarks/ilsvrc_boxes.sh METADATA OUTPUT"
 metadata=${1:?$usage} output=${2:?$usage}
 
-.venv/bin/python -m jobs.evaluate --ground-truth "$metadata" --output "$output"
-.venv/bin/python -m jobs.report "$output" --output "$output/report.html"
+for protocol in devkit exclusive int224; do
+  .venv/bin/python -m jobs.evaluate --ground-truth "$metadata" --protocol "$protocol" \
+    --output "$output/$protocol"
+done

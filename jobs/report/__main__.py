@@ -13,10 +13,9 @@ import jinja2
 
 from jobs import cli
 from jobs.report import tables
-from jobs.report.charts import iou_charts, threshold_charts
+from jobs.report.charts import iou_charts
 from jobs.report.compare import Entry, entries_of, pairs
 from pipeline.errors import UserError
-from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.evaluation.results import read_evaluation
 from pipeline.storage import write_atomically
 
@@ -107,10 +106,8 @@ def render(entries: Sequence[Entry], pictures: "dict[str, list[Picture]]", reaso
         columns=tables.shown_figures(lines),
         pairs=pairs(entries, metrics["seed"]),
         iou_charts=iou_charts(lines),
-        threshold_charts=threshold_charts(lines),
         class_rows=tables.class_rows(lines, metrics["class_names"]),
         tables=tables,
-        protocols=PROTOCOLS,
         pictures=pictures,
         reason=reason,
     )

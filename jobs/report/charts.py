@@ -45,16 +45,13 @@ OPTIONS = {
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """A line of a chart. values: float [K] in [0, 1]; spread: the lowest and the highest of the
-    seeds, float [2, K], or None; figure: the legend's number, a share; colour: a CSS variable;
-    dash: an SVG dash array; peak: index of the point to mark, or None."""
+    seeds, float [2, K], or None; colour: a CSS variable; dash: an SVG dash array."""
 
     line: Line
     values: np.ndarray
     spread: np.ndarray | None
-    figure: float
     colour: str
     dash: str
-    peak: int | None
 
     @property
     def width(self) -> float:
@@ -88,36 +85,20 @@ def iou_charts(lines: Sequence[Line]) -> list[Chart]:
             sets[f"{own.r.title} by box rule"] = of_map
     charts = []
     for title, shown in sets.items():
-        curves = _curves(shown, None)
+        curves = _curves(shown)
         if len(curves) > 1:
-            charts.append(_draw(curves, shown[0].r.curves["iou"], title, "IoU asked for"))
+            charts.append(_draw(curves, shown[0].r.curves["iou"], title))
     return charts
 
 
-def threshold_charts(lines: Sequence[Line]) -> list[Chart]:
-    """Draw CorLoc over the map's threshold, a chart for each IoU asked for, with the best threshold
-    marked: of one entry all maps, of several their main ones."""
-    shown = [x for x in lines if x.r.curves["corloc"] and x.r.figures["n"]]
-    if sum(x.own for x in lines) > 1:
-        shown = [x for x in shown if x.own]
-    if not shown:
-        return []
-    grid, x_title = shown[0].r.curves["thresholds"], "threshold, share of maximum"
-    return [
-        _draw(_curves(shown, level), grid, f"Right at IoU {level}", x_title)
-        for level in shown[0].r.curves["corloc"]
-    ]
-
-
-def _curves(lines: Sequence[Line], level: str | None) -> list[Curve]:
-    """Return the lines' curves over the IoU, or over the threshold at an IoU level, the best first.
-    Those with the same values are drawn once. Rows of one map have its colour and differ by their
-    dash; the main rows of several methods have a colour each."""
+def _curves(lines: Sequence[Line]) -> list[Curve]:
+    """Return the lines' curves over the IoU, the best first. Those with the same values are drawn
+    once. Rows of one map have its colour and differ by their dash; the main rows of several methods
+    have a colour each."""
     mains = [line for line in lines if line.own]
     curves: list[Curve] = []
     for line in lines:
-        of_members = [member.curves for member in line.members]
-        members = np.array([c["corloc"][level] if level else c["gt_known"] for c in of_members])
+        members = np.array([member.curves["gt_known"] for member in line.members])
         mean, name = members.mean(axis=0), line.r.row.map
         if any((mean == other.values).all() for other in curves):
             continue
@@ -127,31 +108,27 @@ def _curves(lines: Sequence[Line], level: str | None) -> list[Curve]:
         colour = "soft" if line.constant else COLOURS[order % len(COLOURS)]
         alike = sum(other.line.r.row.map == name for other in curves)
         dash = 1 + CONSTANT.index(name) if line.constant else alike % len(DASHES)
-        peak = int(mean.argmax()) if level else None
         curves.append(
             Curve(
                 line=line,
                 values=mean,
                 spread=np.stack([members.min(0), members.max(0)]) if len(members) > 1 else None,
-                figure=line.r.figures["gt_known"] if peak is None else float(mean[peak]),
                 colour=colour,
                 dash=DASHES[dash],
-                peak=peak,
             )
         )
-    return sorted(curves, key=lambda curve: -curve.figure)
+    return sorted(curves, key=lambda curve: -curve.line.r.figures["gt_known"])
 
 
-def _draw(curves: Sequence[Curve], x: Sequence[float], title: str, x_title: str) -> Chart:
+def _draw(curves: Sequence[Curve], x: Sequence[float], title: str) -> Chart:
     with matplotlib.rc_context(OPTIONS):  # type: ignore[arg-type]
         figure = Figure(figsize=SIZE)
         axes = figure.add_axes(PLOT)
-        axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel=x_title)
+        axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="IoU asked for")
         axes.set_yticks(np.arange(6) / 5, [f"{20 * i}" for i in range(6)])
         axes.set_title("images right, %", loc="left", size=11, x=-0.09)
-        if curves[0].peak is None:  # drawn over the IoU
-            axes.axvline(IOU_THRESHOLD, color=STAND_INS["soft"], linewidth=1, dashes=(2, 3))
-            axes.text(IOU_THRESHOLD + 0.015, 0.95, "GT-known")
+        axes.axvline(IOU_THRESHOLD, color=STAND_INS["soft"], linewidth=1, dashes=(2, 3))
+        axes.text(IOU_THRESHOLD + 0.015, 0.95, "GT-known")
         for curve in sorted(curves, key=lambda curve: curve.line.own):
             colour = STAND_INS[curve.colour]
             (drawn,) = axes.plot(x, curve.values, color=colour, linewidth=curve.width)
@@ -159,9 +136,6 @@ def _draw(curves: Sequence[Curve], x: Sequence[float], title: str, x_title: str)
                 drawn.set_dashes([float(length) / curve.width for length in curve.dash.split()])
             if curve.spread is not None:
                 axes.fill_between(x, *curve.spread, color=colour, alpha=0.2, linewidth=0)
-            if curve.peak is not None:
-                peak = x[curve.peak], curve.values[curve.peak]
-                axes.plot(*peak, "o", color=colour, markersize=5.5)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     names = ", ".join(curve.line.name for curve in curves)

@@ -74,11 +74,6 @@ def points(difference: float | None) -> str:
     return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
-def range_text(low: float, high: float) -> str:
-    """Return a range of shares of the image's area, in per cent."""
-    return f"{100 * low:g}–{100 * high:g} %"
-
-
 def group_title(group: str, main: "Line") -> str:
     """Return the heading over a group of pictures; an error's tells how many images have it."""
     if group in PICTURE_GROUPS:

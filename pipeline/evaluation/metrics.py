@@ -8,7 +8,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,6 @@ SUBSETS = {
 SUBSET_GROUPS = {"small_boxes": [1, 3], "off_centre": [2, 3]}  # of Sweep's first axis
 SHARES = ("gt_known", "top1_loc", "top5_loc", "top1_cls", "top5_cls")
 CLASS_SHARES = ("top1_cls", "top5_cls")  # of all images; the other shares: of those with boxes
-SIZE_EDGES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # shares of the image
 ERRORS = (
     "right",
     "class_wrong",
@@ -36,7 +34,6 @@ ERRORS = (
     "nothing_found",
 )
 RIGHT, CLASS_WRONG = ERRORS.index("right"), ERRORS.index("class_wrong")
-CURVE_STEP = 10  # every tenth threshold of the sweep is drawn
 _SEVERAL, _INSIDE, _COVERED = 0.3, 0.5, 0.7
 
 
@@ -296,39 +293,11 @@ def subset_figures(outcomes: Outcomes, masks: dict[str, np.ndarray]) -> dict[str
     }
 
 
-def curves(outcomes: Outcomes) -> dict[str, Any]:
-    """Return CorLoc over the IoU for the row's own boxes, and over the threshold for its maps.
-
-    {"iou": grid, "gt_known": share with at least that IoU, "thresholds": 0, 0.01 ... or None,
-    "corloc": {"0.3", "0.5", "0.7": share right by the largest contour at each} or None}.
-    """
+def curves(outcomes: Outcomes) -> dict[str, list[float]]:
+    """Return CorLoc over the IoU: {"iou": grid, "gt_known": share with at least that IoU}."""
     known = outcomes.ious[~np.isnan(outcomes.ious)]
-    n = max(1, len(known))
-    drawn: dict[str, Any] = {
-        "iou": IOU_GRID.tolist(),
-        "gt_known": [int((known >= level).sum()) / n for level in IOU_GRID],
-        "thresholds": None,
-        "corloc": None,
-    }
-    if outcomes.sweep is not None:
-        counts = outcomes.sweep.largest.sum(axis=0)
-        at_least = counts[:, ::-1].cumsum(axis=1)[:, ::-1]  # [T, bin]: images at this bin or above
-        drawn["thresholds"] = [round(t, 6) for t in thresholds()[::CURVE_STEP].tolist()]
-        drawn["corloc"] = {
-            f"{level}": (at_least[::CURVE_STEP, IOU_GRID.tolist().index(level) + 1] / n).tolist()
-            for level in V2_IOUS
-        }
-    return drawn
-
-
-def size_figures(outcomes: Outcomes, shares: np.ndarray) -> list[Figures]:
-    """Return `figures` of the images with known boxes by the share of the image that the largest
-    one covers, with the bounds "low" and "high" of each bin; shares: float [N]."""
-    bins = np.searchsorted(SIZE_EDGES, np.minimum(shares, np.nextafter(1, 0)), side="right") - 1
-    bins[np.isnan(outcomes.ious)] = -1
-    parts = figures_by_group(outcomes, bins, len(SIZE_EDGES) - 1)
-    bounds = itertools.pairwise(SIZE_EDGES)
-    return [{"low": low, "high": high, **f} for (low, high), f in zip(bounds, parts, strict=True)]
+    shares = [int((known >= level).sum()) / max(1, len(known)) for level in IOU_GRID]
+    return {"iou": IOU_GRID.tolist(), "gt_known": shares}
 
 
 def intervals(

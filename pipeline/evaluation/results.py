@@ -64,9 +64,8 @@ class RowFigures:
 
     title: the map's. paper: "metric1" and "metric2" of the paper's Table 1 (None: not printed
     there), or None. figures: over all images. interval: by figure, [low, high], None without a
-    figure. curves: see metrics.curves. subsets: figures of each of metrics.SUBSETS. box_sizes:
-    figures with "low" and "high", shares of the image that the largest true box covers. by_class:
-    figures by wnid. protocols: some figures by each protocol, "NAME" or "NAME, first box".
+    figure. curves: see metrics.curves. subsets: figures of each of metrics.SUBSETS. by_class:
+    figures by wnid.
     """
 
     row: Row
@@ -76,9 +75,7 @@ class RowFigures:
     interval: dict[str, list[float] | None]
     curves: dict[str, Any]
     subsets: dict[str, Figures]
-    box_sizes: list[Figures]
     by_class: dict[str, Figures]
-    protocols: dict[str, Figures]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +129,13 @@ def read_evaluation(folder: Path) -> Evaluation:
         raise UserError(
             f"{path} has format {version}; this program reads {FORMAT}. Evaluate again."
         )
-    names = [field.name for field in fields(Row)]
+    names, figures = ([field.name for field in fields(kind)] for kind in (Row, RowFigures))
     try:
         rows = tuple(
-            RowFigures(row=Row(**{name: row.pop(name) for name in names}), **row)
+            RowFigures(
+                row=Row(**{name: row[name] for name in names}),
+                **{name: row[name] for name in figures if name != "row"},
+            )
             for row in content.pop("rows")
         )
     except (AttributeError, KeyError, TypeError) as error:

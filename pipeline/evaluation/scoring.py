@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +16,6 @@ from pipeline.evaluation.metrics import (
     figures,
     figures_by_group,
     intervals,
-    largest_shares,
-    size_figures,
     subset_figures,
     subset_masks,
     sweep_figures,
@@ -36,8 +33,6 @@ from pipeline.evaluation.protocols import (
 )
 from pipeline.evaluation.results import Row, RowFigures
 from pipeline.evaluation.truth import GroundTruth
-
-PROTOCOL_FIGURES = ("gt_known", "top1_loc", "top5_loc", "mean_iou", "n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +61,6 @@ class Localization:
     sweep: Sweep | None = None
 
 
-# Ways to compare boxes: the protocol, and whether only the first true box of an image counts.
-VARIANTS = {
-    f"{protocol}{', first box' if first else ''}": (protocol, first)
-    for first in (False, True)
-    for protocol in PROTOCOLS
-}
-
-
 def image_sizes(truth: GroundTruth) -> np.ndarray:
     """Return the (height, width) of each image: integer [N, 2]; ones where they are unknown, since
     then only given boxes are scored, by a protocol that needs no size."""
@@ -88,27 +75,20 @@ def original_boxes(localization: Localization, truth: GroundTruth) -> np.ndarray
 
 
 def box_ious(
-    boxes: np.ndarray,
-    grid: np.ndarray | None,
-    truth: GroundTruth,
-    protocol: str,
-    first_box: bool = False,
+    boxes: np.ndarray, grid: np.ndarray | None, truth: GroundTruth, protocol: str
 ) -> np.ndarray:
     """Return the IoU of each box with the best true box: float64 [N], NaN where none is known.
 
     boxes, grid: see `Localization`.
     """
-    truths, starts, sizes = truth.boxes, truth.starts, image_sizes(truth)
-    if first_box:
-        known = np.diff(starts) > 0
-        truths, starts = truths[starts[:-1][known]], np.cumsum([0, *known])
-    owners = np.repeat(np.arange(len(sizes)), np.diff(starts))
+    sizes = image_sizes(truth)
+    owners = np.repeat(np.arange(len(sizes)), np.diff(truth.starts))
     if grid is None:
         compared = truth_boxes(boxes, sizes, protocol)
     else:
         compared = own_boxes(boxes, grid, sizes, protocol)
-    read = truth_boxes(truths, sizes[owners], protocol)
-    return best_iou(compared, read, starts, PROTOCOLS[protocol].plus)
+    read = truth_boxes(truth.boxes, sizes[owners], protocol)
+    return best_iou(compared, read, truth.starts, PROTOCOLS[protocol].plus)
 
 
 def box_outcomes(localization: Localization, truth: GroundTruth, protocol: str) -> Outcomes:
@@ -131,13 +111,12 @@ def class_outcomes(
     classes: np.ndarray | None,
     guesses: Guesses | None,
     truth: GroundTruth,
-    variant: tuple[str, bool],
+    protocol: str,
 ) -> Outcomes:
     """Return `box_outcomes` with a classifier's classes, int [N, 5], best first, -1 for none.
 
     classes: None leaves the outcomes as they are. guesses: whose boxes count each with its own
-    class (the official rule); None where the one box goes with all five classes. variant: see
-    VARIANTS.
+    class (the official rule); None where the one box goes with all five classes.
     """
     if classes is None:
         return outcomes
@@ -149,7 +128,7 @@ def class_outcomes(
         named = guesses.labels == truth.labels[:, None]
         top5_right = right & named[:, 0]
         for i in np.flatnonzero(named[:, 1:].any(axis=0)) + 1:
-            ious = box_ious(guesses.boxes[:, i], None, truth, *variant)
+            ious = box_ious(guesses.boxes[:, i], None, truth, protocol)
             top5_right |= named[:, i] & (np.nan_to_num(ious) >= IOU_THRESHOLD)
     errors = with_classes(outcomes.errors, top1)
     return replace(outcomes, errors=errors, top1=top1, top5=top5, top5_right=top5_right)
@@ -168,35 +147,16 @@ def score(
     classes: by classifier, int [N, 5], best first, -1 for none. seed: of the bootstrap.
     """
     rows, outcomes, lines = [], [], []
-    subsets, shares, variants = {}, None, {}
+    subsets = {}
     if truth.sizes is not None:
         subsets = subset_masks(truth.boxes, truth.starts, truth.sizes)
-        shares = largest_shares(truth.boxes, truth.starts, truth.sizes)
-        variants = VARIANTS
     for localization in localizations:
         boxes = box_outcomes(localization, truth, protocol)
         lines.append(prediction_lines(localization, truth, boxes))
-        others = {
-            name: boxes.ious
-            if name == protocol
-            else box_ious(localization.boxes, localization.grid, truth, *variant)
-            for name, variant in variants.items()
-        }
         for source in localization.classes:
-            named = partial(
-                class_outcomes,
-                classes=None if source is None else classes[source],
-                guesses=localization.guesses,
-                truth=truth,
-            )
-            protocols = {}
-            for name, ious in others.items():
-                other = Outcomes(ious=ious, errors=boxes.errors)
-                part = figures(named(other, variant=variants[name]))
-                protocols[name] = {figure: part[figure] for figure in PROTOCOL_FIGURES}
-            outcomes.append(named(boxes, variant=(protocol, False)))
-            row = _row_figures(localization, source, outcomes[-1], truth, subsets, shares)
-            rows.append(replace(row, protocols=protocols))
+            named = None if source is None else classes[source]
+            outcomes.append(class_outcomes(boxes, named, localization.guesses, truth, protocol))
+            rows.append(_row_figures(localization, source, outcomes[-1], truth, subsets))
     bounds = intervals(outcomes, [row.figures for row in rows], seed)
     rows = [replace(row, interval=bound) for row, bound in zip(rows, bounds, strict=True)]
     return rows, pa.concat_tables(lines)
@@ -208,12 +168,9 @@ def _row_figures(
     outcomes: Outcomes,
     truth: GroundTruth,
     subsets: dict[str, np.ndarray],
-    shares: np.ndarray | None,
 ) -> RowFigures:
-    """Return one row, but for its intervals and its figures by other protocols.
-
-    subsets, shares: see `subset_masks` and `largest_shares`; none where sizes are unknown.
-    """
+    """Return one row, but for its intervals. subsets: see `subset_masks`; none where sizes are
+    unknown."""
     whole = figures(outcomes) | sweep_figures(outcomes, None, np.ones(len(truth.ids), bool))
     if localization.found is not None:
         whole["counts"]["nothing_found"] = int((~localization.found).sum())
@@ -230,9 +187,7 @@ def _row_figures(
         interval={},
         curves=curves(outcomes),
         subsets=subset_figures(outcomes, subsets),
-        box_sizes=[] if shares is None else size_figures(outcomes, shares),
         by_class=by_class,
-        protocols={},
     )
 
 

@@ -59,12 +59,9 @@ def test_whole_image_boxes_on_the_real_ilsvrc_val_set(
     whole = row_of(evaluation, "whole image")
     assert round(100 * whole.figures["gt_known"], 2) == gt_known
     assert whole.figures["n"] == 50_000
-    assert whole.protocols[protocol]["gt_known"] == whole.figures["gt_known"]
-    if protocol == "devkit":  # a centred box of half the area, and the first box alone
+    if protocol == "devkit":  # a centred box of half the area
         centred = row_of(evaluation, "centred box").figures["gt_known"]
         assert round(100 * centred, 1) == 53.7
-        first = whole.protocols["devkit, first box"]["gt_known"]
-        assert 0.9 <= 100 * (whole.figures["gt_known"] - first) <= 1.5
 
 
 @pytest.fixture
@@ -124,7 +121,6 @@ def test_given_predictions_by_the_official_rule(
     assert row["errors"]["class_wrong"] == 1
     assert row["errors"]["too_small"] == 1
     assert row["errors"]["elsewhere"] == 1
-    assert given.protocols["devkit, first box"]["top5_loc"] == 2 / 4  # box 2 of image 4 is out
 
 
 @pytest.mark.parametrize(("flag", "row"), [("predictions", " 0 0 9 9"), ("classifier", "")])
@@ -158,7 +154,6 @@ def test_score_maps_by_hand(four: GroundTruth, tmp_path: Path) -> None:
     assert row["max_box_acc_v2"] == 3 / 4
     assert lines["auc"].to_pylist()[:2] == [1.0, 1.0]
     assert given.subsets["small_boxes"]["n"] == 3
-    assert given.curves["corloc"]["0.5"][50] == 3 / 4
     levels = evaluation.maps([1])[1]
     assert np.unique(levels).tolist() == [51, 204]  # as they are, not stretched
     assert {r.row.rule: r.figures["gt_known"] for r in evaluation.rows if r.row.map == "given"} == (

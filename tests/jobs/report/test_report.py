@@ -337,20 +337,10 @@ def test_the_best_of_each_column_is_marked_and_ties_are_all_marked(
 def test_other_tables_show_the_rows_figures(evaluations: Evaluations, run_page: Page) -> None:
     own = aln_figures(evaluations[0])
     percent, number, name = tables.percent, tables.number, "ALN class: co-trained"
-    part = own.protocols["int224"]
-    cells = run_page.row("Protocols", name)
-    assert cells[list(own.protocols).index("int224")] == (
-        f"{percent(part['gt_known'])} {percent(part['top1_loc'])} · {number(part['mean_iou'])}"
-    )
     cells = run_page.row("What the image adds", name)
     off_centre = own.subsets["off_centre"]
     assert cells[:2] == [number(own.figures["auc"]), number(own.figures["auc_other"])]
     assert cells[-1] == f"{percent(off_centre['gt_known'])} {percent(off_centre['top1_loc'])}"
-    sizes = [
-        f"{percent(b['gt_known'])} {number(b['mean_iou'])}" if b["n"] else "–"
-        for b in own.box_sizes
-    ]
-    assert run_page.row("By object size", name) == sizes
     errors = own.figures["errors"]
     shares = [percent(errors[k] / own.figures["n"]) if errors[k] else "0" for k in tables.ERRORS]
     assert run_page.row("Where boxes fail", name)[1:] == shares
@@ -587,11 +577,10 @@ def test_a_set_without_known_boxes_still_has_a_page(
     def edit(metrics: dict[str, Any]) -> None:
         metrics["with_boxes"] = 0
         for row in metrics["rows"]:
-            for part in ("figures", "interval", "subsets", "protocols", "by_class"):
+            for part in ("figures", "interval", "subsets", "by_class"):
                 row[part] = unknown(row[part])
             row["interval"] = dict.fromkeys(row["interval"])
             row["figures"]["errors"] = dict.fromkeys(row["figures"]["errors"], 0)
-            row["box_sizes"] = []
 
     shown = page(edited(evaluations[0], tmp_path / "e", edit))
     assert not re.search(r"\b(None|nan)\b", shown.text.split("Configuration")[0])
@@ -603,8 +592,6 @@ def test_the_page_of_boxes_has_neither_maps_nor_pictures(evaluations: Evaluation
     shown = page(evaluations[2])
     assert "Left out" in shown.text
     assert shown.row("All methods", "Given boxes class: boxes")[0].split()
-    assert "Right at IoU" not in shown.text
-    assert {"Protocols", "By object size"} <= set(shown.tables)
 
 
 def test_numbers_are_printed_with_a_dash_for_none_and_a_true_minus() -> None:

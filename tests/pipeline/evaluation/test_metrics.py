@@ -15,7 +15,6 @@ from pipeline.evaluation.metrics import (
     figures_by_group,
     intervals,
     largest_shares,
-    size_figures,
     subset_masks,
     sweep_figures,
     top_k,
@@ -170,15 +169,6 @@ def test_error_counts_split_the_images_with_boxes_as_the_figures_do() -> None:
     assert {kind: sum(part[kind] for part in parts) for kind in ERRORS} == counts
 
 
-def test_size_bins_hold_every_image_with_a_box_once() -> None:
-    shares = np.array([0.0, 0.0624, 0.0625, 0.3, 1.0, 0.2])
-    one = outcomes([0.9, 0.9, 0.1, 0.6, 0.7, np.nan])
-    bins = size_figures(one, shares)
-    assert [part["n"] for part in bins] == [2, 1, 0, 1, 0, 1]
-    assert [part["gt_known"] for part in bins] == [1.0, 0.0, None, 1.0, None, 1.0]
-    assert (bins[0]["low"], bins[-1]["high"]) == (0.0, 1.0)
-
-
 def made_sweep(largest: np.ndarray) -> Sweep:
     """largest: IoU of each image at each threshold [N, T]; images 0, 4, 8 ... fall to group 0."""
     counts = np.zeros((4, len(thresholds()), len(IOU_GRID) + 1), np.int64)
@@ -215,22 +205,9 @@ def test_a_method_without_maps_has_one_box_at_every_threshold() -> None:
 
 
 def test_curves_by_hand() -> None:
-    ious = np.zeros((4, len(thresholds())))
-    ious[0, :500] = 0.8
-    ious[1, :300] = 0.5
-    drawn = curves(outcomes([0.8, 0.5, 0.02, np.nan], sweep=made_sweep(ious[:3])))
+    drawn = curves(outcomes([0.8, 0.5, 0.02, np.nan]))
     assert drawn["gt_known"][0] == 2 / 3  # IoU .05
     assert drawn["gt_known"][drawn["iou"].index(0.55)] == 1 / 3
-    at = {t: i for i, t in enumerate(drawn["thresholds"])}
-    assert [drawn["corloc"]["0.5"][at[t]] for t in (0.0, 0.29, 0.3, 0.49, 0.5)] == [
-        2 / 3,
-        2 / 3,
-        1 / 3,
-        1 / 3,
-        0,
-    ]
-    assert drawn["corloc"]["0.7"][0] == 1 / 3
-    assert curves(outcomes([0.8]))["corloc"] is None
 
 
 def test_intervals_hold_every_figure_and_skip_what_is_unknown() -> None:
