@@ -50,22 +50,16 @@ def option(
     below: float | None = None,
     multiple_of: int | None = None,
 ) -> Any:
-    """Declare a dataclass field as a flag.
-
-    help: meaning and unit, the flag's help text. positional: a tuple given without its flag. low
-    and high belong to the allowed range, above and below do not; `check_bounds` holds values to
-    them.
-    """
+    """Declare a dataclass field as a flag. positional: a tuple given without its flag. low and high
+    belong to the allowed range of `check_bounds`, above and below do not."""
     bounds = {"low": low, "high": high, "above": above, "below": below, "multiple_of": multiple_of}
     metadata = {"help": help, "positional": positional, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_bounds(config: Any) -> None:
-    """Raise ValueError for the first field of a dataclass outside its `option` bounds.
-
-    Call it from `__post_init__`. None passes; of a tuple every value is checked.
-    """
+    """Raise ValueError for the first field of a dataclass outside its `option` bounds. Call it from
+    `__post_init__`. None passes; of a tuple every value is checked."""
     for field in dataclasses.fields(config):
         bounds = {k: v for k, v in field.metadata.get("bounds", {}).items() if v is not None}
         value = getattr(config, field.name)
@@ -112,15 +106,11 @@ def parse(
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     implied_presets: Mapping[str, str] | None = None,
 ) -> Config:
-    """Fill a dataclass from command-line flags: field `batch_size` is flag `--batch-size`.
-
-    A field that is a dataclass is a group: its fields are flags like any other. A bool becomes
-    `--x/--no-x`; a field without a default is required; a tuple field takes several values,
-    without a flag where its metadata says `positional`. presets: by the name given as --preset,
-    the values of flags that are not given; implied_presets: by the name of a flag, the preset that
-    it stands for where none is given. A ValueError of the dataclasses' own checks is
-    reported as a usage error.
-    """
+    """Fill a dataclass from command-line flags: field `batch_size` is flag `--batch-size`. A field
+    that is a dataclass is a group of flags; a bool becomes `--x/--no-x`; a tuple takes several
+    values. presets: by the name given as --preset, the values of flags that are not given;
+    implied_presets: by the name of a flag, the preset that it stands for. A ValueError of the
+    dataclasses' own checks is a usage error."""
     module = sys.modules["__main__"].__spec__
     program = f"python -m {module.name.removesuffix('.__main__')}" if module else None
     parser = argparse.ArgumentParser(
@@ -269,11 +259,8 @@ class ProgressPrinter:
         note: str = "",
         seconds: float | None = None,
     ) -> None:
-        """Print the line where it is due.
-
-        resumed: images of `done` that an earlier run finished. note: stands after the counts.
-        seconds: this run's time, by default since the printer was made.
-        """
+        """Print the line where it is due. resumed: images of `done` that an earlier run finished.
+        seconds: this run's time, by default since the printer was made."""
         now = time.monotonic()
         due = self.in_place or now - self.last >= LINE_SECONDS
         if self.ended or not (due or done == total):
@@ -299,11 +286,9 @@ def progress_line(
 
 
 def connect_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, as within `ray job submit`, or start one here.
-
-    Left to itself Ray would also join any cluster once started on this machine. Raises UserError
-    where no cluster answers, or Ray does not start.
-    """
+    """Join the cluster that RAY_ADDRESS names, as within `ray job submit`, or start one here. Left
+    to itself Ray would also join any cluster once started on this machine. Raises UserError where
+    no cluster answers, or Ray does not start."""
     import ray  # here: commands that need no Ray start in a tenth of the time
 
     if ray.is_initialized():

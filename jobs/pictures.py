@@ -1,7 +1,5 @@
 """Everything that draws pixels: superpixel borders, grids, maps as colours, boxes, image files.
-
-Pictures are uint8 [H, W, 3], RGB, unless a docstring says otherwise.
-"""
+Pictures are uint8 [H, W, 3], RGB, unless a docstring says otherwise."""
 
 import base64
 import functools
@@ -53,11 +51,8 @@ def enlargement(height: int, width: int, least: int = LEAST_SIDE) -> int:
 
 
 def with_borders(image: np.ndarray, segments: np.ndarray, scale: int) -> np.ndarray:
-    """Return the image, enlarged, with lines between superpixels.
-
-    A line takes the first pixel row or column past each border. Where there is room, the last one
-    before it is dark, so that the line shows on any colour.
-    """
+    """Return the image, enlarged, with a line past each border between superpixels, and where there
+    is room a dark one before it, so that it shows on any colour."""
     picture, labels = enlarge(image, scale), enlarge(segments, scale)
     right = labels[:, 1:] != labels[:, :-1]
     below = labels[1:] != labels[:-1]
@@ -134,10 +129,8 @@ def grey(values: np.ndarray) -> np.ndarray:
 
 
 def heat(values: np.ndarray) -> np.ndarray:
-    """Return the colours of a map of probabilities: float [H, W] in [0, 1] -> picture.
-
-    Dark blue is 0, yellow 1, the same in every picture.
-    """
+    """Return the colours of a map of probabilities: float [H, W] in [0, 1] -> picture. Dark blue is
+    0, yellow 1, the same in every picture."""
     return cv2.applyColorMap(grey(values), cv2.COLORMAP_VIRIDIS)[..., ::-1]
 
 
@@ -150,11 +143,8 @@ def mask_picture(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def draw_overlay(pixels: np.ndarray, values: np.ndarray, box: list[int], text: str) -> np.ndarray:
-    """Draw the map's colours, the box and a label over an image.
-
-    pixels: uint8 [H, W, 3]; values: float [h, w] in [0, 1], of any size; box: [x0, y0, x1, y1] in
-    inclusive pixels of the image. A picture too small for a readable label gets none.
-    """
+    """Draw the map's colours, the box and a label, if it can be read, over an image. pixels: uint8
+    [H, W, 3]; values: float [h, w] in [0, 1], of any size; box: inclusive pixels of the image."""
     height, width = pixels.shape[:2]
     # Colours of the small map enlarged: the same picture as those of the enlarged map, nearly,
     # without a float of 4 bytes per pixel of the photo.
@@ -209,10 +199,8 @@ def _label(text: str, height: int, width: int, pad: int) -> np.ndarray | None:
 
 
 def encode_png(picture: np.ndarray) -> bytes:
-    """Return a PNG file's bytes, from a picture or grey levels uint8 [H, W].
-
-    Raises ValueError for a side of more than a million pixels.
-    """
+    """Return a PNG file's bytes, from a picture or grey levels uint8 [H, W]. Raises ValueError for
+    a side of more than a million pixels."""
     # OpenCV's default level is 8 times as fast as Pillow's, for files 9 % larger.
     if picture.ndim == 3:
         picture = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)

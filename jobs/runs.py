@@ -34,11 +34,8 @@ METRICS_NAME = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of the nets (see their classes), and how images are normalized: mean and deviation per
-    channel, in 0..255. guide: whether the clean classifier guides the corruption net. network: the
-    pretrained network that both nets are over, None for nets from scratch; sides: of the images
-    that its features are computed of; decoder_width: of the corruption net over it; co_trained:
-    what of its weights the classifier has for itself. rule: the box rule for the maps."""
+    """Shape of the nets (see their classes and the flags of jobs.train), and how images are
+    normalized: mean and deviation per channel, in 0..255. network: None for nets from scratch."""
 
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -162,11 +159,7 @@ def shape_of_nets(path: Path, content: Mapping[str, Any], **values: Any) -> Mode
 
 def load_nets(run: Path, *, average_views: bool = False) -> Nets:
     """Read RUN/model/ onto the CPU, in evaluation mode. Raises UserError for missing, damaged or
-    foreign files.
-
-    average_views: whether maps are averaged over all sides and mirror images, which nets over a
-    pretrained network alone can.
-    """
+    foreign files. average_views: of nets over a pretrained network, see FeatureCorruptionNet."""
     config = read_config(run)
     if average_views and config.network is None:
         raise UserError(

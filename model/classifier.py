@@ -39,12 +39,10 @@ class Residual(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Normalized images [B, 3, H, W] -> logits [B, classes].
-
-    width: channels of the first layer (a multiple of 8); the others have 2, 4 and 5.33 times as
-    many. residual_blocks: after each layer but the first, which has the most pixels (the paper's:
-    0). The mean of the feature map goes to one linear layer, so that CAM is defined.
-    """
+    """Normalized images [B, 3, H, W] -> logits [B, classes]. width: channels of the first layer (a
+    multiple of 8); the others have 2, 4 and 5.33 times as many. residual_blocks: after each layer
+    but the first (the paper's: 0). The mean of the feature map goes to one linear layer, so that
+    CAM is defined."""
 
     def __init__(self, classes: int, width: int, residual_blocks: int = 0) -> None:
         super().__init__()
@@ -67,9 +65,7 @@ class Classifier(nn.Module):
 
     def final_maps(self, images: Tensor) -> list[Tensor]:
         """Return the output [B, C, H/8, W/8] of each layer that has the last feature map's size.
-
-        Gradients reach the first of them and no layer below it.
-        """
+        Gradients reach the first of them and no layer below it."""
         with torch.no_grad():
             x = self.layers[: self.first_final + 1](images)
         maps = [x.detach().requires_grad_()]
@@ -87,8 +83,7 @@ class Classifier(nn.Module):
 
 def ten_crops(images: Tensor) -> Iterator[Tensor]:
     """Yield the corners and the centre, 7/8 of the sides, each also mirrored, enlarged to the
-    images' own size: ten times float [B, 3, H, W] (Krizhevsky et al. 2012 do not enlarge them).
-    """
+    images' own size: ten times float [B, 3, H, W] (Krizhevsky et al. 2012 do not enlarge them)."""
     size = images.shape[-2:]
     h, w = (round(CROP_SHARE * side) for side in size)
     below, right = size[0] - h, size[1] - w

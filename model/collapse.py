@@ -53,12 +53,9 @@ def watch(
     area: float | None = None,
     joint: bool | None = None,
 ) -> CollapseState:
-    """Return the state after a step over `count` images.
-
-    area: mean masked share, None in the warm-up. joint: whether both nets trained, None where no
-    gate decides it. Chance is 1 / classes, up to three standard deviations of the running mean;
-    it is no sign where the target lies there too.
-    """
+    """Return the state after a step over `count` images. area: mean masked share, None in the
+    warm-up. joint: whether both nets trained. Chance is 1 / classes, up to three standard
+    deviations of the running mean; it is no sign where the target lies there too."""
     chance = 1 / classes
     images = count * (1 + SMOOTHING) / (1 - SMOOTHING)  # that the running mean is worth
     highest = chance + MARGIN * math.sqrt(chance * (1 - chance) / images)

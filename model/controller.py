@@ -19,13 +19,10 @@ class ControllerState:
 def update(
     state: ControllerState, correct: float, count: int, *, target: float, rate: float
 ) -> ControllerState:
-    """Return the state after a step in which `correct` of `count` masked images, summed over all
-    ranks, were classified right.
-
-    target: accuracy to keep, in (0, 1). A running accuracy above it lowers lambda by the share
-    `rate` (so more is masked), otherwise lambda rises by it. A batch's own accuracy above it
-    closes the gate: only the corruption net trains next.
-    """
+    """Return the state after a step in which `correct` of `count` masked images, over all ranks,
+    were right. A running accuracy above `target` lowers lambda by the share `rate` (so more is
+    masked), otherwise lambda rises by it. A batch's own accuracy above it closes the gate: only the
+    corruption net trains next."""
     batch = correct / count
     accuracy = SMOOTHING * state.accuracy + (1 - SMOOTHING) * batch
     factor = 1 - rate if accuracy > target else 1 + rate

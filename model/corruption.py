@@ -32,11 +32,9 @@ class _Projection(torch.autograd.Function):
 
 
 def bound_logits(logits: Tensor, limit: float) -> Tensor:
-    """Project logits onto [-limit, limit] (0: not at all), so that no probability stays saturated.
-
-    A sigmoid's slope p (1 - p) vanishes at large logits: once every probability was 1, no weight
-    of the area restored the masks. From a bound descent can move a logit back inside only.
-    """
+    """Project logits onto [-limit, limit] (0: not at all), so that no probability stays saturated:
+    a sigmoid's slope vanishes at large logits, and from a bound descent can only move back
+    inside."""
     return _Projection.apply(logits, limit) if limit else logits
 
 
@@ -56,13 +54,10 @@ class Up(nn.Module):
 
 
 class CorruptionNet(nn.Module):
-    """Normalized images [B, 3, H, W] -> logits of being masked [B, H, W].
-
-    A stride-2 encoder, a fully connected bottleneck over the whole image (what is it?), and
-    deconvolutions with an additive connection from every encoder layer (where are its edges?).
-    size: (H, W), multiples of 16. width: as the classifier's. guide: a classifier, not trained
-    further, whose last feature map is mixed into the encoder's map of its size (not in the paper).
-    """
+    """Normalized images [B, 3, H, W] -> logits of being masked [B, H, W]. A stride-2 encoder, a
+    fully connected bottleneck over the whole image, and deconvolutions with an additive connection
+    from every encoder layer. size: (H, W), multiples of 16. guide: a classifier, not trained
+    further, whose last feature map is mixed into the encoder (not in the paper)."""
 
     def __init__(
         self,

@@ -1,9 +1,6 @@
-"""Evidence: maps of the clean classifier that the corruption net may imitate (not in the paper).
-
-On photographs of many classes the classifier's loss under masks teaches the corruption net only
-slowly what the classifier reacts to. LayerCAM of the clean classifier names it directly, for the
-label, which the net itself does not see.
-"""
+"""Evidence: maps of the clean classifier that the corruption net may imitate (not in the paper). On
+photographs of many classes the classifier's loss teaches it slowly; LayerCAM names what the
+classifier reacts to, for the label, which the net does not see."""
 
 import torch
 from torch import Tensor
@@ -31,12 +28,10 @@ def combined_cams(cams: list[Tensor]) -> Tensor:
 def evidence(
     classifier: AnyClassifier, images: Tensor, labels: Tensor, segments: Tensor, superpixels: int
 ) -> Tensor:
-    """Return how much each superpixel speaks for its image's label, compared within the image.
-
-    The square roots of `layer_cams` of the enlarged image (a few large values would rule
-    otherwise), each averaged over superpixels and standardized; their sum, standardized again:
-    float32 [B, H, W] of mean 0 and deviation 1, without a gradient.
-    """
+    """Return how much each superpixel speaks for its image's label: float32 [B, H, W] of mean 0 and
+    deviation 1 in each image, without a gradient. The square roots of `layer_cams` (a few large
+    values would rule otherwise), averaged over superpixels and standardized; their sum,
+    standardized."""
     cams = layer_cams(classifier, images, labels, enlargement=ENLARGEMENT)
     return superpixel_evidence(cams, segments, superpixels)
 

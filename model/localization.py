@@ -1,7 +1,5 @@
-"""From a map of probabilities to a box (paper, section 3.2 and figure 3).
-
-Boxes are [x0, y0, x1, y1] in inclusive integer pixels: a box of one pixel has x0 = x1.
-"""
+"""From a map of probabilities to a box (paper, section 3.2 and figure 3). Boxes are [x0, y0, x1,
+y1] in inclusive integer pixels: a box of one pixel has x0 = x1."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -32,10 +30,8 @@ def mean_threshold(values: np.ndarray) -> float:
 
 
 def quantile_threshold(values: np.ndarray) -> float:
-    """Return the value that 0.35 of a map's pixels exceed, fewer where values are equal.
-
-    Where more of them are at the maximum, it is the largest value below, so that those exceed it.
-    """
+    """Return the value that 0.35 of a map's pixels exceed, fewer where values are equal. Where more
+    of them are at the maximum, it is the largest value below, so that those exceed it."""
     index = values.size - int(KEPT_SHARE * values.size) - 1
     threshold = np.partition(values, index, axis=None)[index]
     if threshold == values.max():
@@ -44,12 +40,9 @@ def quantile_threshold(values: np.ndarray) -> float:
 
 
 def otsu_threshold(values: np.ndarray) -> float:
-    """Return the largest value of the lower class where the between-class variance is largest.
-
-    The values of a map that is not flat are read as 256 equal levels from its minimum to its
-    maximum; of equal variances the lowest cut wins, which leaves more pixels above (Otsu, "A
-    threshold selection method from gray-level histograms", 1979).
-    """
+    """Return the largest value of the lower class where the between-class variance is largest (Otsu
+    1979). The values, not all equal, are read as 256 levels from minimum to maximum; of equal
+    variances the lowest cut wins."""
     low, high = float(values.min()), float(values.max())
     levels = np.minimum((values - low) / (high - low) * OTSU_LEVELS, OTSU_LEVELS - 1)
     levels = levels.astype(np.uint8)
@@ -87,13 +80,10 @@ RULE_TEXTS: dict[Rule, str] = {
 
 
 def map_box(values: np.ndarray, rule: Rule = "paper") -> np.ndarray | None:
-    """Return the box of the largest 8-connected component strictly above the threshold of a rule;
-    where the rule has several thresholds, of their boxes the medoid.
-
-    values: float [H, W]. Returns int64 [4], None for a flat map (the same value everywhere, up to
-    rounding). Of components with equally many pixels the topmost wins, then the leftmost. Raises
-    ValueError for NaN or infinite values.
-    """
+    """Return the box of the largest 8-connected component strictly above a rule's threshold, or of
+    the boxes of several thresholds the medoid. values: float [H, W]. Returns int64 [4], None for a
+    flat map. Of equal components the topmost wins, then the leftmost. Raises ValueError for values
+    that are not finite."""
     if not np.isfinite(values).all():
         raise ValueError(
             f"a map of {values.shape[0]} x {values.shape[1]} pixels holds NaN or infinite values: "
@@ -123,10 +113,8 @@ def _largest_component(above: np.ndarray) -> np.ndarray:
 
 
 def medoid(boxes: np.ndarray) -> np.ndarray:
-    """Return the box with the largest mean IoU with the others, the first of equal ones.
-
-    boxes: int64 [N, 4] -> int64 [4].
-    """
+    """Return the box with the largest mean IoU with the others, the first of equal ones. boxes:
+    int64 [N, 4] -> int64 [4]."""
     first, second = boxes[:, None], boxes[None]
     low = np.maximum(first[..., :2], second[..., :2])
     high = np.minimum(first[..., 2:], second[..., 2:])
@@ -137,10 +125,8 @@ def medoid(boxes: np.ndarray) -> np.ndarray:
 
 
 def localize(maps: np.ndarray, rule: Rule = "paper") -> tuple[np.ndarray, np.ndarray]:
-    """Return `map_box` of each map: float [B, H, W] -> boxes int64 [B, 4], found bool [B].
-
-    A flat map says nothing about where the object is: its box is the whole map, `found` False.
-    """
+    """Return `map_box` of each map: float [B, H, W] -> boxes int64 [B, 4], found bool [B]. A flat
+    map says nothing about where the object is: its box is the whole map, `found` False."""
     height, width = maps.shape[1:]
     boxes = np.tile(np.array([0, 0, width - 1, height - 1], np.int64), (len(maps), 1))
     found = np.zeros(len(maps), bool)

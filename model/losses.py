@@ -16,16 +16,12 @@ Confusion = Literal["top", "true-logit", "true-log-probability"]
 
 @dataclass(frozen=True)
 class Objective:
-    """What the two nets minimize.
-
-    The corruption net: `confusion_loss` of kind `confusion`, plus lambda times the masked area to
-    the power `area_power`, plus `imitation_weight` times `imitation_loss`, which wants masks of
-    probability `evidence_share` where the evidence is the image's average, and a logit greater by
-    `evidence_sharpness` for each deviation above it. The classifier: cross-entropy on masked
-    images, plus `clean_weight` times that on clean ones. soft: the mask is the probability
-    itself, without sampling. adversary_side: of the images that the classifier sees in adversarial
-    training; None: as they are. The paper has top, power 1 and neither weight.
-    """
+    """What the two nets minimize. The corruption net: `confusion_loss`, plus lambda times the
+    masked area to the power `area_power`, plus `imitation_weight` times `imitation_loss`
+    (probability `evidence_share` at average evidence, a logit greater by `evidence_sharpness` a
+    deviation). The classifier: cross-entropy on masked images, plus `clean_weight` times that on
+    clean ones. soft: masks are not sampled. adversary_side: of the images that the classifier sees,
+    or None. The paper has top, power 1 and neither weight."""
 
     confusion: Confusion = "top"
     area_power: int = 2
@@ -45,12 +41,10 @@ def corruption_loss(logits: Tensor) -> Tensor:
 
 
 def confusion_loss(logits: Tensor, labels: Tensor, kind: Confusion) -> Tensor:
-    """Return what the corruption net minimizes beside the area: float [B, C], int64 [B] -> [B].
-
-    0 where all classes score alike. top: equation 1, whatever the label. Not in the paper:
-    true-logit, the label's logit minus the mean of the others, which has no lower bound;
-    true-log-probability, the logarithm of the label's softmax probability over 1/C.
-    """
+    """Return what the corruption net minimizes beside the area: float [B, C], int64 [B] -> [B]; 0
+    where all classes score alike. top: equation 1, whatever the label. Not in the paper:
+    true-logit, the label's logit minus the mean of the others; true-log-probability, the logarithm
+    of the label's probability over 1/C."""
     if kind == "top":
         return corruption_loss(logits)
     if kind == "true-log-probability":
@@ -60,21 +54,16 @@ def confusion_loss(logits: Tensor, labels: Tensor, kind: Confusion) -> Tensor:
 
 
 def area_penalty(mask: Tensor, power: int) -> Tensor:
-    """Return each image's masked share, to the given power: float [B, H, W] -> [B] in [0, 1].
-
-    Power 1 is the paper's. Power 2 costs nothing at the margin of an empty mask and ever more
-    later, which keeps the corruption net from the empty optimum (section 2.4).
-    """
+    """Return each image's masked share to the power: float [B, H, W] -> [B]. Power 1 is the
+    paper's. Power 2 costs nothing at the margin of an empty mask, which keeps the net from it
+    (section 2.4)."""
     return mask.flatten(1).mean(dim=1) ** power
 
 
 def imitation_loss(mask: Tensor, evidence: Tensor, objective: Objective) -> Tensor:
-    """Return how far masks are from what the evidence asks for: float [B, H, W] each -> [B].
-
-    The binary cross-entropy between the probability of masking each pixel and
-    sigmoid(sharpness * evidence + logit(share)), averaged over pixels. Not in the paper. NaN where
-    a probability is NaN (torch's own loss would end the process).
-    """
+    """Return the binary cross-entropy between the probability of masking each pixel and
+    sigmoid(sharpness * evidence + logit(share)): float [B, H, W] each -> [B]. Not in the paper. NaN
+    where a probability is NaN (torch's own loss would end the process)."""
     average = math.log(objective.evidence_share / (1 - objective.evidence_share))
     wanted = torch.sigmoid(objective.evidence_sharpness * evidence + average)
     p = mask.clamp(SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return uint8 images [B, 3, H, W] as float32 of zero mean and unit deviation per channel.
-
-    mean, std: float32 [3] in 0..255. So 0, to which masked pixels are set, is the mean colour.
-    """
+    mean, std: float32 [3] in 0..255. So 0, to which masked pixels are set, is the mean colour."""
     return (images.to(torch.float32) - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 
 
@@ -40,11 +38,8 @@ def gumbel_difference(shape: tuple[int, ...], generator: torch.Generator) -> Ten
 
 
 def bernoulli_straight_through(probability: Tensor, noise: Tensor) -> Tensor:
-    """Return exact Bernoulli(p) samples in {0, 1}, with the gradient of p itself.
-
-    noise: `gumbel_difference` of the probability's shape. A sample is 1 where
-    log p + z1 > log(1 - p) + z2 (the Gumbel-max rule); backwards it counts as p.
-    """
+    """Return exact Bernoulli(p) samples in {0, 1}, 1 where log p + z1 > log(1 - p) + z2
+    (Gumbel-max), with the gradient of p itself. noise: `gumbel_difference` of p's shape."""
     tiny = torch.finfo(probability.dtype).tiny
     p = probability.detach()
     hard = torch.log(p.clamp(min=tiny)) + noise > torch.log((1 - p).clamp(min=tiny))

@@ -1,9 +1,5 @@
-"""Saliency maps that the method is compared with: class activation maps of the last layer or of
-several, and gradient saliency.
-
-Maps are float32 [B, H, W] of images, normalized float [B, 3, H, W], for a class per image, int64
-[B]: the true one, since top-1 localization counts an image only where the prediction is right.
-"""
+"""Saliency maps that the method is compared with: float32 [B, H, W] of normalized images [B, 3, H,
+W], for a class per image, int64 [B]: the true one."""
 
 import cv2
 import numpy as np
@@ -20,12 +16,8 @@ BLUR_SHARE = 3 / 64  # standard deviation of the blur, as a share of the side
 
 def class_activation_map(classifier: AnyClassifier, images: Tensor, classes: Tensor) -> Tensor:
     """Return CAM (Zhou et al. 2016): the last features, each channel weighted by the class logit's
-    gradient summed over positions.
-
-    Where only average pooling and a linear layer follow, that is the layer's weight, and the map's
-    mean at the features' own size is the logit less the bias. Elsewhere it is Grad-CAM (Selvaraju
-    et al. 2017) times the number of positions, without its final ReLU.
-    """
+    gradient summed over positions. Without average pooling and a linear layer after them that is
+    Grad-CAM (Selvaraju et al. 2017) times the number of positions, without its final ReLU."""
     with torch.no_grad():
         features = classifier.features(images)
     with torch.enable_grad():
@@ -38,10 +30,8 @@ def class_activation_map(classifier: AnyClassifier, images: Tensor, classes: Ten
 def layer_cams(
     classifier: AnyClassifier, images: Tensor, classes: Tensor, *, enlargement: float = 1.0
 ) -> list[Tensor]:
-    """Return `layer_cams_of` the classifier's final maps, at the images' size.
-
-    enlargement: of the image's sides, bilinearly, before the classifier sees it.
-    """
+    """Return `layer_cams_of` the classifier's final maps, at the images' size. enlargement: of the
+    image's sides, bilinearly, before the classifier sees it."""
     views = images.detach()
     if enlargement != 1:
         views = functional.interpolate(
@@ -53,9 +43,8 @@ def layer_cams(
 
 
 def layer_cams_of(classifier: AnyClassifier, maps: list[Tensor], classes: Tensor) -> list[Tensor]:
-    """Return LayerCAM (Jiang et al. 2021) of what the classifier's `final_maps` returned, float32
-    [B, h, w] of each map's own size: features x gradient where that is positive, summed over
-    channels. The graph of the maps is used up."""
+    """Return LayerCAM (Jiang et al. 2021) of the classifier's `final_maps`, whose graph is used up:
+    float32 [B, h, w] each, features x gradient where that is positive, summed over channels."""
     with torch.enable_grad():
         score = classifier.classify(maps[-1]).gather(1, classes.unsqueeze(1)).sum()
     gradients = torch.autograd.grad(score, maps)

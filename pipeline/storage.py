@@ -1,8 +1,6 @@
 """Reading and writing files in a local folder, or under any URI that pyarrow's file systems open.
-
 Credentials and endpoints come from the environment of their clients (AWS_ACCESS_KEY_ID,
-AWS_ENDPOINT_URL, AWS_REGION, GOOGLE_APPLICATION_CREDENTIALS, ...).
-"""
+AWS_ENDPOINT_URL, AWS_REGION, GOOGLE_APPLICATION_CREDENTIALS, ...)."""
 
 import errno
 import fcntl
@@ -169,11 +167,8 @@ def _line(error: Exception) -> str:
 
 def attempt(location: str | Path, action: Callable[[], Result]) -> Result:
     """Return `action()`, which reads or writes `location`; repeat it where a connection is lost.
-
-    Raises MissingError where nothing lies there and UnreachableError where access is denied, both
-    without a repetition, and UnreachableError where all attempts fail. Other errors of the local
-    disk stay OSErrors.
-    """
+    Raises MissingError where nothing lies there, and UnreachableError where access is denied or all
+    attempts fail. Other errors of the local disk stay OSErrors."""
     started = time.monotonic()
     for wait in (*WAITS, None):
         try:
@@ -212,11 +207,8 @@ def open_input(location: str | Path) -> pa.NativeFile:
 
 
 def chunks(location: str | Path) -> Iterator[bytes]:
-    """Yield a file's bytes in order, STREAMS pieces of up to CHUNK in memory.
-
-    Raises the client's own errors, since only the caller knows what to repeat: iterate within
-    `attempt`.
-    """
+    """Yield a file's bytes in order, STREAMS pieces of up to CHUNK in memory. Raises the client's
+    own errors, since only the caller knows what to repeat: iterate within `attempt`."""
     system, path = _open(location)
     with system.open_input_file(path) as file:
         starts = range(0, file.size(), CHUNK)
@@ -231,9 +223,7 @@ def read_bytes(location: str | Path) -> bytes:
 
 def entries(location: str | Path) -> tuple[list[str], dict[str, int]]:
     """Return the names of the folders in a folder, and the sizes in bytes of its files by name.
-
-    Both are empty where it does not exist. One request lists a thousand. Raises as `attempt`.
-    """
+    Both are empty where it does not exist. One request lists a thousand. Raises as `attempt`."""
     infos = _request(
         location,
         lambda system, path: system.get_file_info(fs.FileSelector(path, allow_not_found=True)),
@@ -249,10 +239,8 @@ def is_file(location: str | Path) -> bool:
 
 
 def write_atomically(location: str | Path, data: bytes | memoryview) -> None:
-    """Write `data` so that the file is either as before or complete, even after a crash.
-
-    The folder of a local file must exist. Raises as `attempt`.
-    """
+    """Write `data` so that the file is either as before or complete, even after a crash. The folder
+    of a local file must exist. Raises as `attempt`."""
     if is_remote(location):
         attempt(location, lambda: _upload(location, [data]))
     else:
@@ -263,9 +251,7 @@ def write_atomically(location: str | Path, data: bytes | memoryview) -> None:
 @contextmanager
 def atomic_file(location: str | Path) -> Iterator[BinaryIO]:
     """Open a file to write and read whose content appears at `location` once the block ends.
-
-    Nothing changes there where the block raises. A remote file is collected on the local disk.
-    """
+    Nothing changes there where the block raises. A remote file is collected on the local disk."""
     if is_remote(location):
         with naming_full_disk(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
             yield file
@@ -302,11 +288,8 @@ def naming_full_disk(path: str | Path) -> Iterator[None]:
 
 
 def lock(file: IO, *, shared: bool = False) -> bool:
-    """Lock an open local file until it is closed. Return False where another process has it.
-
-    shared: only look whether one has. Some network file systems have no locks: there nothing is
-    locked.
-    """
+    """Lock an open local file until it is closed; False where another process has it. shared: only
+    look whether one has. Nothing is locked on network file systems without locks."""
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:

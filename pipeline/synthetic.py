@@ -1,9 +1,6 @@
-"""A generated data set with known boxes, in ILSVRC's own folder layout.
-
-Each class is a texture, and only in part a shape and hue. Backgrounds and distractors are alike for
-all classes. Position, size, aspect and rotation vary so much that no constant box scores well
-(`benchmarks/synthetic_controls.py` measures both).
-"""
+"""A generated data set with known boxes, in ILSVRC's own folder layout. Each class is a texture,
+and only in part a shape and hue; backgrounds tell no class, and no constant box scores well
+(`benchmarks/synthetic_controls.py`)."""
 
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -27,11 +24,8 @@ GAP = 4  # pixels between the boxes of two objects
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    """Size and seed of the set.
-
-    Sides of images are drawn uniformly from `min_side` to `max_side` pixels. The box of an object
-    covers a share of `min_area` to `max_area` of the image.
-    """
+    """Size and seed of the set. Sides of images are drawn uniformly from `min_side` to `max_side`
+    pixels. The box of an object covers a share of `min_area` to `max_area` of the image."""
 
     train_images: int = 5000
     val_images: int = 1000
@@ -47,10 +41,8 @@ WNIDS = tuple(f"n{i + 1:08d}" for i in range(len(CLASS_NAMES)))
 
 
 def _texture(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Return a class's texture, about -1 (dark) to 1 (light), at the coordinates u, v.
-
-    u, v: float arrays of one shape, in periods of the texture from the object's centre.
-    """
+    """Return a class's texture, about -1 (dark) to 1 (light), at the coordinates u, v. u, v: float
+    arrays of one shape, in periods of the texture from the object's centre."""
     match name:
         case "stripes":
             return np.sin(2 * np.pi * u)
@@ -131,9 +123,7 @@ def _rotated(corners: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def _fill(corners: np.ndarray, height: int, width: int) -> np.ndarray:
     """Return the share, float32 [height, width] in 0..1, of each pixel that the polygon covers.
-
-    corners: [n, 2] in pixels, x first.
-    """
+    corners: [n, 2] in pixels, x first."""
     mask = np.zeros((height, width), np.uint8)
     fixed = np.round((corners - 0.5) * 16).astype(np.int32)
     return cv2.fillPoly(mask, [fixed], 255, cv2.LINE_AA, shift=4).astype(np.float32) / 255
@@ -143,9 +133,7 @@ def _draw_object(
     canvas: np.ndarray, label: int, area: float, taken: list[list[int]], rng: np.random.Generator
 ) -> list[int] | None:
     """Draw an object of class `label` into `canvas` and return its box, None without room for it.
-
-    area: of the box, as a share of the image. taken: boxes to stay away from.
-    """
+    area: of the box, as a share of the image. taken: boxes to stay away from."""
     height, width = canvas.shape[:2]
     own_shape = rng.uniform() < CLASS_SHAPE_SHARE
     corners = _rotated(SHAPES[label if own_shape else rng.integers(len(SHAPES))], rng)
@@ -186,11 +174,8 @@ def _near(box: list[int], other: list[int]) -> bool:
 def draw_image(
     config: SyntheticConfig, split: str, index: int
 ) -> tuple[np.ndarray, np.ndarray, int, list[list[int]]]:
-    """Draw image `index` of a split: (image, the same without its objects, label, boxes).
-
-    Images are uint8 RGB [H, W, 3]; boxes are [x0, y0, x1, y1] in inclusive pixels. A pure
-    function of its arguments.
-    """
+    """Draw image `index` of a split: (image, the same without its objects, label, boxes). Images
+    are uint8 RGB [H, W, 3], boxes [x0, y0, x1, y1] in inclusive pixels."""
     rng = np.random.default_rng([config.seed, SPLIT_SEEDS[split], index])
     label = index % len(CLASS_NAMES)
     height, width = (int(side) for side in rng.integers(config.min_side, config.max_side + 1, 2))
@@ -214,11 +199,8 @@ def draw_image(
 def annotation_xml(
     name: str, wnid: str, boxes: Iterable[Sequence[int]], size: tuple[int, int] | None
 ) -> str:
-    """Return an annotation as ILSVRC writes it: an object of class `wnid` for each of `boxes`.
-
-    boxes: [x0, y0, x1, y1] in inclusive pixels of an image of `size` (width, height); None leaves
-    the size out.
-    """
+    """Return an annotation as ILSVRC writes it. boxes: [x0, y0, x1, y1] in inclusive pixels of an
+    image of `size` (width, height); None leaves the size out."""
     sides = "<size><width>{}</width><height>{}</height><depth>3</depth></size>"
     stated = sides.format(*size) if size else ""
     objects = "".join(
@@ -243,11 +225,8 @@ def _write_image(output: Path, config: SyntheticConfig, split: str, index: int) 
 
 
 def write_synthetic(output: Path, config: SyntheticConfig) -> None:
-    """Write the set: `train/<wnid>/*.JPEG`, `val/*.JPEG`, `boxes/` with the XML of both, and
-    `LOC_synset_mapping.txt`.
-
-    The same configuration gives the same bytes, on any number of cores.
-    """
+    """Write `train/<wnid>/*.JPEG`, `val/*.JPEG`, `boxes/` with the XML of both, and
+    `LOC_synset_mapping.txt`. The same configuration gives the same bytes."""
     for folder in ["val", *(f"train/{wnid}" for wnid in WNIDS)]:
         (output / folder).mkdir(parents=True, exist_ok=True)
         (output / "boxes" / folder).mkdir(parents=True, exist_ok=True)

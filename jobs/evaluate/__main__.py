@@ -55,10 +55,8 @@ FEWEST, MOST, INVERTED = 20, 0.9, 0.35
 
 def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Evaluation:
     """Evaluate, over Ray where nets are evaluated, and write all files of --output but the page.
-
     progress: called with the images that are scored, and all. Raises UserError, of one line, for
-    inputs that do not fit each other.
-    """
+    inputs that do not fit each other."""
     started = time.monotonic()
     inputs = read_inputs(config)
     truth = inputs.truth

@@ -26,11 +26,8 @@ MAP_BATCH = 16  # images whose gradients a network holds at once: 3 GB for a Res
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """A batch as maps read it.
-
-    images: normalized float32 [B, 3, H, W]. labels: int64 [B], the classes that the maps are of.
-    segments: int64 [B, H, W], below `superpixels`.
-    """
+    """A batch as maps read it. images: normalized float32 [B, 3, H, W]. labels: int64 [B], the
+    classes that the maps are of. segments: int64 [B, H, W], below `superpixels`."""
 
     images: Tensor
     labels: Tensor
@@ -40,12 +37,8 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class MapSource:
-    """A map: its title, and how it comes from our nets and from a network from elsewhere, float
-    [B, H, W] each; None where it does not.
-
-    blurred: afterwards by `blur`. paper: its figures in the paper's Table 1 on ILSVRC val, metric
-    1 (GT-known, see docs/method.md) and metric 2 (top-1 localization).
-    """
+    """A map: its title, and how it comes from our nets and from a network from elsewhere, float [B,
+    H, W] each, or None. blurred: afterwards. paper: metrics 1 and 2 of its Table 1."""
 
     title: str
     of_run: Callable[[Nets, Inputs], Tensor] | None = None
@@ -144,11 +137,9 @@ class NetworkSource:
     main_map: str = "cam"
 
     def predict(self, batch: "Batch") -> tuple[dict[str, Tensor], Iterator[tuple[str, np.ndarray]]]:
-        """Return the same as `RunSource.predict`.
-
-        Maps are computed at the network's size and resized to that of the images, then those that
-        are blurred are, as those of our own classifier.
-        """
+        """Return the same as `RunSource.predict`. Maps are computed at the network's size and
+        resized to that of the images, then those that are blurred are, as those of our own
+        classifier."""
         with torch.no_grad():
             probabilities = class_probabilities(
                 self.network.classifier, prepare(self.network, batch.images), crops=self.crops

@@ -1,8 +1,6 @@
-"""Score maps -> boxes, counts over thresholds, and AUC, batch by batch.
-
-Runs in the tasks of an evaluation, without torch and Ray. The counts of parts add up exactly, so
-the figures do not depend on the number of tasks.
-"""
+"""Score maps -> boxes, counts over thresholds, and AUC, batch by batch. Runs in the tasks of an
+evaluation, without torch and Ray. The counts of parts add up exactly, so the figures do not depend
+on the number of tasks."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,13 +41,9 @@ MAPS_AT_ONCE = 16  # given score maps that a thread holds as floats
 
 @dataclass(frozen=True, kw_only=True)
 class MapTruth:
-    """The ground truth of N images as maps need it, small enough to send to every task.
-
-    rows: int64 [N], ascending: the ledger's row of each image, or 0..N-1. ids, sizes, boxes,
-    starts: see GroundTruth. partners: int64 [N], the image whose boxes stand for "another
-    image's", -1 where there is none. groups: int64 [N], first axis of `metrics.Sweep`, -1 for
-    images without boxes.
-    """
+    """The ground truth of N images as maps need it, for every task. rows: int64 [N], ascending: the
+    ledger's, or 0..N-1. partners: int64 [N], the image whose boxes stand for "another image's", or
+    -1. groups: int64 [N], first axis of `metrics.Sweep`, or -1."""
 
     rows: np.ndarray
     ids: Sequence[str]
@@ -66,11 +60,8 @@ class MapTruth:
 
 
 def map_truth(truth: GroundTruth, rows: np.ndarray, protocol: str, seed: int) -> MapTruth:
-    """Return what maps of these images are scored against, whose sizes must be known.
-
-    Partners form one random cycle of all images with boxes, from `seed` alone: no image is its
-    own partner, and any division of the images pairs the same.
-    """
+    """Return what maps of these images, of known sizes, are scored against. Partners form one
+    random cycle of all images with boxes, so any division of the images pairs the same."""
     assert truth.sizes is not None
     known = np.flatnonzero(np.diff(truth.starts) > 0)
     partners = np.full(len(truth.ids), -1)
@@ -130,11 +121,8 @@ def _joined(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredMaps:
-    """What follows from N maps of one kind.
-
-    boxes: int64 [N, 4], pixels of the map, and found: bool [N], by box rule. auc, auc_other:
-    float64 [N]. counts: over the maps.
-    """
+    """What follows from N maps of one kind. boxes: int64 [N, 4], pixels of the map, and found: bool
+    [N], by box rule. auc, auc_other: float64 [N]. counts: over the maps."""
 
     boxes: dict[str, np.ndarray]
     found: dict[str, np.ndarray]
@@ -154,12 +142,8 @@ class ScoredMaps:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What a task makes of some images, in order.
-
-    rows: int64 [n], see `MapTruth`. maps: by name. classes: int64 [n, k], up to five, best first,
-    and scores: float32 [n, k], by classifier. file: a file of the main maps, see
-    `results.maps_bytes`; emptied once it is written.
-    """
+    """What a task makes of some images, in order. rows: int64 [n]. maps: by name. classes: int64
+    [n, k], best first, and scores, by classifier. file: of the main maps, emptied once written."""
 
     rows: np.ndarray
     maps: dict[str, ScoredMaps]
@@ -216,11 +200,8 @@ def sweep_image(
 def score_maps(
     maps: np.ndarray, levels: np.ndarray, images: np.ndarray, truth: MapTruth, rules: Sequence[Rule]
 ) -> ScoredMaps:
-    """Score one batch of maps of one kind.
-
-    maps: float [B, H, W], of which the boxes are; levels: uint8 [B, H, W], of which sweep and AUC
-    are; images: int64 [B], indices in `truth`. Raises ValueError for NaN.
-    """
+    """Score one batch of maps of one kind. maps: float [B, H, W], for boxes; levels: uint8 [B, H,
+    W], for sweep and AUC; images: int64 [B], in `truth`. Raises ValueError for NaN."""
     counts = no_counts(*maps.shape[1:])
     aucs = []
     for values, image in zip(levels, images.tolist(), strict=True):
@@ -260,10 +241,8 @@ def mean_map(counts: MapCounts, truth: MapTruth) -> ScoredMaps:
 
 def given_parts(root: Path, truth: MapTruth, size: tuple[int, int], workers: int) -> Iterator[Part]:
     """Score the score maps of a folder in threads, and yield what follows from them, in order.
-
     size: (height, width) that all maps must have. Raises UserError for a map that is missing, of
-    another size, or with values that are none.
-    """
+    another size, or with values that are none."""
     with ThreadPoolExecutor(workers) as pool:
         starts = range(0, len(truth.ids), IMAGES_PER_PART)
         yield from pool.map(lambda start: _given_part(root, truth, size, start), starts)

@@ -1,8 +1,6 @@
-"""The tasks of an evaluation over Ray: batches of a split -> scored maps and classes.
-
-A split is cut into batches in its own order, and the tasks take whole batches: what a net
-computes for an image does not depend on the number of tasks, so neither do the figures.
-"""
+"""The tasks of an evaluation over Ray: batches of a split -> scored maps and classes. A split is
+cut into batches in its own order, and the tasks take whole batches: what a net computes for an
+image does not depend on the number of tasks, so neither do the figures."""
 
 import os
 from collections.abc import Iterator
@@ -91,11 +89,8 @@ def top_classes(probabilities: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def score_range(
     config: EvaluateConfig, truth: MapTruth, first: int, stop: int, use_gpu: bool
 ) -> Part:
-    """Score what the source makes of batches number first..stop-1 of the split.
-
-    Runs in a Ray task, on CUDA where the task was given a GPU. Raises UserError for nets that give
-    no finite map.
-    """
+    """Score what the source makes of batches number first..stop-1 of the split. Runs in a Ray task,
+    on CUDA where the task was given a GPU. Raises UserError for nets that give no finite map."""
     from pipeline.loading.loader import Loader
 
     assert config.data is not None
@@ -155,10 +150,8 @@ def ranges(total: int, parts: int) -> list[tuple[int, int]]:
 
 
 def shard_parts(config: EvaluateConfig, truth: MapTruth) -> Iterator[Part]:
-    """Score the whole split in Ray tasks, and yield what each gives, as they end.
-
-    Raises a task's UserError as it is, when the other tasks have been stopped.
-    """
+    """Score the whole split in Ray tasks, and yield what each gives, as they end. Raises a task's
+    UserError as it is, when the other tasks have been stopped."""
     connect_ray()
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))

@@ -75,10 +75,8 @@ def find_pictures(entries: Sequence[Entry]) -> "tuple[dict[str, list[Picture]], 
 
 
 def render(entries: Sequence[Entry], pictures: "dict[str, list[Picture]]", reason: str) -> str:
-    """Return the page: HTML that needs no other file and no script.
-
-    pictures: by group, see `report_pictures`; reason: why there are none.
-    """
+    """Return the page: HTML that needs no other file and no script. pictures: by group, see
+    `report_pictures`; reason: why there are none."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

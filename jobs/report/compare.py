@@ -28,10 +28,8 @@ AVERAGED = ("figures", "curves", "subsets", "by_class")
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A method of the page: one evaluation, or those of several seeds.
-
-    members: each row's figures, by evaluation; main: the row that the evaluations are about.
-    """
+    """A method of the page: one evaluation, or those of several seeds. members: each row's figures,
+    by evaluation; main: the row that the evaluations are about."""
 
     title: str
     evaluations: tuple[Evaluation, ...]
@@ -66,10 +64,8 @@ class Pair:
 
 
 def entries_of(evaluations: Sequence[Evaluation], titles: Sequence[str]) -> list[Entry]:
-    """Return the evaluations by title, in order: those of one title are seeds of one method.
-
-    Raises UserError where their images, true boxes or protocols differ, or the rows of one title.
-    """
+    """Return the evaluations by title, in order: those of one title are seeds of one method. Raises
+    UserError where their images, true boxes or protocols differ, or the rows of one title."""
     by_title: dict[str, list[Evaluation]] = {}
     for evaluation, title in zip(evaluations, titles, strict=True):
         by_title.setdefault(title, []).append(evaluation)

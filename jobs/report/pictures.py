@@ -24,8 +24,7 @@ LEVELS = 255  # a stored map's largest value
 @dataclass(frozen=True, kw_only=True)
 class View:
     """An evaluation's result for an image. number: of the evaluation on the page; box: in original
-    pixels; iou, error: None where no true box is known; found: False for a flat map; predicted,
-    score: of the first class, or None; map: data URI at the map's size, None without maps."""
+    pixels; predicted, score: of the first class; map: data URI; None where there is none."""
 
     title: str
     number: int
@@ -57,12 +56,8 @@ def choose(
     ious: np.ndarray, errors: Sequence[str | None], count: int, seed: int
 ) -> dict[str, list[int]]:
     """Return the positions of the pictures to show, by group: the `count` best and worst IoUs, as
-    many random others, and as many of each kind of error.
-
-    ious: float64 [N], NaN where no box is known (never best or worst). Of equal IoUs the first
-    images come. Best, worst and random share no image; an error's pictures are drawn at random from
-    all of its kind, so that they stand for it.
-    """
+    many random others, and as many drawn at random of each kind of error. ious: float64 [N], NaN
+    where no box is known. Of equal IoUs the first images come."""
     known = np.flatnonzero(~np.isnan(ious))
     best = known[np.argsort(-ious[known], kind="stable")][:count]
     rest = np.setdiff1d(known, best)
@@ -87,11 +82,8 @@ def most_different(ious: np.ndarray, count: int) -> list[int]:
 
 def report_pictures(entries: Sequence[Entry], seed: int) -> dict[str, list[Picture]]:
     """Return pictures by group: "differ" where there are several evaluations, then those of
-    `choose` by the first one's main row. Of several entries the first evaluation of each is shown,
-    of one all of its seeds. Some evaluation names shards.
-
-    Raises UserError where the shards are gone or others.
-    """
+    `choose` by the first one's main row. Of several entries the first evaluation of each is shown.
+    Raises UserError where the shards are gone or others."""
     several = len(entries) > 1
     every = [
         (entry, evaluation, images)

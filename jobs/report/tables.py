@@ -112,8 +112,7 @@ class Line:
 
 def page_lines(entries: Sequence[Entry]) -> list[Line]:
     """Return the rows that the page shows, constant boxes first. Of several entries, those by the
-    paper's box rule and by each entry's own, and a constant box once where it does as well for
-    each."""
+    paper's rule and by each one's own, and equal constant boxes once."""
     lines: list[Line] = []
     for entry in entries:
         for row, members in entry.members.items():
@@ -179,9 +178,8 @@ def best_values(parts: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[st
 
 
 def comparisons(lines: Sequence[Line]) -> list[dict[str, str]]:
-    """Return GT-known localization of the page's main map against the constant boxes and against
-    the other maps: what is compared, the difference in points, both figures. Of either side its
-    best row counts: maps have a choice of box rules, a constant box has none."""
+    """Return GT-known localization of the page's main map against the constant boxes and the other
+    maps: title, difference in points, both figures. The best row of either side counts."""
     scored = [line for line in lines if line.r.figures["gt_known"] is not None]
     main = {line.r.row.map for line in scored if line.own}
     sides = {

@@ -11,12 +11,9 @@ _DEVIATIONS = 40  # around a binomial's mean, outside which no probability is ab
 
 
 def bootstrap_intervals(values: np.ndarray, seed: int) -> np.ndarray:
-    """Return 95 % percentile bootstrap intervals of the column means of `values`.
-
-    values: float64 [N, F], one row an image, in [-1, 1]; all columns are resampled together, 1000
-    times. Returns float64 [F, 2], low and high; NaN where N is 0. The same rows in the same
-    order and the same seed give the same intervals, to the last digit.
-    """
+    """Return 95 % percentile bootstrap intervals, float64 [F, 2], of the column means of `values`,
+    float64 [N, F] in [-1, 1]. Columns are resampled together; NaN where N is 0. The same rows,
+    order and seed give the same digits."""
     n, columns = values.shape
     if n == 0:
         return np.full((columns, 2), np.nan)
@@ -30,12 +27,9 @@ def bootstrap_intervals(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def share_interval(count: int, n: int) -> list[float]:
-    """Return the 95 % percentile bootstrap interval of the share count / n, [low, high].
-
-    Resampled, the count is binomial, so its percentiles need no resampling: this is the interval
-    that infinitely many replicates give. The probabilities come from their ratios, from the mean
-    outwards, so that none overflows.
-    """
+    """Return the 95 % percentile bootstrap interval of the share count / n, [low, high]. A
+    resampled count is binomial, so this is what infinitely many replicates give. Probabilities come
+    from their ratios, from the mean outwards, so that none overflows."""
     if count in (0, n):
         return [count / n, count / n]
     share = count / n

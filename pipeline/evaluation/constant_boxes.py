@@ -18,11 +18,8 @@ def whole_image_boxes(sizes: np.ndarray) -> np.ndarray:
 
 
 def centred_boxes(sizes: np.ndarray, shares: tuple[float, float]) -> np.ndarray:
-    """Return a centred box in each image: integer [N, 2] -> int64 [N, 4].
-
-    shares: the box's (height, width) as shares of the image's, in (0, 1]; rounded to whole pixels,
-    at least one. An odd margin's extra pixel lies right of and below the box.
-    """
+    """Return a centred box in each image: integer [N, 2] -> int64 [N, 4]. shares: its (height,
+    width) as shares of the image's, in (0, 1]. An odd margin's extra pixel lies right and below."""
     extent = np.maximum(np.rint(sizes * np.array(shares)), 1).astype(np.int64)
     first = (sizes - extent) // 2
     return np.concatenate([first[:, ::-1], (first + extent - 1)[:, ::-1]], axis=1)
@@ -45,12 +42,9 @@ def _overlaps(
 def fit_centred_box(
     sizes: np.ndarray, truths: Sequence[Sequence[Sequence[int]]]
 ) -> tuple[float, float] | None:
-    """Find the (height, width) shares whose centred box has the best GT-known localization.
-
-    sizes: integer [N, 2]; truths: for each image its boxes, possibly none. Every pair of shares
-    1/40, 2/40 ... 1 is tried, on at most 20,000 images spread evenly over the set. Of equally
-    good pairs the one with the smallest height, then width, wins. None where no box is known.
-    """
+    """Find the (height, width) shares, of 1/40, 2/40 ... 1, whose centred box has the best GT-known
+    localization on at most 20,000 images spread over the set; of equally good ones the smallest
+    height, then width. None where no box is known. sizes: integer [N, 2]."""
     usable = [i for i, boxes in enumerate(truths) if boxes]
     if not usable:
         return None

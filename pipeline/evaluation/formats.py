@@ -1,8 +1,6 @@
 """Results of other programs, read and written: boxes, classes and score maps (docs/formats.md).
-
 Rows are matched to the images of a ground truth by id, or by file name where that is unique; each
-image has to come exactly once.
-"""
+image has to come exactly once."""
 
 import csv
 import io
@@ -50,27 +48,18 @@ UNKNOWN = -(2**31)  # a label that is null; out of range
 
 @dataclass(frozen=True, kw_only=True)
 class Guesses:
-    """Up to five guesses per image, best first, in the rows of a GroundTruth.
-
-    labels: int64 [N, 5], class indices; -1 where there is no guess or it names no class.
-    boxes: [N, 5, 4], inclusive original pixels x0 y0 x1 y1, int64, or float64 where the file has
-    fractions; -1s where there is no guess. An image's guesses come before its -1s.
-    """
+    """Up to five guesses per image, best first, then -1s. labels: int64 [N, 5], -1 where it names
+    no class. boxes: [N, 5, 4], inclusive original pixels x0 y0 x1 y1, int64, or float64 where the
+    file has fractions."""
 
     labels: np.ndarray
     boxes: np.ndarray
 
 
 def read_guesses(path: Path, truth: GroundTruth) -> Guesses:
-    """Read the guesses in a file, by its suffix.
-
-    .csv: Kaggle's `ImageId,PredictionString`, up to five `wnid x0 y0 x1 y1` a row. .parquet:
-    columns `id`, `boxes` (list of lists of four numbers) and `labels` (list of class indices; may
-    be missing), best first.
-
-    Raises UserError, naming file and line, for unknown, missing or double images, classes out of
-    range, malformed numbers, and boxes turned round or outside their image.
-    """
+    """Read the guesses in a file, by its suffix. .csv: Kaggle's `ImageId,PredictionString`, up to
+    five `wnid x0 y0 x1 y1` a row. .parquet: columns `id`, `boxes` (lists of four numbers) and
+    `labels` (class indices; may be missing), best first. Raises UserError, naming file and line."""
     is_csv = _is_csv(path, GUESS_COLUMNS)
     rows = _read_csv_rows(path, truth.classes) if is_csv else _read_parquet_rows(path)
     rows.lines.refuse(
@@ -104,11 +93,8 @@ def read_guesses(path: Path, truth: GroundTruth) -> Guesses:
 
 
 def write_guesses(path: Path, truth: GroundTruth, guesses: Guesses) -> None:
-    """Write guesses in the format of the path's suffix (see `read_guesses`), atomically.
-
-    CSV names images as Kaggle does, without folder and suffix, where that is unique. Raises
-    UserError where the format cannot express a guess: CSV needs classes by wnid.
-    """
+    """Write guesses in the format of the path's suffix (see `read_guesses`), atomically. Raises
+    UserError where CSV lacks the classes' wnids."""
     is_csv = _is_csv(path, GUESS_COLUMNS)
     present = (guesses.boxes != -1).any(axis=2)
     labels, boxes = (
@@ -128,12 +114,10 @@ def write_guesses(path: Path, truth: GroundTruth, guesses: Guesses) -> None:
 
 
 def read_top_classes(path: Path, truth: GroundTruth) -> np.ndarray:
-    """Read a classifier's best classes of every image: int64 [N, 5], best first, -1 after the last.
-
-    .csv: `id,class1,...`, one to five classes a row, with or without a header; .parquet: columns
-    `id` and `classes` (a list). A class is its name in the ground truth, else its index, counted
-    from 0 in the sorted wnids. Raises UserError, naming file and line.
-    """
+    """Read a classifier's best classes of every image: int64 [N, 5], best first, then -1s. .csv:
+    `id,class1,...`, with or without a header; .parquet: columns `id` and `classes` (a list). A
+    class is its name in the ground truth, else its index. Raises UserError, naming file and
+    line."""
     if _is_csv(path, "id, classes"):
         lines, rows = read_csv(path)
         names = pa.array([row[0] for row in rows], pa.string())
@@ -158,9 +142,7 @@ def read_top_classes(path: Path, truth: GroundTruth) -> np.ndarray:
 
 def score_map_path(root: Path, image_id: str) -> Path:
     """Return an image's score map file: `<root>/<image_id>.npy`, the id with folders and suffix.
-
-    Raises UserError for an id that leads out of `root`.
-    """
+    Raises UserError for an id that leads out of `root`."""
     relative = PurePosixPath(image_id)
     if relative.is_absolute() or ".." in relative.parts or "\0" in image_id:
         raise UserError(
@@ -170,11 +152,8 @@ def score_map_path(root: Path, image_id: str) -> Path:
 
 
 def read_score_map(path: Path, size: tuple[int, int] | None) -> np.ndarray:
-    """Read a score map: float32 or float64 [H, W] in [0, 1].
-
-    size: the (height, width) it has to have, None for any. Raises UserError for a file that is
-    missing or no plain float array of that size, NaNs and values outside [0, 1].
-    """
+    """Read a score map: float32 or float64 [H, W] in [0, 1]. size: the (height, width) it must
+    have, None for any. Raises UserError, naming the file."""
     if not path.is_file():
         raise UserError(
             f"{path} is missing; expected a score map for every image, named by its id and .npy."
@@ -203,9 +182,7 @@ def read_score_map(path: Path, size: tuple[int, int] | None) -> np.ndarray:
 
 def write_score_map(root: Path, image_id: str, values: np.ndarray) -> None:
     """Write a map [H, W] in [0, 1] as wsolevaluation reads it: float32 [224, 224], atomically.
-
-    Resized bilinearly, pixel centres aligned. Raises UserError for other values.
-    """
+    Resized bilinearly, pixel centres aligned. Raises UserError for other values."""
     values = _within_0_and_1(f"the map of {image_id}", values)
     resized = cv2.resize(
         values.astype(np.float32), (MAP_SIZE, MAP_SIZE), interpolation=cv2.INTER_LINEAR
@@ -238,11 +215,8 @@ def _is_csv(path: Path, columns: str) -> bool:
 
 
 class _Rows(NamedTuple):
-    """The R rows of a file of guesses, in its order, with K guesses.
-
-    ids: strings [R]; counts: int64 [R], guesses of each row; labels: int64 [K], class indices;
-    boxes: float64 [K, 4].
-    """
+    """R rows of a file with K guesses. ids: strings [R]; counts: int64 [R]; labels: int64 [K];
+    boxes: float64 [K, 4]."""
 
     lines: Lines
     ids: pa.Array

@@ -51,10 +51,8 @@ def _numbered(path: Path, numbers: np.ndarray, unit: str = "line") -> Lines:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file, unpacked where its name ends in .gz.
-
-    Raises UserError where it is missing, damaged or not UTF-8.
-    """
+    """Read a UTF-8 file, unpacked where its name ends in .gz. Raises UserError where it is missing,
+    damaged or not UTF-8."""
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
@@ -67,10 +65,8 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> tuple[Lines, pa.Array]:
-    """Read the lines that are not blank, stripped: strings [K].
-
-    Raises UserError as `read_text`, and where no line is left.
-    """
+    """Read the lines that are not blank, stripped: strings [K]. Raises UserError as `read_text`,
+    and where no line is left."""
     text = pc.utf8_trim_whitespace(pa.array(read_text(path).split("\n"), pa.string()))
     filled = np.flatnonzero(pc.not_equal(text, ""))
     if not len(filled):
@@ -79,11 +75,8 @@ def read_lines(path: Path) -> tuple[Lines, pa.Array]:
 
 
 def read_csv(path: Path) -> tuple[Lines, list[list[str]]]:
-    """Read the rows of a CSV file that are not blank, cells stripped, without the header.
-
-    A header is a first row that starts with `id` or `ImageId`. Raises UserError as `read_text`,
-    for broken quotes, and where no row is left.
-    """
+    """Read the rows of a CSV file that are not blank, cells stripped, without a header, which is a
+    first row that starts with `id` or `ImageId`. Raises UserError."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     numbers, rows = [], []
     try:
@@ -103,10 +96,8 @@ def read_csv(path: Path) -> tuple[Lines, list[list[str]]]:
 
 
 def read_parquet(path: Path, types: dict[str, pa.DataType]) -> tuple[Lines, dict[str, pa.Array]]:
-    """Read the named columns of a Parquet file, cast; `labels` may be missing.
-
-    Raises UserError for another file, one without rows, and a row without an id.
-    """
+    """Read the named columns of a Parquet file, cast; `labels` may be missing. Raises UserError for
+    another file, one without rows, and a row without an id."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; check the name.")
     try:
@@ -154,10 +145,8 @@ def index_in(names: pa.Array, values: pa.Array) -> np.ndarray:
 
 
 def match_ids(names: pa.Array, ids: pa.Array) -> np.ndarray:
-    """Return for each name the index of the same id, else of the only id with its stem, else -1.
-
-    Of one stem, images in folders of different splits (train, val, test) are not the same.
-    """
+    """Return for each name the index of the same id, else of the only id with its stem, else -1. Of
+    one stem, images in folders of different splits (train, val, test) are not the same."""
     indices = index_in(names, ids)
     if (indices < 0).any():
         ids_stems = stems(ids)
@@ -175,10 +164,8 @@ def _splits(names: pa.Array) -> pa.Array:
 
 
 def find_images(lines: Lines, names: pa.Array, ids: pa.Array) -> np.ndarray:
-    """Return the index in `ids` of the image that each name means: int64.
-
-    Raises UserError for a name that no image has or that several share.
-    """
+    """Return the index in `ids` of the image that each name means: int64. Raises UserError for a
+    name that no image has or that several share."""
     indices = match_ids(names, ids)
     lines.refuse(
         indices < 0,
@@ -211,11 +198,8 @@ def find_each(lines: Lines, names: pa.Array, ids: pa.Array) -> np.ndarray:
 
 
 def check_boxes(lines: Lines, boxes: np.ndarray, sizes: np.ndarray | None) -> None:
-    """Raise UserError for a box turned round or outside its image, and for shares of the image.
-
-    boxes: [K, 4]; sizes: (height, width) of each box's image [K, 2], or None. x1 == width and
-    y1 == height pass, since tools that count pixels from 1 write them.
-    """
+    """Raise UserError for boxes [K, 4] turned round, outside their image (sizes [K, 2] or None) or
+    in shares of it. x1 == width and y1 == height pass: tools that count from 1 write them."""
     if boxes.size and boxes.min() >= 0 and boxes.max() < 2 and (sizes is None or sizes.max() > 2):
         raise UserError(
             f"{lines.path} has corners from {boxes.min():g} to {boxes.max():g} only, which are no "
@@ -252,10 +236,8 @@ def _box_faults(boxes: np.ndarray, sizes: np.ndarray | None) -> tuple[np.ndarray
 
 
 def find_classes(lines: Lines, names: pa.Array, classes: Sequence[str] | None) -> np.ndarray:
-    """Return the index of each class name: int64.
-
-    Raises UserError for an unknown name; MissingClassesError where `classes` is None.
-    """
+    """Return the index of each class name: int64. Raises UserError for an unknown name;
+    MissingClassesError where `classes` is None."""
     if classes is None:
         refuse_names(lines, np.ones(len(names), bool))
         return np.zeros(0, np.int64)

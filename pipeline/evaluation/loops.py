@@ -13,12 +13,10 @@ RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
 
 
 def _ring_tables(connectivity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tabulate what a pixel joins, by the ring mask of the neighbours that came before it.
-
-    Returns int8 [256, 4]: a neighbour (index in RING) of each component that the pixel touches, -1
-    where there are fewer than four; and int8 [256]: by how much it raises twice the polygon's
-    area, 1 for each 2 x 2 quad in which it is the third or the fourth pixel.
-    """
+    """Tabulate what a pixel joins, by the ring mask of the neighbours before it: int8 [256, 4], a
+    neighbour (index in RING) of each component that it touches, or -1; and int8 [256], by how much
+    it raises twice the polygon's area, 1 for each 2 x 2 quad in which it is the third or fourth
+    pixel."""
 
     def reach(dy: int, dx: int) -> bool:
         return max(abs(dy), abs(dx)) == 1 if connectivity == 8 else abs(dy) + abs(dx) == 1
@@ -47,11 +45,9 @@ JOINS_4, _ = _ring_tables(4)
 
 @njit(cache=True, nogil=True)
 def fill_holes(values: np.ndarray) -> np.ndarray:
-    """Raise every pixel to the lowest level at which a 4-connected path leads outside.
-
-    values: uint8 [H + 2, S], a map within a frame of zeros. Returns the same form. Two scans and a
-    queue for what they leave (Vincent, "Morphological grayscale reconstruction", 1993).
-    """
+    """Raise every pixel to the lowest level at which a 4-connected path leads outside. values:
+    uint8 [H + 2, S], a map within a frame of zeros. Returns the same form. Two scans and a queue
+    for what they leave (Vincent, "Morphological grayscale reconstruction", 1993)."""
     rows, stride = values.shape
     filled = np.zeros_like(values)
     for y in range(1, rows - 1):
@@ -100,12 +96,9 @@ def fill_holes(values: np.ndarray) -> np.ndarray:
 
 @njit(cache=True, nogil=True)
 def _descending(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sort the pixels above 0 from the highest to the lowest, those of a level in reading order.
-
-    Returns uint32 [N] of flat positions (signed ones cost numba a check for a wrap); int64 [257],
-    where each level's pixels end (level v is [ends[v + 1], ends[v])); and uint8 [H + 2, S], for
-    each pixel the ring mask of the neighbours that come before it.
-    """
+    """Sort the pixels above 0 from the highest to the lowest, within a level in reading order.
+    Returns their flat positions, uint32 [N]; where each level's end, int64 [257]; and each pixel's
+    ring mask of the neighbours before it, uint8 [H + 2, S]."""
     rows, stride = values.shape
     ends = np.zeros(LEVELS + 1, np.int64)
     masks = np.zeros_like(values)
@@ -167,11 +160,8 @@ class _Rows(NamedTuple):
 @njit(cache=True, nogil=True)
 def _flat_joins(joins: np.ndarray, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """Return joins as steps between flat positions, int32 [256, 4], 0 for none; and bool [256],
-    whether a pixel with such neighbours only adds to the area of a component.
-
-    A pixel with a horizontal and a vertical neighbour in one component cannot enlarge its box;
-    with an earlier neighbour, in reading order, it cannot become its first pixel.
-    """
+    whether such a pixel only adds to a component's area: with a horizontal and a vertical neighbour
+    it cannot enlarge the box, with an earlier one it cannot become the first pixel."""
     ring = np.array([-stride - 1, -stride, 1 - stride, 1, stride + 1, stride, stride - 1, -1])
     steps = np.zeros((256, 4), np.int32)
     only_area = np.zeros(256, np.bool_)
@@ -257,11 +247,8 @@ def _first_listed(components: np.ndarray, best: int) -> int:
 
 @njit(cache=True, nogil=True)
 def find_components(values: np.ndarray, joins: np.ndarray, gains: np.ndarray) -> _Rows:
-    """Find the components of {values > t} for every t.
-
-    values: uint8 [H + 2, S], a map within a frame of zeros; S is a power of two. joins, gains:
-    see `_ring_tables`.
-    """
+    """Find the components of {values > t} for every t. values: uint8 [H + 2, S], a map within a
+    frame of zeros; S is a power of two. joins, gains: see `_ring_tables`."""
     stride = values.shape[1]
     order, ends, masks = _descending(values)
     masks = masks.ravel()
@@ -352,9 +339,7 @@ def find_enclosed(
     levels: np.ndarray, basins: np.ndarray, joins: np.ndarray, gains: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Find the contours that lie within `basins`, boxes int32 [N, 4] of holes: boxes, first, last.
-
-    Components that reach the edge of such a box are not enclosed: they are known already.
-    """
+    Components that reach the edge of such a box are not enclosed: they are known already."""
     parts = []
     for i in range(len(basins)):
         x0, y0, x1, y1 = basins[i]

@@ -1,8 +1,6 @@
-"""Boxes and classes -> named figures, equal to the last digit for any division of the images.
-
-Every share is an integer count over an integer number of images; sums of fractions (mean IoU,
-AUC) are rounded once. docs/formats.md says in words what each figure means.
-"""
+"""Boxes and classes -> named figures, equal to the last digit for any division of the images. Every
+share is an integer count over an integer number of images; sums of fractions (mean IoU, AUC) are
+rounded once. docs/formats.md says in words what each figure means."""
 
 import itertools
 import math
@@ -39,11 +37,9 @@ _SEVERAL, _INSIDE, _COVERED = 0.3, 0.5, 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Counts of one map over all thresholds, see `sweep.add_counts`.
-
-    largest, contours: int64 [4, T, 20], by the largest contour alone and by the best of all; the
-    first axis is 1 for small boxes plus 2 for off-centre ones (see SUBSETS).
-    """
+    """Counts of one map over all thresholds (`sweep.add_counts`): int64 [4, T, 20], by the largest
+    contour alone and by the best of all. First axis: 1 for small boxes plus 2 for off-centre
+    ones."""
 
     largest: np.ndarray
     contours: np.ndarray
@@ -51,15 +47,11 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """How one row of the table fares on each image.
-
-    ious: float64 [N] with the best true box, NaN where none is known. errors: int [N], indices in
-    ERRORS, meaningless where no box is known. top1, top5: bool [N], whether the label is the
-    first, or among the first five, of its classes. top5_right: bool [N], whether one of its (at
-    most five) guesses has the label and a right box. auc, auc_other: float64 [N], see
-    `sweep.pixel_auc`, against the own and another image's boxes; NaN where undefined.
-    None: not known of this row.
-    """
+    """How one row of the table fares on each image; None: not known of it. ious: float64 [N] with
+    the best true box, NaN where none is known. errors: int [N], indices in ERRORS. top1, top5: bool
+    [N], whether the label is among its first classes. top5_right: bool [N], whether a guess has the
+    label and a right box. auc, auc_other: float64 [N], `sweep.pixel_auc` against the own and
+    another image's boxes, NaN where undefined."""
 
     ious: np.ndarray
     errors: np.ndarray
@@ -72,11 +64,8 @@ class Outcomes:
 
 
 def subset_masks(boxes: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the images of each of SUBSETS: bool [N] by name. An image without boxes is in none.
-
-    boxes: [M, 4] inclusive original pixels, image by image; starts: int64 [N + 1]; sizes: integer
-    [N, 2], (height, width).
-    """
+    """Return the images of each of SUBSETS: bool [N] by name. boxes: [M, 4] inclusive original
+    pixels, image by image; starts: int64 [N + 1]; sizes: integer [N, 2], (height, width)."""
     owners = np.repeat(np.arange(len(sizes)), np.diff(starts))
     sides = sizes[owners][:, ::-1]
     known = np.diff(starts) > 0
@@ -104,16 +93,11 @@ def error_kinds(
     truths: np.ndarray,
     starts: np.ndarray,
 ) -> np.ndarray:
-    """Return why each box is wrong, the class left aside: indices in ERRORS, int64 [N].
-
-    The first that holds of these: right (IoU); nothing_found: the map had no content;
-    several_instances: the box covers over 0.3 of each of two or more true boxes; too_small: over
-    half of the box lies in a true box; too_large: over 0.7 of a true box lies in it; elsewhere.
-    This is the split of the weakly supervised localization literature, but for the class, which
-    `with_classes` adds: so the errors are those of GT-known localization.
-
-    boxes: [N, 4] and truths: [M, 4], inclusive pixels; found, right: bool [N].
-    """
+    """Return why each box is wrong, the class left aside: indices in ERRORS, int64 [N]. The first
+    that holds: right; nothing_found: the map had no content; several_instances: the box covers over
+    0.3 of two or more true boxes; too_small: over half of it lies in a true box; too_large: over
+    0.7 of a true box lies in it; elsewhere. boxes: [N, 4] and truths: [M, 4], inclusive pixels;
+    found, right: bool [N]."""
     counts = np.diff(starts)
     owners = np.repeat(np.arange(len(boxes)), counts)
     repeated = boxes[owners]
@@ -144,28 +128,15 @@ def with_classes(errors: np.ndarray, class_right: np.ndarray) -> np.ndarray:
 
 
 def figures(outcomes: Outcomes) -> Figures:
-    """Return the figures of one row on all images; fractions.
-
-    gt_known: share of images with known boxes whose box has IoU >= 0.5 with one of them;
-    top1_loc: share with that and the label as top class (the paper's metrics 1 and 2, by whose
-      class it is); top5_loc: the label and a right box in one of five guesses (the complement of
-      the official ILSVRC error);
-    top1_cls, top5_cls: share of all images with the label first, among the first five;
-    mean_iou: over images with known boxes;
-    auc, auc_other: mean pixel AUC against the own boxes and another image's; auc_gap: their
-      difference, over images where both are defined;
-    n: images with known boxes; counts: the integers behind the shares; errors: how many of the n
-      fall to each of ERRORS.
-    None stands for a share of no images and for what is not known of the row.
-    """
+    """Return the figures of one row on all images, as docs/formats.md defines them; None for a
+    share of no images and for what is not known. n: images with known boxes; counts: the integers
+    behind the shares; errors: how many of the n fall to each of ERRORS."""
     return figures_by_group(outcomes, np.zeros(len(outcomes.ious), np.int64), 1)[0]
 
 
 def figures_by_group(outcomes: Outcomes, groups: np.ndarray, count: int) -> list[Figures]:
-    """Return `figures` of the images of each group.
-
-    groups: int64 [N], the group of each image from 0 to count - 1, or -1 for none.
-    """
+    """Return `figures` of the images of each group. groups: int64 [N], the group of each image from
+    0 to count - 1, or -1 for none."""
     known = ~np.isnan(outcomes.ious)
     right = known & (np.nan_to_num(outcomes.ious) >= IOU_THRESHOLD)
 
@@ -234,12 +205,8 @@ def _means(values: np.ndarray | None, groups: np.ndarray, count: int) -> Sequenc
 
 
 def sweep_figures(outcomes: Outcomes, subset: str | None, images: np.ndarray) -> Figures:
-    """Return max_box_acc (IoU 0.5, the best threshold for all images), its threshold, and
-    max_box_acc_v2 (mean over IoU 0.3, 0.5, 0.7 of each one's own best, over all contours).
-
-    subset: a name of SUBSETS, or None for all images; images: bool [N], those in it. The IoUs
-    stand for a row without maps: of its one box every threshold is the best.
-    """
+    """Return MaxBoxAcc, its threshold and MaxBoxAccV2. subset: a name of SUBSETS or None; images:
+    bool [N], those in it. The IoUs stand for a row without maps."""
     known = outcomes.ious[images & ~np.isnan(outcomes.ious)]
     if not len(known):
         return dict.fromkeys(("max_box_acc", "max_box_acc_threshold", "max_box_acc_v2"))
@@ -266,21 +233,16 @@ def _right(counts: np.ndarray, iou: float) -> np.ndarray:
 
 
 def max_box_acc(counts: np.ndarray, images: int) -> tuple[float, float]:
-    """Return MaxBoxAcc, the best share of right images over the thresholds, and its threshold.
-
-    counts: int64 [T, 20] of the largest contours (`sweep.add_counts`), T = len(thresholds()). Of
-    equal thresholds the smallest.
-    """
+    """Return the best share of right images over the thresholds, and the smallest such threshold.
+    counts: int64 [T, 20] of the largest contours."""
     right = _right(counts, IOU_THRESHOLD)
     best = int(right.argmax())
     return int(right[best]) / images, float(thresholds()[best])
 
 
 def max_box_acc_v2(counts: np.ndarray, images: int) -> float:
-    """Return MaxBoxAccV2, the mean over IoU 0.3, 0.5, 0.7 of each one's best share over thresholds.
-
-    counts: int64 [T, 20] of the best of all contours (`sweep.add_counts`).
-    """
+    """Return the mean over IoU 0.3, 0.5, 0.7 of each one's best share over thresholds. counts:
+    int64 [T, 20] of the best of all contours."""
     return sum(int(_right(counts, iou).max()) for iou in V2_IOUS) / (len(V2_IOUS) * images)
 
 
@@ -304,10 +266,8 @@ def intervals(
     outcomes: Sequence[Outcomes], rows: Sequence[Figures], seed: int
 ) -> list[dict[str, list[float] | None]]:
     """Return the 95 % interval of each figure of each row: [low, high], None without a figure.
-
-    rows: the `figures` of the outcomes, with max_box_acc. Shares by `share_interval`, means by
-    resampling; none for max_box_acc_v2, whose three shares depend on each other.
-    """
+    Shares by `share_interval`, means by resampling; none for max_box_acc_v2, whose shares are
+    dependent."""
     result: list[dict[str, list[float] | None]] = []
     columns: dict[tuple[int, str], np.ndarray] = {}
     for i, (row, outcome) in enumerate(zip(rows, outcomes, strict=True)):
@@ -337,11 +297,8 @@ def _interval(row: Figures, figure: str) -> list[float] | None:
 
 
 def renumbered_share(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Return the share of right classes if each class stood for the label that it mostly meets.
-
-    predicted: int [N], -1 for none; labels: int [N]. 0 where that proves nothing: fewer than ten
-    images a class, or fewer than nine in ten classes with a label of their own.
-    """
+    """Return the share of right classes if each class stood for the label that it mostly meets; 0
+    where fewer than ten images a class or nine in ten classes with an own label prove nothing."""
     given = predicted >= 0
     classes, rows = np.unique(predicted[given], return_inverse=True)
     _, columns = np.unique(labels[given], return_inverse=True)
@@ -354,8 +311,6 @@ def renumbered_share(predicted: np.ndarray, labels: np.ndarray) -> float:
 
 
 def top_k(predicted: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
-    """Return whether each label is among the first `k` predicted classes: bool [N].
-
-    predicted: integer [N, K], best first; labels: integer [N].
-    """
+    """Return whether each label is among the first `k` predicted classes, integer [N, K]: bool
+    [N]."""
     return (predicted[:, :k] == labels[:, None]).any(axis=1)

@@ -1,8 +1,5 @@
-"""The protocols under which boxes are compared: their coordinates, their IoU and the thresholds.
-
-Boxes are [x0, y0, x1, y1]. Ours are inclusive integer pixels; the truth's are numbers that each
-protocol reads in its own way, and the figures differ by up to a point (docs/formats.md).
-"""
+"""The protocols under which boxes [x0, y0, x1, y1] are compared: coordinates, IoU and
+thresholds."""
 
 from dataclasses import dataclass
 
@@ -38,8 +35,7 @@ TOP = 5  # classes or guesses of an image that count
 
 
 def thresholds(step: float = THRESHOLD_STEP) -> np.ndarray:
-    """Return the thresholds of score maps, as shares of a map's maximum: float64, 0, step ... below
-    1."""
+    """Return the thresholds of score maps, as shares of the maximum: 0, step ... below 1."""
     return np.arange(0, 1, step)
 
 
@@ -49,11 +45,8 @@ def box_area(boxes: np.ndarray, plus: int = 1) -> np.ndarray:
 
 
 def iou(boxes: np.ndarray, others: np.ndarray, plus: int = 1) -> np.ndarray:
-    """Return intersection over union: [..., 4] and [..., 4] -> float64 [...], in [0, 1].
-
-    For integer boxes areas are integers and the quotient is rounded once, so comparing it with
-    0.5 is exact. 0 where both boxes are empty (plus 0).
-    """
+    """Return intersection over union: [..., 4] and [..., 4] -> float64 [...]. Rounded once for
+    integer boxes, so comparing with 0.5 is exact. 0 where both are empty."""
     width, height = (
         np.minimum(boxes[..., axis + 2], others[..., axis + 2])
         - np.maximum(boxes[..., axis], others[..., axis])
@@ -66,10 +59,7 @@ def iou(boxes: np.ndarray, others: np.ndarray, plus: int = 1) -> np.ndarray:
 
 
 def truth_boxes(boxes: np.ndarray, sizes: np.ndarray, protocol: str) -> np.ndarray:
-    """Read ground truth, or boxes given in its coordinates, as the protocol does.
-
-    boxes: [M, 4] in original pixels; sizes: integer [M, 2], (height, width) of each box's image.
-    """
+    """Read boxes [M, 4] in original pixels as the protocol does. sizes: integer [M, 2]."""
     if protocol != "int224":
         return boxes
     sides = np.tile(sizes[:, ::-1], 2).astype(np.float64)
@@ -77,11 +67,9 @@ def truth_boxes(boxes: np.ndarray, sizes: np.ndarray, protocol: str) -> np.ndarr
 
 
 def own_boxes(boxes: np.ndarray, grid: np.ndarray, sizes: np.ndarray, protocol: str) -> np.ndarray:
-    """Carry our boxes, in inclusive pixels of a map or image, to the protocol's coordinates.
-
-    boxes: integer [N, 4]; grid: (height, width) or [N, 2] of what they are pixels of; sizes:
-    the same of the original images. Returns int64 [N, 4].
-    """
+    """Carry our boxes, in inclusive pixels of a map or image, to the protocol's coordinates:
+    integer [N, 4] -> int64 [N, 4]. grid, sizes: (height, width) or [N, 2], from and of the
+    originals."""
     if protocol == "int224":
         edges = scale_boxes(boxes, grid, np.array([SIDE, SIDE])) + np.array([0, 0, 1, 1])
         return np.minimum(edges, SIDE - 1)
@@ -92,11 +80,8 @@ def own_boxes(boxes: np.ndarray, grid: np.ndarray, sizes: np.ndarray, protocol: 
 def best_iou(
     boxes: np.ndarray, truths: np.ndarray, starts: np.ndarray, plus: int = 1
 ) -> np.ndarray:
-    """Return the largest IoU of each box with its image's ground-truth boxes.
-
-    boxes: [N, 4]; truths: [M, 4], image by image; starts: int64 [N + 1], image i's are
-    truths[starts[i]:starts[i + 1]]. Returns float64 [N] in [0, 1], NaN where there is none.
-    """
+    """Return the largest IoU of each box [N, 4] with its image's truths[starts[i]:starts[i + 1]]:
+    float64 [N], NaN where there is none."""
     owners = np.repeat(np.arange(len(boxes)), np.diff(starts))
     best = np.full(len(boxes), np.nan)
     np.fmax.at(best, owners, iou(boxes[owners], truths, plus))
@@ -106,13 +91,9 @@ def best_iou(
 def scale_boxes(
     boxes: np.ndarray, stored: np.ndarray | tuple[int, int], sizes: np.ndarray
 ) -> np.ndarray:
-    """Scale boxes from pixels of one size of their images to pixels of another.
-
-    boxes: integer [N, 4]; stored, sizes: integer (height, width) or [N, 2], from and to. The
-    edges of the pixels are scaled, x and y each by itself, and rounded to the nearest edge, in
-    integers: the whole image stays the whole image. Returns int64 [N, 4], within the image and of
-    at least one pixel.
-    """
+    """Scale boxes, integer [N, 4], from pixels of (height, width) `stored` to pixels of `sizes`,
+    either one pair or [N, 2]: int64 [N, 4]. Edges of pixels are rounded to the nearest edge in
+    integers, so the whole image stays whole; a box keeps at least one pixel."""
     from_size = np.asarray(stored, np.int64)[..., ::-1]
     to_size = np.asarray(sizes, np.int64)[..., ::-1]
 

@@ -37,12 +37,9 @@ Figures = dict[str, Any]  # by name, see pipeline/evaluation/metrics.py: figures
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of the table: which map, how a box follows from it, and whose class counts.
-
-    map: "aln", "cam", "layercam", "gradient", "lrp", "mean map", "whole image", "centred box", or
-    "given" (score maps or boxes from a file). rule: a name of model.localization.RULES, None for
-    boxes that come from no map. classes: a name of CLASSES, None where no class is known.
-    """
+    """A row of the table. map: "aln", "cam", "layercam", "gradient", "lrp", "mean map", "whole
+    image", "centred box", or "given". rule: a name of model.localization.RULES, None for boxes that
+    come from no map. classes: a name of CLASSES, or None."""
 
     map: str
     rule: str | None = None
@@ -60,13 +57,9 @@ CLASSES = {
 
 @dataclass(frozen=True, kw_only=True)
 class RowFigures:
-    """The figures of one row.
-
-    title: the map's. paper: "metric1" and "metric2" of the paper's Table 1 (None: not printed
-    there), or None. figures: over all images. interval: by figure, [low, high], None without a
-    figure. curves: see metrics.curves. subsets: figures of each of metrics.SUBSETS. by_class:
-    figures by wnid.
-    """
+    """The figures of one row. paper: "metric1" and "metric2" of the paper's Table 1, or None.
+    figures: over all images. interval: [low, high] by figure. curves: see metrics.curves. subsets,
+    by_class: figures of each of metrics.SUBSETS, of each wnid."""
 
     row: Row
     title: str
@@ -99,9 +92,7 @@ class Evaluation:
 
     def maps(self, images: Iterable[int]) -> dict[int, np.ndarray]:
         """Read the main maps of some images: uint8 [H, W] by image, without those that have none.
-
-        255 stands for 1 in ALN's probabilities and in given maps; another map has its own minimum
-        at 0 and its maximum at 255."""
+        255 stands for 1 in ALN's and given maps; another map is stretched from 0 to 255."""
         wanted = sorted(set(images))
         maps: dict[int, np.ndarray] = {}
         for path in sorted((self.folder / MAPS_NAME).glob("*.parquet")):
@@ -151,9 +142,7 @@ def write_evaluation(
     images: pa.Table,
 ) -> None:
     """Write the evaluation in place of an earlier one, with the maps that `write_maps` wrote.
-
-    metrics: all of metrics.json but format and rows.
-    """
+    metrics: all of metrics.json but format and rows."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / METRICS_NAME).unlink(missing_ok=True)
     write_atomically(folder / PREDICTIONS_NAME, parquet_bytes(predictions))
@@ -186,10 +175,8 @@ def write_maps(folder: Path, first: int, content: bytes) -> None:
 
 
 def maps_bytes(name: str, images: np.ndarray, levels: np.ndarray) -> bytes:
-    """Return the maps of some images as a Parquet file.
-
-    name: the map's. images: int64 [N]; levels: uint8 [N, H, W], see `Evaluation.maps`.
-    """
+    """Return the maps of some images as a Parquet file. name: the map's. images: int64 [N]; levels:
+    uint8 [N, H, W], see `Evaluation.maps`."""
     count, height, width = levels.shape
     table = pa.table(
         {

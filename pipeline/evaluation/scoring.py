@@ -37,15 +37,12 @@ from pipeline.evaluation.truth import GroundTruth
 
 @dataclass(frozen=True, kw_only=True)
 class Localization:
-    """One box per image by one map and rule, and the rows of the table that it gives.
-
-    map, rule: see `results.Row`. title: the map's. classes: whose class counts, a row each; None
-    for a row without a class. paper: metrics 1 and 2 of the paper's Table 1, for the first row.
-    boxes: [N, 4], inclusive pixels of `grid`, (height, width) or int [N, 2]; without a grid in
-    the truth's own coordinates, as files have them. found: bool [N], False where a map had no
-    content and the box is all of it. guesses: up to five boxes with classes of which `boxes` are
-    the first. auc, auc_other, sweep: see `metrics.Outcomes`.
-    """
+    """One box per image by one map and rule. map, rule: see `results.Row`. title: the map's.
+    classes: whose class counts, a row each. paper: metrics 1 and 2 of the paper's Table 1, for the
+    first row. boxes: [N, 4], inclusive pixels of `grid`, (height, width) or int [N, 2]; without a
+    grid in the truth's own coordinates. found: bool [N], False where a map had no content. guesses:
+    up to five boxes with classes, `boxes` the first. auc, auc_other, sweep: see
+    `metrics.Outcomes`."""
 
     map: str
     title: str
@@ -78,9 +75,7 @@ def box_ious(
     boxes: np.ndarray, grid: np.ndarray | None, truth: GroundTruth, protocol: str
 ) -> np.ndarray:
     """Return the IoU of each box with the best true box: float64 [N], NaN where none is known.
-
-    boxes, grid: see `Localization`.
-    """
+    boxes, grid: see `Localization`."""
     sizes = image_sizes(truth)
     owners = np.repeat(np.arange(len(sizes)), np.diff(truth.starts))
     if grid is None:
@@ -113,11 +108,8 @@ def class_outcomes(
     truth: GroundTruth,
     protocol: str,
 ) -> Outcomes:
-    """Return `box_outcomes` with a classifier's classes, int [N, 5], best first, -1 for none.
-
-    classes: None leaves the outcomes as they are. guesses: whose boxes count each with its own
-    class (the official rule); None where the one box goes with all five classes.
-    """
+    """Return `box_outcomes` with a classifier's classes, int [N, 5] or None. guesses: whose boxes
+    count each with its own class (the official rule); None where the one box goes with all five."""
     if classes is None:
         return outcomes
     top1, top5 = (top_k(classes, truth.labels, k) for k in (1, TOP))
@@ -142,10 +134,8 @@ def score(
     protocol: str,
     seed: int,
 ) -> tuple[list[RowFigures], pa.Table]:
-    """Return the rows of the table, and the lines of predictions.parquet.
-
-    classes: by classifier, int [N, 5], best first, -1 for none. seed: of the bootstrap.
-    """
+    """Return the rows of the table, and the lines of predictions.parquet. classes: by classifier,
+    int [N, 5], best first, -1 for none. seed: of the bootstrap."""
     rows, outcomes, lines = [], [], []
     subsets = {}
     if truth.sizes is not None:
@@ -194,9 +184,8 @@ def _row_figures(
 def prediction_lines(
     localization: Localization, truth: GroundTruth, outcomes: Outcomes
 ) -> pa.Table:
-    """Return the lines of predictions.parquet of one map and rule: image, map, rule, box (list of
-    4 int32, inclusive original pixels), found, iou (null where no box is known), error (the class
-    left aside), auc and auc_other (null for boxes without maps)."""
+    """Return the lines of predictions.parquet of one map and rule: box in inclusive original
+    pixels; iou, auc null where unknown; error with the class left aside."""
     n = len(truth.ids)
     kinds = pa.array(outcomes.errors.astype(np.int8), mask=np.isnan(outcomes.ious))
     found = np.ones(n, bool) if localization.found is None else localization.found

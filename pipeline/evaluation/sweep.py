@@ -30,14 +30,10 @@ from pipeline.evaluation.protocols import IOU_GRID, thresholds
 
 @dataclass(frozen=True, kw_only=True)
 class LevelBoxes:
-    """Boxes of all contours of a map at all levels, from `level_boxes`.
-
-    boxes: int32 [C, 4], [x0, y0, x1, y1] in inclusive pixels of the map. A contour whose box
-    changes with the level has a row for each box; rows may repeat.
-    first, last: int16 [C], the levels t, inclusive, at which the contour has the box.
-    largest: int32 [256], the row of the largest contour at each level, -1 where there is none.
-    maximum: the map's highest level.
-    """
+    """Boxes of all contours of a map at all levels. boxes: int32 [C, 4], inclusive pixels of the
+    map, a row for each box that a contour has; first, last: int16 [C], its levels, inclusive;
+    largest: int32 [256], the row of the largest contour at each level, or -1; maximum: the highest
+    level."""
 
     boxes: np.ndarray
     first: np.ndarray
@@ -48,18 +44,13 @@ class LevelBoxes:
 
 def threshold_levels(maximum: int) -> np.ndarray:
     """Return the level of each threshold for a map whose highest level is `maximum`: int64 [T].
-
-    Pixels strictly above that level are drawn. Truncated from the float64 product.
-    """
+    Pixels strictly above that level are drawn. Truncated from the float64 product."""
     return (thresholds() * float(maximum)).astype(np.int64)
 
 
 def quantize(maps: np.ndarray) -> np.ndarray:
-    """Turn scores in [0, 1] into levels 0 ... 255: 255 times the score in float64, truncated.
-
-    maps: any float dtype and shape. Returns uint8 of the same shape. Raises ValueError for NaN
-    and for scores outside [0, 1].
-    """
+    """Turn scores in [0, 1] into levels: 255 times the score in float64, truncated to uint8. Raises
+    ValueError for NaN and for scores outside [0, 1]."""
     scores = np.asarray(maps, np.float64)
     if scores.size and not (scores.min() >= 0 and scores.max() <= 1):
         raise ValueError(
@@ -70,10 +61,8 @@ def quantize(maps: np.ndarray) -> np.ndarray:
 
 
 def stretch(maps: np.ndarray) -> np.ndarray:
-    """Stretch each map from 0 to 1: float [B, H, W] -> float64 [B, H, W].
-
-    A flat map becomes zeros. Raises ValueError for NaN and infinite values.
-    """
+    """Stretch each map from 0 to 1: float [B, H, W] -> float64 [B, H, W]. A flat map becomes zeros.
+    Raises ValueError for NaN and infinite values."""
     scores = np.asarray(maps, np.float64)
     lowest = scores.min(axis=(1, 2), keepdims=True)
     spread = scores.max(axis=(1, 2), keepdims=True) - lowest
@@ -104,11 +93,9 @@ def _basins(holes: np.ndarray, map_size: int) -> np.ndarray:
 
 
 def level_boxes(levels: np.ndarray) -> LevelBoxes:
-    """Find every contour's box at every level, exactly as OpenCV's contours at each level.
-
-    levels: uint8 [H, W]. A hole's box includes the pixels around the hole, on which its contour
-    lies. Raises ValueError for other arrays.
-    """
+    """Find every contour's box at every level, exactly as OpenCV's contours at each level. levels:
+    uint8 [H, W]. A hole's box includes the pixels around the hole, on which its contour lies.
+    Raises ValueError for other arrays."""
     if levels.dtype != np.uint8 or levels.ndim != 2 or not levels.size:
         raise ValueError(
             f"levels are {levels.dtype} {list(levels.shape)}; they must be uint8 [H, W] with at "
@@ -139,13 +126,9 @@ def level_boxes(levels: np.ndarray) -> LevelBoxes:
 def level_ious(
     contours: LevelBoxes, boxes: np.ndarray, truths: np.ndarray, plus: int, empty: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the IoU with the true boxes at each level: of the largest contour's box, and the best
-    of all contours'; float64 [256] in [0, 1] each.
-
-    boxes: [C, 4], `contours.boxes` in the coordinates of truths; truths: [T, 4], the best
-    counts; plus: 1 where coordinates are inclusive pixels, else 0; empty: [4], the box that stands
-    for a level without contours.
-    """
+    """Return the IoU with the best of the truths [T, 4] at each level, of the largest contour's box
+    and the best of all: float64 [256] each. boxes: [C, 4] in the truths' coordinates; empty: [4],
+    the box for a level without contours."""
     from pipeline.evaluation import loops  # here: see `level_boxes`
 
     return loops.level_ious(
@@ -161,21 +144,15 @@ def level_ious(
 
 def add_counts(counts: np.ndarray, ious: np.ndarray, levels: np.ndarray) -> None:
     """Count one image in place: at each threshold, how many IoUs of IOU_GRID its own reaches.
-
-    counts: int64 [T, 20]; ious: float64 [256], by level; levels: int [T], `threshold_levels`.
-    The counts of a data set are the sum of the counts of its parts.
-    """
+    counts: int64 [T, 20]; ious: float64 [256], by level; levels: int [T], `threshold_levels`."""
     from pipeline.evaluation import loops  # here: see `level_boxes`
 
     loops.add_counts(counts, ious, levels, IOU_GRID)
 
 
 def pixel_auc(levels: np.ndarray, inside: np.ndarray) -> float:
-    """Return the probability that a pixel inside scores above one outside, ties counted half.
-
-    levels: uint8 [H, W]; inside: bool [H, W]. From integer counts, rounded once. NaN where nothing
-    is inside or nothing outside.
-    """
+    """Return the probability that a pixel inside scores above one outside, ties counted half, from
+    integer counts. levels: uint8 [H, W]; inside: bool [H, W]. NaN where either is empty."""
     from pipeline.evaluation import loops  # here: see `level_boxes`
 
     outside, within = loops.histograms(levels, inside)

@@ -1,8 +1,6 @@
-"""Ground truth of any origin: ids, labels, sizes and boxes of the images that are scored.
-
-It comes from a ledger, from wsolevaluation's metadata, from ILSVRC's XML files or from a Kaggle
-solution (docs/formats.md). Whatever does not hold together is an error that names file and line.
-"""
+"""Ground truth of any origin: ids, labels, sizes and boxes of the images that are scored. It comes
+from a ledger, from wsolevaluation's metadata, from ILSVRC's XML files or from a Kaggle solution
+(docs/formats.md). Whatever does not hold together is an error that names file and line."""
 
 import glob
 import itertools
@@ -58,15 +56,10 @@ class Classes(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GroundTruth:
-    """The images that are scored, N of them with M boxes.
-
-    ids: unique, in row order. labels: int64 [N], class indices (positions in the sorted wnids).
-    sizes: int64 [N, 2], (height, width) of the originals; None where unknown.
-    boxes: int64 [M, 4], inclusive original pixels x0 y0 x1 y1, image by image.
-    starts: int64 [N + 1]; image i has boxes[starts[i]:starts[i + 1]], possibly none.
-    classes: wnids in index order, None where only numbers are known; class_names: readable.
-    unsorted: see `lines.refuse_numbers`.
-    """
+    """N images that are scored, with M boxes. ids: unique. labels: int64 [N], class indices. sizes:
+    int64 [N, 2], (height, width) of the originals, or None. boxes: int64 [M, 4], inclusive original
+    pixels x0 y0 x1 y1; image i has boxes[starts[i]:starts[i + 1]]. classes: wnids in index order,
+    None where only numbers are known. unsorted: see `lines.refuse_numbers`."""
 
     ids: tuple[str, ...]
     labels: np.ndarray
@@ -81,18 +74,11 @@ class GroundTruth:
 def read_ground_truth(
     path: Path, *, image_sizes: Path | None = None, classes: Path | None = None
 ) -> GroundTruth:
-    """Read the ground truth in `path`, by the kind of its files.
-
-    A folder with class_labels.txt is wsolevaluation's metadata (each file also as .gz; ids in the
-    order of image_ids.txt, or of class_labels.txt without it); any other folder is searched for
-    XML files at any depth, whose stems are the ids; a .csv file is a Kaggle solution. Images of
-    the last two are in file-name order.
-
-    image_sizes: a file of lines `id,width,height` for sizes that the ground truth itself does not
-    have; where an XML file has another size, its boxes are scaled from that. classes: a file
-    for `read_classes`; without it the classes of XML and CSV are the wnids that occur, and those
-    of metadata stay numbers. Raises UserError, naming file and line, for whatever is wrong.
-    """
+    """Read the ground truth in `path`: a folder with class_labels.txt is wsolevaluation's metadata
+    (also .gz), any other is searched for XML files, a .csv file is a Kaggle solution. image_sizes:
+    a file of lines `id,width,height`; XML boxes of another size are scaled. classes: a file for
+    `read_classes`; without it the classes are the wnids that occur, or numbers. Raises UserError,
+    naming file and line."""
     known = None if classes is None else read_classes(classes)
     if not path.exists():
         raise UserError(f"ground truth {path} does not exist; {KINDS}.")
@@ -124,11 +110,8 @@ def read_ground_truth(
 def ground_truth_of(
     ledger: pa.Table, classes: tuple[str, ...], class_names: tuple[str, ...]
 ) -> GroundTruth:
-    """Take the ground truth from a ledger (columns key, id, label, width, height, boxes).
-
-    The ids are the ledger's, or its keys where two images share an id, as equal file names in
-    two class folders do.
-    """
+    """Take the ground truth from a ledger (columns key, id, label, width, height, boxes). Where two
+    images share an id, the ids are the ledger's keys."""
     ids = ledger["id"].to_pylist()
     if len(set(ids)) < len(ids):
         ids = ledger["key"].to_pylist()
@@ -145,11 +128,9 @@ def ground_truth_of(
 
 
 def write_metadata(folder: Path, truth: GroundTruth) -> None:
-    """Write wsolevaluation's four files, localization.txt last, each atomically.
-
-    An image without boxes is in every file but the last. Raises UserError where sizes are
-    unknown or an id holds what the format cannot.
-    """
+    """Write wsolevaluation's four files, localization.txt last, each atomically. An image without
+    boxes is in every file but the last. Raises UserError where sizes are unknown or an id holds
+    what the format cannot."""
     if truth.sizes is None:
         raise UserError("image_sizes.txt cannot be written: the sizes of the images are unknown.")
     for name in truth.ids:
@@ -172,11 +153,8 @@ def write_metadata(folder: Path, truth: GroundTruth) -> None:
 
 
 def read_classes(path: Path) -> Classes:
-    """Read a list of classes.
-
-    A line is a wnid, alone or followed by a blank or tab and its name (LOC_synset_mapping.txt,
-    words.txt); a wnid alone is its own name. Raises UserError for other or double lines.
-    """
+    """Read a list of classes: a wnid a line, alone or followed by its name. Raises UserError for
+    other or double lines."""
     names: dict[str, str] = {}
     unsorted, last = None, ""
     for number, wnid, name in class_lines(read_text(path)):
@@ -306,10 +284,8 @@ def _read_xml_files(folder: Path, names: Sequence[str], *, sized: bool) -> list[
 def _from_annotations(
     path: Path, entries: list[_Entry], image_sizes: Path | None, known: Classes | None
 ) -> GroundTruth:
-    """Check the annotations of unique images, and put them in file-name order.
-
-    Boxes that were annotated at another size than the image's are checked within that, and scaled.
-    """
+    """Check the annotations of unique images, put them in file-name order, and scale boxes
+    annotated at another size."""
     entries = sorted(entries, key=lambda entry: (entry.id.rpartition("/")[2], entry.id))
     annotations = [entry.annotation for entry in entries]
     for entry in entries:

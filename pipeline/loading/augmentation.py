@@ -1,9 +1,6 @@
-"""Random crops, flips and translations of whole batches, on the device that trains.
-
-The random draws are a pure function of (seed, epoch, step). The coordinates of each output pixel
-in the stored image are computed once, in float64 on the host, and the pixels in integers, so a CPU
-(numba) and a GPU (torch) give the same bits.
-"""
+"""Random crops, flips and translations of whole batches, on the device that trains. Draws are a
+pure function of (seed, epoch, step). Coordinates are computed in float64 on the host, pixels in
+integers, so a CPU (numba) and a GPU (torch) give the same bits."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,15 +21,11 @@ WORD_BITS = 21  # of a channel among three in a word of 64: a byte times a weigh
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random crop, translation and flip, the same for an image and its superpixels.
-
-    min_area: the smallest share of the image that a crop keeps, in (0, 1]. max_aspect: the
-    largest factor by which a crop's aspect differs from the image's, at least 1; where a crop of
-    its area would not fit into the image, the aspect gives way. flip: whether half of the crops
-    are mirrored left to right. translation: the largest share of the image's side, in [0, 1), by
-    which a crop reaches over its edge; there the image is `fill`, and a pixel belongs to the
-    superpixel of the nearest stored one.
-    """
+    """Random crop, translation and flip, the same for an image and its superpixels. min_area:
+    smallest share of the image that a crop keeps, in (0, 1]. max_aspect: largest factor of its
+    aspect, which gives way where a crop would not fit. flip: mirror half of the images.
+    translation: largest share of the side, in [0, 1), by which a crop reaches over the edge, where
+    the image is `fill` and the superpixel the nearest one."""
 
     min_area: float = 0.7
     max_aspect: float = 1.16
@@ -51,11 +44,8 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """The random choices for each image of a batch.
-
-    start, end: float64 [B, 2], the crop's corners (y, x) in pixels of the stored image;
-    start x > end x means: mirrored. fill: uint8 [3], the colour beyond the image's edge.
-    """
+    """The random choices for each image of a batch. start, end: float64 [B, 2], corners (y, x) in
+    stored pixels; start x > end x means mirrored. fill: uint8 [3], the colour beyond the edge."""
 
     start: np.ndarray
     end: np.ndarray
@@ -74,10 +64,8 @@ def draw(
     mean: tuple[float, float, float],
     augmentation: Augmentation,
 ) -> Draw:
-    """Draw the crops and flips of the `total` images of the global batch at `position`.
-
-    size: height and width in pixels. mean: of the set's pixels, 0..255: the fill colour.
-    """
+    """Draw the crops and flips of the `total` images of the global batch at `position`. size:
+    height and width in pixels. mean: of the set's pixels, 0..255: the fill colour."""
     random = np.random.default_rng([seed, position.epoch, position.step, STREAM])
     area, aspect, y, x, mirror = random.random((5, total))
     area = augmentation.min_area + (1 - augmentation.min_area) * area
@@ -92,13 +80,10 @@ def draw(
 
 
 class _Axis(NamedTuple):
-    """The stored pixels that outputs along one axis are computed from, int32 [B, n] each.
-
-    nearest: the stored pixel nearest to the output's centre. low: the pixel below the centre,
-    from -1 on; its neighbour is low + 1, and both stand for the edge's pixel where they lie
-    beyond it. weight: of that neighbour, in units of 2**-WEIGHT_BITS. inside: 1 where the centre
-    lies in the image.
-    """
+    """The stored pixels that outputs along one axis are computed from, int32 [B, n] each. nearest:
+    to the output's centre. low: below the centre, from -1 on; the edge's pixel stands for those
+    beyond it. weight: of low + 1, in units of 2**-WEIGHT_BITS. inside: 1 where the centre is in the
+    image."""
 
     nearest: np.ndarray
     low: np.ndarray
@@ -121,12 +106,8 @@ def _axis(start: np.ndarray, end: np.ndarray, size: int) -> _Axis:
 def augment(
     images: Tensor, segments: Tensor, drawn: Draw, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Crop and flip a batch: uint8 [B, H, W, 3] and int64 [B, H, W].
-
-    images: uint8 [B, H, W, 3]. segments: uint8 or uint16 [B, H, W], on the same device. out: on
-    a CPU, tensors to put the result into; fresh ones otherwise. The image is interpolated
-    linearly between pixel centres, the label is that of the nearest pixel.
-    """
+    """Crop and flip images, uint8 [B, H, W, 3], linearly, and segments, uint8 or uint16 [B, H, W],
+    by the nearest pixel, which become int64. out: on a CPU, tensors for the result."""
     height, width = segments.shape[1:]
     rows = _axis(drawn.start[:, 0], drawn.end[:, 0], height)
     columns = _axis(drawn.start[:, 1], drawn.end[:, 1], width)
@@ -195,12 +176,9 @@ def _augment_in_numba(
 def _augment_batch(  # type: ignore[no-untyped-def]
     images, segments, rows, columns, fill, whole_rows, pixels, labels
 ):
-    """Fill `pixels` and `labels` image by image. rows, columns: an `_Axis` each.
-
-    A crop is not smaller than what it looks at, so neighbouring outputs share stored rows: each
-    of those is interpolated along the row once, and outputs mix two of them. The sums are exact,
-    so it does not matter which direction comes first.
-    """
+    """Fill `pixels` and `labels`. rows, columns: an `_Axis` each. A crop is no smaller than what it
+    looks at, so neighbouring outputs share stored rows: each is interpolated along itself once, and
+    outputs mix two. The sums are exact, so the order of directions does not matter."""
     nearest_y, low_y, weight_y, inside_y = rows
     nearest_x, low_x, weight_x, inside_x = columns
     count, height, width = segments.shape
@@ -247,15 +225,11 @@ def _augment_batch(  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _blend_row(source, left, weight, words, blended, out):  # type: ignore[no-untyped-def]
-    """Interpolate a stored row of RGB triples along itself, in units of 2**-WEIGHT_BITS.
-
-    A pixel's three channels lie side by side in a 64-bit word, so that one multiplication
-    interpolates all of them: each has WORD_BITS = 21 bits and needs 8 + WEIGHT_BITS = 19.
-
-    left, weight: int32 and uint64 [W], the left neighbour, counted with one pixel put before the
-    row, and its neighbour's weight. words, blended: uint64 [W + 2], [W] to work in. out: int32
-    [3 W].
-    """
+    """Interpolate a stored row of RGB triples along itself, in units of 2**-WEIGHT_BITS: int32 [3
+    W]. Three channels lie in a 64-bit word, so that one multiplication interpolates all: each has
+    WORD_BITS = 21 bits and needs 19. left, weight: int32 and uint64 [W], the left neighbour,
+    counted with a pixel put before the row, and its neighbour's weight. words, blended: uint64 to
+    work in."""
     width = len(left)
     green, blue = np.uint64(WORD_BITS), np.uint64(2 * WORD_BITS)
     channel = np.uint64((1 << WORD_BITS) - 1)

@@ -57,10 +57,8 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Folder and size of the cache.
-
-    folder: None for `default_folder` of the node that uses it. limit_bytes: of all its files.
-    """
+    """Folder and size of the cache. folder: None for `default_folder` of the node that uses it.
+    limit_bytes: of all its files."""
 
     folder: Path | None = None
     limit_bytes: int = round(DEFAULT_LIMIT * GIB)
@@ -68,10 +66,8 @@ class CacheConfig:
 
 def _lock(descriptor: int, kind: int, offset: int, wait: bool = True) -> bool:
     """Set or drop (F_UNLCK) the lock of one byte. Return False where another process has it.
-
-    Open-file-description locks: those of two openings of the file exclude each other even within
-    a process, and any number of them needs one descriptor. See fcntl(2).
-    """
+    Open-file-description locks: those of two openings of the file exclude each other even within a
+    process, and any number of them needs one descriptor. See fcntl(2)."""
     command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
     try:
         fcntl.fcntl(descriptor, command, struct.pack("hhqqi4x", kind, os.SEEK_SET, offset, 1, 0))
@@ -92,13 +88,9 @@ def _gib(size: int) -> str:
 
 
 class ShardCache:
-    """Gives the shards of one split as local files.
-
-    The files of a local set are used as they are. Those of a remote set are copied to `folder`,
-    whose files together never exceed `limit_bytes`: the least recently used shards that no process
-    uses are evicted first. A shard is in use from `path` until `release`, or the end of the
-    process. Not to be shared by threads.
-    """
+    """Gives the shards of one split as local files. Those of a remote set are copied to `folder`,
+    which never exceeds `limit_bytes`: the least recently used shards that no process uses are
+    evicted. A shard is in use from `path` until `release`. Not to be shared by threads."""
 
     def __init__(
         self, data: str | Path, manifest: Manifest, split: str, config: CacheConfig
@@ -142,11 +134,8 @@ class ShardCache:
         _check_limit(self.data, self.split, shards, self.limit)
 
     def path(self, number: int) -> Path:
-        """Return the local file of the split's shard `number`, with its index beside it.
-
-        Waits until the file exists and its SHA-256 is the manifest's. Raises UserError where it
-        cannot be fetched: lost connection, wrong hash, full disk, no room within the limit.
-        """
+        """Return the local file of the split's shard `number`, its index beside it, once it exists
+        and its SHA-256 is right. Raises UserError where it cannot be fetched."""
         shard = self.shards[number]
         if not self.remote:
             return storage.local_path(self.data) / self.split / shard.name
@@ -170,20 +159,15 @@ class ShardCache:
         return path
 
     def release(self, number: int) -> None:
-        """End this process's use of a shard, so that it may be evicted.
-
-        Its space is freed once nothing maps the file any more.
-        """
+        """End this process's use of a shard, so that it may be evicted. Its space is freed once
+        nothing maps the file any more."""
         if self.remote:
             _lock(self._use, fcntl.F_UNLCK, _use_offset(self.shards[number].sha256))
 
     def prefetch(self, numbers: Sequence[int]) -> None:
-        """Start fetching these shards in the background, in this order.
-
-        They replace those of an earlier call. Shards in use and others of `numbers` are not
-        evicted for them; without room the thread waits for a `release`. A failure is not raised
-        here: `path` will meet it again.
-        """
+        """Start fetching these shards in the background, in order, in place of those of an earlier
+        call. Shards in use and others of `numbers` are not evicted for them. A failure is not
+        raised here: `path` will meet it again."""
         if not self.remote:
             return
         with self._mutex:
@@ -234,10 +218,8 @@ class ShardCache:
             os.close(descriptor)  # and with it the lock
 
     def _fetch(self, shard: Shard, kept: Collection[str]) -> None:
-        """Download the shard into the folder; of several processes one does, the others wait.
-
-        kept: hashes of shards not to be evicted for it.
-        """
+        """Download the shard into the folder; of several processes one does, the others wait. kept:
+        hashes of shards not to be evicted for it."""
         part = self._file(shard, "part")
         with self._locked(_use_offset(shard.sha256) + 1):
             if self._has(shard):
@@ -294,10 +276,8 @@ class ShardCache:
             os.pwrite(lock, (used + needed).to_bytes(COUNT_BYTES, "little"), 0)
 
     def _unused(self, kept: Collection[str]) -> tuple[int, list[str]]:
-        """Return the bytes of all files in the cache, and the hashes of shards to evict.
-
-        The least recently used comes first; shards that another process uses are among them.
-        """
+        """Return the bytes of all files in the cache, and the hashes of shards to evict. The least
+        recently used comes first; shards that another process uses are among them."""
         used, last = 0, dict[str, int]()
         for entry in os.scandir(self.folder):
             if not CACHED.fullmatch(entry.name):
@@ -313,9 +293,7 @@ class ShardCache:
 
     def _evict(self, sha256: str) -> int:
         """Delete a shard that no process uses, or its unfinished files; return the bytes freed.
-
-        Return 0 where it is in use.
-        """
+        Return 0 where it is in use."""
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         try:
             use = _use_offset(sha256)
@@ -377,12 +355,9 @@ def _check_limit(data: str | Path, split: str, shards: Sequence[Shard], limit: i
 def check_window(
     data: str | Path, manifest: Manifest, limit: int, order: Order, ranks: int
 ) -> None:
-    """Raise UserError where a cache of `limit` bytes is too small for training in this order.
-
-    It must hold all shards of the train split that are in use at once by its `ranks`. They are at
-    the same step, but a rank may still wait for its batch while another uses the shards of the last
-    batch that it prepared. Without room for both, each would wait for the other.
-    """
+    """Raise UserError where a cache of `limit` bytes is too small for training in this order. A
+    rank may wait for its batch while another uses the shards of the batch before: without room for
+    both, each would wait for the other."""
     shards = split_of(manifest, "train").shards
     if order.window is None or order.window >= len(shards):
         return

@@ -1,10 +1,6 @@
-"""Shards -> batches on the training device.
-
-What a batch holds and how it is augmented is a pure function of (seed, epoch, step), see
-order.py and augmentation.py. Here the chosen samples are read out of the
-shards, decoded and moved by NVIDIA DALI where there is something to decode or to move, augmented
-on the device, and made ahead of use in a thread.
-"""
+"""Shards -> batches on the training device, a pure function of (seed, epoch, step). The chosen
+samples are read out of the shards, decoded and moved by NVIDIA DALI where needed, augmented on the
+device, and made ahead of use in a thread."""
 
 import itertools
 import weakref
@@ -44,13 +40,9 @@ THREADS = 1  # of DALI's own on the CPU; a training worker has one core
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One rank's share of a global batch, on the loader's device.
-
-    images: uint8 [B, 3, H, W], channels last in memory, as convolutions want them. segments:
-    int64 [B, H, W], superpixel labels (not every label survives a crop). labels: int64 [B].
-    rows: int64 [B], the images' rows in the ledger. total: number of images in the global batch,
-    over all ranks. offset: number of this share's first image in it.
-    """
+    """One rank's share of a global batch. images: uint8 [B, 3, H, W], channels last in memory.
+    segments: int64 [B, H, W]. labels, rows (of the ledger): int64 [B]. total: images in the global
+    batch. offset: of this share's first image in it."""
 
     images: Tensor
     segments: Tensor
@@ -62,10 +54,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loader:
-    """Loads the set of shards at location `data` (see pipeline/storage.py) onto a device.
-
-    cache: where shards of a remote set are kept.
-    """
+    """Loads the set of shards at location `data` (see pipeline/storage.py) onto a device. cache:
+    where shards of a remote set are kept."""
 
     data: str | Path
     manifest: Manifest
@@ -81,14 +71,10 @@ class Loader:
         rank: int = 0,
         ranks: int = 1,
     ) -> Iterator[Batch]:
-        """Yield endless batches of the train split for `rank`, from `start` on.
-
-        Every rank gets the same number of batches, and every sample comes exactly once an epoch
-        over all ranks, in an order and with an augmentation that depend on (seed, window, epoch,
-        step) alone. Raises UserError for shards that do not fit their manifest or index, before
-        the first batch where the set is local, for fewer samples than ranks, for a `start` that is
-        no step of an epoch, and for a cache that cannot hold the shards of every batch.
-        """
+        """Yield endless batches of the train split for `rank`, from `start` on. Every rank gets as
+        many, and every sample comes once an epoch over all ranks. Raises UserError for shards that
+        do not fit their manifest or index, fewer samples than ranks, a `start` that is no step of
+        an epoch, and a cache that is too small."""
         check_window(self.data, self.manifest, self.cache.limit_bytes, order, ranks)
         with closing(ShardCache(self.data, self.manifest, "train", self.cache)) as cache:
             samples = Samples(self.manifest, "train", cache)
@@ -103,12 +89,8 @@ class Loader:
     def evaluation(
         self, split: str, batch_size: int, first: int = 0, stop: int | None = None
     ) -> Iterator[Batch]:
-        """Yield batches number first..stop-1 of the split cut in order, unaugmented.
-
-        A batch is the same whatever range it is asked for in, so any sharding computes the same.
-        Only the shards of the range are opened. Raises ValueError for batches that the split does
-        not have.
-        """
+        """Yield batches number first..stop-1 of the split cut in order, unaugmented, from the
+        shards of the range alone. Raises ValueError for batches that the split does not have."""
         batches = -(-split_of(self.manifest, split).images // batch_size)
         stop = batches if stop is None else stop
         if not 0 <= first <= stop <= batches:
@@ -124,11 +106,8 @@ class Loader:
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    """What the next batch is to be.
-
-    indices: int64 [B], of its samples in the split. drawn: None where nothing is augmented. total,
-    offset: see `Batch`.
-    """
+    """What the next batch is to be. indices: int64 [B], of its samples in the split. drawn: None
+    where nothing is augmented. total, offset: see `Batch`."""
 
     indices: np.ndarray
     drawn: Draw | None
@@ -258,12 +237,9 @@ def _batch(decoded: _Decoded, memory: "tuple[_Memory, _Memory] | None" = None) -
 
 
 class _Memory:
-    """Tensors [B, *shape] on the CPU, in memory of earlier batches that nobody uses any more.
-
-    Fresh memory can cost more than what is written into it, since the system clears it first.
-    Every tensor keeps a view of its array alive. A weak reference to that view tells when the
-    last tensor is gone and the array is free again.
-    """
+    """Tensors [B, *shape] on the CPU, in memory of earlier batches that nobody uses any more: the
+    system clears fresh memory first. Every tensor keeps a view of its array alive; a weak reference
+    to the view tells when the array is free again."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
         self.shape, self.dtype = shape, dtype

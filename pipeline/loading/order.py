@@ -1,9 +1,5 @@
-"""The order of an epoch: which samples each step and rank gets, as pure functions.
-
-A sample's index is its number in the split, shards in order. An epoch's order is a permutation of
-the indices, cut into steps and the steps into ranks. So a position is two integers, and nothing
-has to be saved to resume.
-"""
+"""The order of an epoch, as pure functions: a permutation of the samples' indices, cut into steps
+and the steps into ranks. So a position is two integers, and nothing is saved to resume."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +24,9 @@ FIRST = Position()
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """All that the order of training samples depends on.
-
-    batch_size: images per step over all ranks, at most (see `step_range`). window: how many shards
-    are shuffled together, None for all (see `epoch_order`).
-    """
+    """All that the order of training samples depends on. batch_size: images per step over all
+    ranks, at most. window: how many shards are shuffled together, None for all (see
+    `epoch_order`)."""
 
     batch_size: int
     seed: int = 0
@@ -40,10 +34,8 @@ class Order:
 
 
 def steps_per_epoch(samples: int, batch_size: int, ranks: int) -> int:
-    """Return the number of global batches in an epoch, none of which exceeds `batch_size`.
-
-    Raises UserError where some rank would get an empty batch and hang the others.
-    """
+    """Return the number of global batches in an epoch, none of which exceeds `batch_size`. Raises
+    UserError where some rank would get an empty batch and hang the others."""
     steps = -(-samples // max(1, batch_size))
     if steps == 0 or samples // steps < ranks:
         raise UserError(
@@ -54,11 +46,8 @@ def steps_per_epoch(samples: int, batch_size: int, ranks: int) -> int:
 
 
 def step_range(samples: int, steps: int, step: int) -> tuple[int, int]:
-    """Return the range [first, stop) of global batch `step` in the epoch's order.
-
-    Batches differ by one image at most and together hold every sample exactly once, so there is
-    neither a remainder nor padding.
-    """
+    """Return the range [first, stop) of global batch `step` in the epoch's order. Batches differ by
+    one image at most and hold every sample once: no remainder, no padding."""
     return samples * step // steps, samples * (step + 1) // steps
 
 
@@ -70,12 +59,8 @@ def rank_range(first: int, stop: int, rank: int, ranks: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochOrder:
-    """The order of all samples in one epoch.
-
-    indices: int64 [samples], a permutation of the split's samples.
-    windows: shard numbers, int64 [w] each, in the order in which they are needed.
-    bounds: where each window's part of `indices` ends, int64 [windows].
-    """
+    """The order of all samples in one epoch. indices: int64 [samples], a permutation. windows:
+    shard numbers, int64 [w] each, as needed. bounds: where each window's part of `indices` ends."""
 
     indices: np.ndarray
     windows: tuple[np.ndarray, ...]
@@ -84,13 +69,9 @@ class EpochOrder:
 
 def epoch_order(images: Sequence[int], seed: int, epoch: int, window: int | None) -> EpochOrder:
     """Return the order of all samples in one epoch, from (seed, epoch) and the window alone.
-
-    images: number of images in each shard. window: how many shards are shuffled together; None
-    makes a uniformly random order of the whole split, for which every shard must be at hand all
-    the time. With a window the shards are put in a random order, cut into windows of that many,
-    and the samples of each window shuffled: only one window's shards (two, where they meet) are
-    needed at once, and a batch draws from that window's shards alone.
-    """
+    images: in each shard. window: None makes a uniformly random order, which needs every shard at
+    hand. Else shards are put in a random order, cut into windows of that many, and the samples of
+    each window shuffled: only one window's shards (two, where they meet) are needed at once."""
     starts = np.concatenate([[0], np.cumsum(np.asarray(images, np.int64))])
     random = np.random.default_rng([seed, epoch])
     if window is None or window >= len(images):
@@ -112,21 +93,16 @@ def epoch_order(images: Sequence[int], seed: int, epoch: int, window: int | None
 
 
 def shards_at_once(images: Sequence[int], window: int, batch_size: int) -> int:
-    """Return how many shards a batch needs at once, at most, in any epoch's order.
-
-    images: number of images in each shard. It may lie across two windows, and across more where
-    whole ones fit between those.
-    """
+    """Return how many shards a batch needs at most, in any epoch's order. images: in each shard. It
+    may lie across two windows, and across more where whole ones fit between."""
     within = np.searchsorted(np.cumsum(np.sort(images)), batch_size - 2, side="right")
     return min(len(images), 2 * window + int(within) // window * window)
 
 
 def shuffle_window(sizes: Sequence[int], limit: int) -> int | None:
-    """Return the largest window, at least 1, of shards of these sizes within a cache of `limit`.
-
-    None, that is the whole split, where all fit. Otherwise any two windows fit, since batches lie
-    across two of them (or more, see `shards_at_once`) and one is fetched while the other is used.
-    """
+    """Return the largest window, at least 1, of which any two fit into a cache of `limit` bytes:
+    batches lie across two, and one is fetched while the other is used. None where all shards
+    fit."""
     if sum(sizes) <= limit:
         return None
     largest = np.cumsum(sorted(sizes, reverse=True))

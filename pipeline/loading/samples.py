@@ -1,8 +1,6 @@
-"""Random access to a split's stored samples: memory maps of its shards, and where samples lie.
-
-The index is not trusted. Its entries must tile the shard exactly as the format says, those of the
-first and last sample must fit the shard's headers, and every sample is checked when it is read.
-"""
+"""Random access to a split's stored samples: memory maps of its shards, and where samples lie. The
+index is not trusted. Its entries must tile the shard exactly as the format says, those of the first
+and last sample must fit the shard's headers, and every sample is checked when it is read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,11 +30,8 @@ JPEG_END = b"\xff\xd9"  # the marker that ends every JPEG file
 
 @dataclass(frozen=True, kw_only=True)
 class RawBatch:
-    """Samples as they lie in the shards.
-
-    images: uint8 [B, H, W, 3], or JPEG files uint8 [n]. segments: uint8 or uint16 [B, H, W].
-    labels, rows: int64 [B].
-    """
+    """Samples as they lie in the shards. images: uint8 [B, H, W, 3], or JPEG files uint8 [n].
+    segments: uint8 or uint16 [B, H, W]. labels, rows: int64 [B]."""
 
     images: np.ndarray | list[np.ndarray]
     segments: np.ndarray
@@ -101,10 +96,8 @@ def _check_headers(path: Path, content: np.ndarray, index: Index, sample: int) -
 
 
 def verify_shard(path: Path, shard: Shard) -> None:
-    """Check every byte of a local shard against its SHA-256, and every entry of its index.
-
-    Raises UserError. `Samples.open` checks the rest.
-    """
+    """Check every byte of a local shard against its SHA-256, and every entry of its index. Raises
+    UserError. `Samples.open` checks the rest."""
     sha256 = sha256_file(path)
     if sha256 != shard.sha256:
         raise UserError(
@@ -116,10 +109,8 @@ def verify_shard(path: Path, shard: Shard) -> None:
 
 
 class Samples:
-    """The samples of a split. A sample's index is its number in the split, shards in order.
-
-    Holds 12 bytes per sample and a map per open shard, but no open file.
-    """
+    """The samples of a split. A sample's index is its number in the split, shards in order. Holds
+    12 bytes per sample and a map per open shard, but no open file."""
 
     def __init__(self, manifest: Manifest, split: str, cache: ShardCache) -> None:
         """cache: the split's shards as local files."""
@@ -162,9 +153,7 @@ class Samples:
 
     def use_only(self, numbers: Sequence[int], following: Sequence[int]) -> None:
         """Release all shards but `numbers`, and fetch these and then `following` ahead of use.
-
-        Raises UserError where `numbers` exceed the cache's limit.
-        """
+        Raises UserError where `numbers` exceed the cache's limit."""
         for number in self.maps.keys() - set(numbers):
             del self.maps[number]
             self.cache.release(number)
@@ -176,11 +165,8 @@ class Samples:
         return np.searchsorted(self.starts, indices, side="right") - 1
 
     def read(self, indices: np.ndarray) -> RawBatch:
-        """Copy samples out of the shards (JPEG files: views of them), opening those it needs.
-
-        Raises UserError for a sample that is not where the index says, that the manifest does not
-        allow (a class or superpixel label out of range), or whose JPEG file is cut off.
-        """
+        """Copy samples out of the shards (JPEG files: views of them). Raises UserError for a sample
+        that is not where the index says, that the manifest does not allow, or that is cut off."""
         manifest, count = self.manifest, len(indices)
         numbers = self.shard_numbers(indices).tolist()
         for number in sorted(set(numbers) - self.maps.keys()):

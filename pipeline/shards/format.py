@@ -1,8 +1,5 @@
-"""The format of shards and of their manifest, described by docs/formats.md.
-
-A shard is a tar, written atomically and byte for byte repeatable. No other file knows how a sample
-is laid out in it.
-"""
+"""The format of shards and of their manifest (docs/formats.md). No other file knows how a sample is
+laid out in a shard."""
 
 import hashlib
 import json
@@ -44,14 +41,9 @@ TAIL = np.dtype(
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One preprocessed image.
-
-    image: uint8 [H, W, 3], RGB, at the stored size.
-    segments: uint8 or uint16 [H, W], superpixel labels, contiguous from 0.
-    label: class index. row: position of the image's row in the ledger.
-    meta: id, wnid, original width and height in pixels, boxes as [x0, y0, x1, y1] in original
-        inclusive pixels (an empty list where none are known).
-    """
+    """One preprocessed image. image: uint8 [H, W, 3]. segments: uint8 or uint16 [H, W], labels
+    contiguous from 0. row: of the ledger. meta: id, wnid, original width and height, boxes in
+    inclusive original pixels (empty where none are known)."""
 
     key: str
     row: int
@@ -73,10 +65,8 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split in the manifest.
-
-    images: in its shards. rejected: images of the source that are not. class_counts: images in
-    the shards per class."""
+    """One split in the manifest. images: in its shards. rejected: images of the source that are
+    not. class_counts: images in the shards per class."""
 
     images: int
     rejected: int
@@ -86,17 +76,10 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """`dataset.json`: everything a reader of the shards must know.
-
-    classes: wnids (or folder names) in index order. height, width: stored size in pixels.
-    image_format: "rgb" or "jpg". segments_dtype: "uint8" or "uint16".
-    max_superpixels: the largest number of superpixels in any image.
-    mean, std: of the train split's pixels per channel, in 0..255.
-    ledger: hexadecimal SHA-256 of the ledger.
-    configuration: what the set was made with (source, sizes, superpixels, seed).
-    unread: files of the source that are no images of the set, by reason: `files`, their number,
-        and `examples`, some of their paths.
-    """
+    """`dataset.json`. classes: wnids (or folder names) in index order. height, width: stored size.
+    mean, std: of the train split's pixels per channel, in 0..255. ledger: its SHA-256.
+    configuration: source, sizes, superpixels, seed. unread: files that are no images of the set, by
+    reason: `files`, their number, and `examples`."""
 
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
@@ -146,9 +129,7 @@ def _members(sample: Sample, image_format: str) -> list[tuple[str, bytes]]:
 
 class ShardPacker:
     """Packs samples into a shard and its DALI index; the bytes depend on the samples alone.
-
-    content: the tar so far, about 20 MB for a thousand 64-px samples. lines: the index so far.
-    """
+    content: the tar so far, about 20 MB for a thousand 64-px samples. lines: the index so far."""
 
     def __init__(self, image_format: str) -> None:
         self.image_format, self.content = image_format, bytearray()
@@ -164,11 +145,8 @@ class ShardPacker:
         return _index_text(self.lines)
 
     def add(self, sample: Sample) -> None:
-        """Append a sample.
-
-        Raises UserError for a key with a dot, which would split a sample in two when read, or one
-        too long for a header.
-        """
+        """Append a sample. Raises UserError for a key with a dot, which would split a sample in two
+        when read, or one too long for a header."""
         if "." in sample.key or "/" in sample.key or len(sample.key.encode()) > MAX_KEY:
             raise UserError(
                 f"sample key {sample.key!r} holds a dot or slash, or is longer than {MAX_KEY} "
@@ -248,10 +226,8 @@ def read_index(path: Path, manifest: Manifest) -> Index:
 
 
 def index_shard(path: Path) -> bytes:
-    """Make the index of shard `path` from its tar headers, as `write_shard` writes it.
-
-    Raises UserError for a file that is not a whole USTAR tar of samples.
-    """
+    """Make the index of shard `path` from its tar headers, as `write_shard` writes it. Raises
+    UserError for a file that is not a whole USTAR tar of samples."""
     try:
         return index_content(np.memmap(path, np.uint8, mode="r"))
     except ValueError as error:
@@ -259,10 +235,8 @@ def index_shard(path: Path) -> bytes:
 
 
 def index_content(content: np.ndarray) -> bytes:
-    """Make the index of a shard from its bytes, uint8 [N].
-
-    Raises ValueError where they are no whole tar of samples.
-    """
+    """Make the index of a shard from its bytes, uint8 [N]. Raises ValueError where they are no
+    whole tar of samples."""
     samples: list[list[str]] = []
     position, last = 0, None
     while (block := content[position : position + BLOCK].tobytes()) != bytes(BLOCK):
@@ -303,9 +277,7 @@ def read_samples(
     location: str | Path, manifest: Manifest, positions: Iterable[int] | None = None
 ) -> Iterator[Sample]:
     """Yield the samples at these positions of a shard, all by default; other bytes are not read.
-
-    Raises UserError where the shard or its index is missing or damaged.
-    """
+    Raises UserError where the shard or its index is missing or damaged."""
     try:
         index = parse_index(storage.read_bytes(storage.with_suffix(location, ".idx")), manifest)
         with storage.open_input(location) as file:
@@ -331,9 +303,8 @@ def manifest_to_json(manifest: Manifest) -> str:
 
 
 def manifest_hash(data: str | Path) -> str:
-    """Return the hexadecimal SHA-256 of the set's `dataset.json`.
-
-    It changes with anything in the set, since the manifest holds the hash of every shard."""
+    """Return the hexadecimal SHA-256 of the set's `dataset.json`. It changes with anything in the
+    set, since the manifest holds the hash of every shard."""
     return hashlib.sha256(_manifest_bytes(data)).hexdigest()
 
 
@@ -348,11 +319,8 @@ def _manifest_bytes(data: str | Path) -> bytes:
 
 
 def read_manifest(data: str | Path) -> Manifest:
-    """Read and check `dataset.json` of the set at location `data`, see pipeline/storage.py.
-
-    Raises UserError where no finished set lies there, or one of another format version, and where
-    the location cannot be read.
-    """
+    """Read and check `dataset.json` of the set at location `data`. Raises UserError where no
+    finished set lies there, or one of another format version."""
     location, content_bytes = storage.join(data, MANIFEST_NAME), _manifest_bytes(data)
     try:
         content = json.loads(content_bytes)
@@ -398,9 +366,7 @@ def split_of(manifest: Manifest, split: str) -> Split:
 
 def check_sizes(data: str | Path, manifest: Manifest, split: str) -> None:
     """Raise UserError, naming it, for a shard that is missing or whose size is not the manifest's.
-
-    Lists the split's folder instead of asking for each file.
-    """
+    Lists the split's folder instead of asking for each file."""
     _, sizes = storage.entries(storage.join(data, split))
     for shard in split_of(manifest, split).shards:
         size = sizes.get(shard.name)

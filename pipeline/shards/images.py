@@ -41,11 +41,8 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
-    """A decoded image.
-
-    pixels: uint8 [H, W, 3], RGB, at the size asked for. height, width: the file's own, in pixels
-    as stored (no EXIF rotation). note: harmless damage, or None.
-    """
+    """A decoded image. pixels: uint8 [H, W, 3], RGB, at the size asked for. height, width: the
+    file's own, in pixels as stored (no EXIF rotation). note: harmless damage, or None."""
 
     pixels: np.ndarray
     height: int
@@ -54,12 +51,9 @@ class DecodedImage:
 
 
 def read_image(data: bytes, height: int, width: int) -> DecodedImage:
-    """Decode `data` (one of FORMATS, whatever its name) and resize it, without keeping its aspect.
-
-    Shrinking averages areas, enlarging interpolates linearly. EXIF orientation is ignored, since
-    boxes refer to pixels as stored; alpha is dropped; 16-bit grey keeps its high byte. Raises
-    ImageError for empty, truncated or undecodable data and for more than MAX_PIXELS pixels.
-    """
+    """Decode `data` and resize it, without keeping its aspect: shrinking averages areas, enlarging
+    interpolates linearly. EXIF orientation is ignored, since boxes refer to stored pixels. Raises
+    ImageError for undecodable data and for more than MAX_PIXELS pixels."""
     if not data:
         raise ImageError("empty file: it has 0 bytes")
     image = _decode(data, height, width)
@@ -67,10 +61,8 @@ def read_image(data: bytes, height: int, width: int) -> DecodedImage:
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize uint8 [h, w, 3] to uint8 [height, width, 3].
-
-    Areas are averaged where an axis shrinks, and interpolated linearly where it grows.
-    """
+    """Resize uint8 [h, w, 3] to uint8 [height, width, 3]. Areas are averaged where an axis shrinks,
+    and interpolated linearly where it grows."""
     from pipeline.shards.pixels import shrink
 
     h, w = pixels.shape[:2]
@@ -107,9 +99,7 @@ def _decode(data: bytes, height: int, width: int) -> DecodedImage:
 
 def decoded_size(full: tuple[int, int], stored: tuple[int, int]) -> tuple[int, int]:
     """Return height and width at which to decode a JPEG of the size `full`, to store at `stored`.
-
-    It is the smallest of its EIGHTHS that is DECODE_FACTOR times as large, or the whole.
-    """
+    It is the smallest of its EIGHTHS that is DECODE_FACTOR times as large, or the whole."""
     wanted = [8 * DECODE_FACTOR * side for side in stored]
     fits = (n for n in EIGHTHS if n * full[0] >= wanted[0] and n * full[1] >= wanted[1])
     eighths = next(fits, EIGHTHS[-1])
@@ -137,9 +127,8 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
 
 
 def _critical_chunks(data: bytes) -> bytes:
-    """Return a PNG without the chunks that decide no pixel: texts, profiles, EXIF.
-
-    Pillow refuses pictures for large or damaged ones."""
+    """Return a PNG without the chunks that decide no pixel: texts, profiles, EXIF. Pillow refuses
+    pictures for large or damaged ones."""
     kept, end = [data[: len(PNG)]], len(PNG)
     while end < len(data):
         start, end = end, end + 12 + int.from_bytes(data[end : end + 4])

@@ -1,8 +1,6 @@
-"""JPEG bytes -> pixels, of files alone whose coded data are complete.
-
-libjpeg goes on where data are damaged, and counts it as a warning. It reports the first warning
-only, so an image is accepted once it decodes without any: what one finds harmless is repaired.
-"""
+"""JPEG bytes -> pixels, of files alone whose coded data are complete. libjpeg goes on where data
+are damaged, and counts it as a warning. It reports the first warning only, so an image is accepted
+once it decodes without any: what one finds harmless is repaired."""
 
 import re
 
@@ -20,11 +18,8 @@ LOST = bytes(512)  # a sector of a disk, or the least that a download in pieces 
 def decode_jpeg(
     data: bytes, height: int, width: int, colours: str = "RGB"
 ) -> tuple[np.ndarray, str | None]:
-    """Decode a JPEG at the smallest eighths of its size that have `height` and `width`.
-
-    Returns uint8 [h, w, channels], and the warning about what was harmless or None. Raises
-    ValueError for damaged data, but where they still code as many pixels.
-    """
+    """Decode a JPEG at the smallest eighths of its size that have `height` and `width`: uint8 [h,
+    w, channels], and the warning about what was harmless or None. Raises ValueError."""
     note = None
     while True:
         try:
@@ -53,11 +48,9 @@ def _segments(data: bytes) -> tuple[list[bytes], bytes]:
 
 
 def _repair(data: bytes, warning: str) -> bytes | None:
-    """Return a JPEG without the cause of a warning that concerns no pixel, or None.
-
-    Such are bytes between the header's segments, padding before the end, an unknown version of
-    JFIF, and a sequential scan that states the range of a progressive one.
-    """
+    """Return a JPEG without the cause of a warning that concerns no pixel, or None. Such are bytes
+    between the header's segments, padding before the end, an unknown version of JFIF, and a
+    sequential scan that states the range of a progressive one."""
     segments, body = _segments(data)
     header = data[:2] + b"".join(segments)
     stray = STRAY.search(warning)
@@ -76,11 +69,9 @@ def _repair(data: bytes, warning: str) -> bytes | None:
 
 
 def _has_lost_block(data: bytes) -> bool:
-    """Return whether a sequential JPEG has zeros among its coded pixels that no picture gives.
-
-    Zero bits are the first code of a table. Where that is a coefficient other than 0 in the
-    brightness's table, LOST would set all of several blocks to it.
-    """
+    """Return whether a sequential JPEG has zeros among its coded pixels that no picture gives. Zero
+    bits are the first code of a table. Where that is a coefficient other than 0 in the brightness's
+    table, LOST would set all of several blocks to it."""
     segments, body = _segments(data)
     first: dict[int, int] = {}  # the symbol of each Huffman table's first code
     for segment in segments:

@@ -1,8 +1,6 @@
-"""The ledger: a row per source image with its outcome, in parquet.
-
-A shard's rows lie beside it in its record, which is written last: a shard without one is not
-finished. The finished set has one `ledger.parquet` with the rows of all records in order.
-"""
+"""The ledger: a row per source image with its outcome, in parquet. A shard's rows lie beside it in
+its record, which is written last: a shard without one is not finished. The finished set has one
+`ledger.parquet` with the rows of all records in order."""
 
 import hashlib
 import json
@@ -54,11 +52,8 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFacts:
-    """The facts of a shard as a whole, kept in its record.
-
-    shard: None where every image was rejected. index_bytes: size of the index. sums, squares: over
-    all stored pixels, per channel of 0..255. pixels: their number.
-    """
+    """The facts of a shard as a whole, kept in its record. shard: None where every image was
+    rejected. sums, squares: over all stored pixels, per channel of 0..255. pixels: their number."""
 
     shard: Shard | None
     index_bytes: int
@@ -154,11 +149,9 @@ def _reading(location: str | Path, read: Callable[[], Result]) -> Result:
 
 
 def committed_facts(record: str | Path, sizes: dict[str, int]) -> ShardFacts | None:
-    """Return the facts of a finished shard, None where it is not finished.
-
-    Its record can be read, and shard and index have the sizes that it states; their bytes are not
-    read. sizes: of the files in the record's folder, by name.
-    """
+    """Return the facts of a finished shard, None where it is not finished. Its record can be read,
+    and shard and index have the sizes that it states; their bytes are not read. sizes: of the files
+    in the record's folder, by name."""
     if storage.name(record) not in sizes:
         return None
     try:
@@ -179,9 +172,8 @@ def merge_records(
     records: Iterable[str | Path], output: str | Path, splits: Sequence[str], classes: int
 ) -> tuple[dict[str, Totals], str]:
     """Write the rows of these records, in order, to `output`/ledger.parquet, a row group each.
-
-    Returns the totals by split, and the file's SHA-256. A bounded number of records is in memory.
-    """
+    Returns the totals by split, and the file's SHA-256. A bounded number of records is in
+    memory."""
     totals = {name: Totals(class_counts=np.zeros(classes, np.int64)) for name in splits}
     with storage.atomic_file(storage.join(output, LEDGER_NAME)) as file:
         with pq.ParquetWriter(file, SCHEMA) as writer:
@@ -201,11 +193,8 @@ def read_ledger(
     columns: Sequence[str] | None = None,
     status: str | None = OK,
 ) -> pa.Table:
-    """Read the ledger's rows of one split of the set at location `data`, in row order.
-
-    columns: those wanted (see SCHEMA), all by default. status: only rows of this status, those
-    with a sample by default; None gives every row. Raises UserError where there is no ledger.
-    """
+    """Read the ledger's rows of one split of the set at location `data`. columns: of SCHEMA, all by
+    default. status: None for every row. Raises UserError where there is no ledger."""
     location = storage.join(data, LEDGER_NAME)
     chosen = pc.field("split") == split
     if status is not None:

@@ -1,9 +1,6 @@
-"""From a collection of images to a set of shards: plan, make each shard in a Ray task, finish.
-
-The bytes written depend on the source, the parameters and the seed alone. However the job ends,
-running it again resumes from the shards that are finished. The same way repairs a finished set:
-files that are missing are made again, and must be what its manifest records.
-"""
+"""From a collection of images to a set of shards: plan, make each shard in a Ray task, finish. The
+bytes depend on source, parameters and seed alone. Running it again resumes, or repairs a finished
+set: files that are missing are made again, and must be what its manifest records."""
 
 import time
 from collections import Counter, defaultdict
@@ -78,13 +75,9 @@ class Outcome:
 def preprocess(
     config: PreprocessConfig, show: Callable[[Progress], None], connect: Callable[[], None]
 ) -> Outcome:
-    """Make the set of shards that `config` asks for, or what is missing of it.
-
-    `show` is called after each shard and about every second; `connect`, which must leave Ray
-    initialized, only where there is something to make. Raises UserError for a source or output
-    that cannot be used, for shards that failed repeatedly, for too many rejected images, and where
-    shards of a finished set are made again with other bytes.
-    """
+    """Make the set of shards that `config` asks for, or what is missing of it. `show` is called
+    about every second; `connect`, which must leave Ray initialized, only where there is something
+    to make. Raises UserError."""
     plan = make_plan(config)
     claim_output(plan)
     with exclusive_output(plan.output):
@@ -158,10 +151,8 @@ def make_shards(
     progress: Progress,
     show: Callable[[Progress], None],
 ) -> dict[str, ShardFacts]:
-    """Make these shards in Ray tasks, and return their facts by name.
-
-    Raises UserError, once all others are made, where some fail.
-    """
+    """Make these shards in Ray tasks, and return their facts by name. Raises UserError, once all
+    others are made, where some fail."""
     sizes = file_sizes(plan.output, pending)
     for task in pending:
         if f"{task.name}.parquet" in sizes[task.split]:
@@ -239,10 +230,8 @@ def _finish(
     progress: Progress,
     recorded: Manifest | None,
 ) -> Outcome:
-    """Merge the ledger, check the share of rejected images, and write the manifest.
-
-    recorded: the manifest of a set that was finished before, which stays as it is.
-    """
+    """Merge the ledger, check the share of rejected images, and write the manifest. recorded: the
+    manifest of a set that was finished before, which stays as it is."""
     records = [task.record(plan.output) for task in plan.tasks]
     splits, classes = list(plan.collection.images), len(plan.collection.classes)
     totals, ledger = merge_records(records, plan.output, splits, classes)

@@ -25,11 +25,8 @@ def make_manifest(
     totals: Mapping[str, Totals],
     ledger: str,
 ) -> Manifest:
-    """Make the manifest of a set.
-
-    fingerprint: content of plan.json. facts: by split, in the order of the shards. ledger: the
-    ledger's SHA-256. Raises UserError where no image was accepted.
-    """
+    """Make the manifest of a set. fingerprint: content of plan.json. facts: by split, in the order
+    of the shards. ledger: the ledger's SHA-256. Raises UserError where no image was accepted."""
     config = PreprocessConfig(source=source, output="", **fingerprint["configuration"])
     # The train split comes first; a collection without one is normalized by what it has.
     mean, std = _mean_std(next(iter(facts.values())))
@@ -67,11 +64,8 @@ def differences(first: Manifest, second: Manifest) -> list[str]:
 
 
 def _mean_std(facts: Sequence[ShardFacts]) -> tuple[Triple, Triple]:
-    """Return mean and deviation per channel, in 0..255.
-
-    They are exact until the last division: sums are whole numbers, so that the order of the shards
-    cannot matter.
-    """
+    """Return mean and deviation per channel, in 0..255. They are exact until the last division:
+    sums are whole numbers, so that the order of the shards cannot matter."""
     pixels = sum(fact.pixels for fact in facts)
     if not pixels:
         raise UserError("no train image was accepted; the ledger names the reasons.")

@@ -15,10 +15,8 @@ PLAN_NAME = "plan.json"
 
 
 def read_fingerprint(output: str) -> dict[str, Any]:
-    """Read the plan.json at location `output`.
-
-    Raises MissingError where there is none and UserError where it is damaged.
-    """
+    """Read the plan.json at location `output`. Raises MissingError where there is none and
+    UserError where it is damaged."""
     location = storage.join(output, PLAN_NAME)
     try:
         content = json.loads(storage.read_bytes(location))
@@ -57,11 +55,9 @@ def claim_output(plan: Plan) -> None:
 
 @contextmanager
 def exclusive_output(output: str) -> Iterator[None]:
-    """Keep other drivers from a claimed local output, and leave no temporary file there.
-
-    Raises UserError where another is at work. On a remote output nothing is locked: objects appear
-    whole, and two drivers of one plan write the same bytes. Nor is what cannot be written to.
-    """
+    """Keep other drivers from a claimed local output, and leave no temporary file there. Raises
+    UserError where another is at work. On a remote output nothing is locked: objects appear whole,
+    and two drivers of one plan write the same bytes. Nor is what cannot be written to."""
     if storage.is_remote(output):
         yield
         return

@@ -1,8 +1,6 @@
-"""Loops over the pixels of an image, compiled: area averaging in integers (what OpenCV's
-INTER_AREA computes, at a fifth of its time) and sums for the set's mean and deviation.
-
-A driver, which makes no image, does not load this.
-"""
+"""Loops over the pixels of an image, compiled: area averaging in integers (what OpenCV's INTER_AREA
+computes, at a fifth of its time) and sums for the set's mean and deviation. A driver, which makes
+no image, does not load this."""
 
 from functools import lru_cache
 
@@ -16,11 +14,8 @@ KEPT_BITS = 7  # of fractions of a grey level between the two passes: 15 + 15 bi
 
 
 def shrink(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Shrink uint8 [h, w, 3] to uint8 [height, width, 3] by averaging areas.
-
-    Each output pixel is the mean of the area it covers; height <= h and width <= w. Rows are
-    averaged first, then, transposed, columns: so both passes run along memory.
-    """
+    """Shrink uint8 [h, w, 3] to [height, width, 3], no larger, by averaging areas. Rows come first,
+    then, transposed, columns: so both passes run along memory."""
     h, w = pixels.shape[:2]
     rows = np.empty((height, w, 3), np.uint16)
     drop = WEIGHT_BITS - KEPT_BITS
@@ -33,20 +28,15 @@ def shrink(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def moments(pixels: np.ndarray) -> np.ndarray:
-    """Return the sums of an image's levels and of their squares, by channel: int64 [2, 3].
-
-    pixels: uint8 [H, W, 3], of up to 33,000 rows, whose squares an int32 can add up.
-    """
+    """Return the sums of an image's levels and of their squares, by channel: int64 [2, 3]. pixels:
+    uint8 [H, W, 3], of up to 33,000 rows, whose squares an int32 can add up."""
     return _moments(pixels.reshape(len(pixels), -1))
 
 
 @lru_cache(256)
 def _shares(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the pixels that each of `wanted` outputs covers along an axis of `size` pixels.
-
-    Three int32 arrays: the first pixel, how many, and their shares in units of 2**-WEIGHT_BITS,
-    which add up to one.
-    """
+    """Return the pixels that each of `wanted` outputs covers along an axis of `size` pixels, int32
+    each: the first, how many, and their shares in units of 2**-WEIGHT_BITS, which add up to one."""
     edges = np.arange(wanted + 1, dtype=np.int64) * size  # in units of 1 / wanted of a pixel
     first, last = edges[:-1] // wanted, -(-edges[1:] // wanted)
     pixel = first[:, None] + np.arange((last - first).max())
@@ -60,9 +50,7 @@ def _shares(size: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 @njit(nogil=True, cache=True, error_model="numpy")
 def _average(source, first, count, shares, drop, out):  # type: ignore[no-untyped-def]
     """Put into row j of `out` the weighted sum of `count[j]` rows of `source` from `first[j]` on.
-
-    It is rounded to `drop` bits less; int32 throughout, which vectorizes.
-    """
+    It is rounded to `drop` bits less; int32 throughout, which vectorizes."""
     values = source.shape[1]
     total = np.empty(values, np.int32)
     shift, half = np.int32(drop), np.int32(1 << (drop - 1))

@@ -114,11 +114,9 @@ class ShardTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that is to be made.
-
-    order: int64 [images], the number of each ledger row's image in its split's table. fingerprint:
-    content of plan.json; two plans that differ in it would write other bytes.
-    """
+    """All that is to be made. order: int64 [images], the number of each ledger row's image in its
+    split's table. fingerprint: content of plan.json; two plans that differ in it would write other
+    bytes."""
 
     source: str
     output: str
@@ -135,9 +133,7 @@ class Plan:
 
 def make_plan(config: PreprocessConfig) -> Plan:
     """List the source and divide it into shards: train shuffled over the whole set, val in order.
-
-    Raises UserError for paths or a source that cannot be used.
-    """
+    Raises UserError for paths or a source that cannot be used."""
     source, output = location_of(config.source), location_of(config.output)
     if f"{output}/".startswith(f"{source}/"):
         raise UserError(f"output {output} lies inside source {source}; choose one outside it.")

@@ -37,10 +37,8 @@ class ShardReport:
 def make_shard(
     task: ShardTask, images: pa.Table, source: str, output: str, config: PreprocessConfig
 ) -> ShardReport:
-    """Make one shard of the listed `images`, its index and, last, its record.
-
-    Needs no Ray, and may be repeated.
-    """
+    """Make one shard of the listed `images`, its index and, last, its record. Needs no Ray, and may
+    be repeated."""
     from pipeline.shards.pixels import moments  # compiled code, which a driver does not need
 
     started = time.monotonic()
@@ -82,10 +80,8 @@ def make_sample(
     fetch: Callable[[], bytes],
     config: PreprocessConfig,
 ) -> tuple[LedgerRow, Sample | None]:
-    """Make the sample of a shard's listed image `number`, whose bytes `fetch` returns.
-
-    Returns its ledger row too, but for `shard` and `position`; no sample where it is rejected.
-    """
+    """Make the sample of a shard's listed image `number`, whose bytes `fetch` returns. Returns its
+    ledger row too, but for `shard` and `position`; no sample where it is rejected."""
     row_number = task.first_row + number
     row: LedgerRow = {
         "row": row_number,

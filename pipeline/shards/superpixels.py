@@ -1,8 +1,5 @@
-"""RGB -> superpixel label map.
-
-fast_slic is imported here alone, and only once labels are made: drivers check their configuration
-here.
-"""
+"""RGB -> superpixel label map. fast_slic is imported here alone, and only once labels are made:
+drivers check their configuration here."""
 
 import functools
 from typing import Any
@@ -41,14 +38,10 @@ def superpixels(
     iterations: int = ITERATIONS,
     min_size: float = MIN_SIZE,
 ) -> np.ndarray:
-    """Cut `image` (uint8 [H, W, 3], RGB) into about `count` superpixels (SLIC).
-
-    Returns labels [H, W], contiguous from 0, each superpixel in one piece; uint8 where `count`
-    is at most 256, else uint16. There are at most `count`, often fewer. The same image gives the
-    same labels. A larger `compactness` makes them squarer; a piece smaller than `min_size` of the
-    mean size joins its neighbour. Raises ValueError for an image of another shape or dtype, or one
-    too small for the count.
-    """
+    """Cut `image` (uint8 [H, W, 3]) into at most `count` superpixels (SLIC), each in one piece:
+    labels [H, W], contiguous from 0, uint8 where `count` is at most 256, else uint16. A larger
+    `compactness` makes them squarer; a piece smaller than `min_size` of the mean size joins its
+    neighbour. Raises ValueError."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image has {image.dtype} {image.shape}; give it as uint8 [H, W, 3].")
     check_superpixels(image.shape[0], image.shape[1], count)
@@ -63,9 +56,8 @@ def superpixels(
 
 @functools.cache
 def _fastest_slic() -> Any:
-    """Return SlicAvx2 where fast-slic was compiled on a CPU that has it, else the plain class.
-
-    The labels are the same, bit for bit."""
+    """Return SlicAvx2 where fast-slic was compiled on a CPU that has it, else the plain class. The
+    labels are the same, bit for bit."""
     try:
         from fast_slic.avx2 import SlicAvx2
     except ImportError:

@@ -1,11 +1,6 @@
-"""Check every file of a finished set.
-
-The manifest is the anchor: it holds the hash of every shard and of the ledger. Each shard is
-compared with it, and the shard's index and record with the shard and the ledger. The samples are
-read by our own reader and by the `webdataset` library, which must agree.
-
-What is damaged can be removed and made again, see pipeline/shards/make.py.
-"""
+"""Check every file of a finished set. The manifest holds the hash of every shard and of the ledger;
+a shard's index and record are compared with both. Samples are read by our own reader and by the
+`webdataset` library, which must agree."""
 
 import hashlib
 import io
@@ -54,11 +49,8 @@ Members = dict[str, bytes]  # by extension
 
 @dataclass(frozen=True, kw_only=True)
 class ShardCheck:
-    """The result of checking one shard.
-
-    problems: one line each, none where all is well. facts, totals: of its record, None where that
-    cannot be read. bytes: read and hashed. decoded: number of samples.
-    """
+    """The result of checking one shard. problems: one line each. facts, totals: of its record, or
+    None. bytes: hashed. decoded: samples."""
 
     problems: tuple[str, ...]
     facts: ShardFacts | None = None
@@ -69,11 +61,8 @@ class ShardCheck:
 
 @dataclass(kw_only=True)
 class Verification:
-    """The result of checking a set.
-
-    fingerprint: content of its plan.json. shards: results by name. problems: of the files of the
-    whole set, by file name. unknown: files that do not belong to the set, which do no harm.
-    """
+    """The result of checking a set. fingerprint: of its plan.json. shards: results by name.
+    problems: of other files. unknown: files that do not belong to the set."""
 
     output: str
     manifest: Manifest
@@ -100,10 +89,8 @@ def verify(
     show: Callable[[Progress], None],
     connect: Callable[[], None],
 ) -> Verification:
-    """Check every file of the set at location `output`, each shard in a Ray task.
-
-    Raises UserError where no finished set lies there, or its plan.json cannot be read.
-    """
+    """Check every file of the set at location `output`, each shard in a Ray task. Raises UserError
+    where no finished set lies there, or its plan.json cannot be read."""
     output = location_of(output)
     manifest, fingerprint = read_manifest(output), read_fingerprint(output)
     tasks = shard_tasks(fingerprint["images"], fingerprint["configuration"]["samples_per_shard"])
@@ -166,11 +153,8 @@ def _check_shards(
 def check_shard(
     task: ShardTask, output: str, recorded: Shard | None, manifest: Manifest, group: int | None
 ) -> ShardCheck:
-    """Check one shard, its index and its record. Needs no Ray.
-
-    recorded: the manifest's entry, None where it has none. group: the shard's row group in the
-    ledger, None where the ledger is damaged.
-    """
+    """Check one shard, its index and its record. recorded: the manifest's entry, or None. group:
+    its row group in the ledger, None where the ledger is damaged."""
     record = task.record(output)
     try:
         facts, table = read_facts(record), read_record(record)
