@@ -188,7 +188,7 @@ def export(
     truth: GroundTruth,
 ) -> None:
     """Write the ground truth as wsolevaluation metadata, and the boxes of each map and rule, with
-    the classes of its first row, as Kaggle CSV and Parquet."""
+    the classes of its first row, as Parquet."""
     write_metadata(folder / "metadata", truth)
     for localization in localizations:
         best = classes[localization.classes[0] or ""]
@@ -198,10 +198,9 @@ def export(
         boxes[labels < 0] = -1
         words = [localization.map, localization.rule or "paper"]
         name = "_".join(words).replace(" ", "_").removesuffix("_paper")
-        for suffix in (".csv", ".parquet"):
-            path = folder / "boxes" / f"{name}{suffix}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_guesses(path, truth, Guesses(labels=labels, boxes=boxes))
+        path = folder / "boxes" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_guesses(path, truth, Guesses(labels=labels, boxes=boxes))
 
 
 def _figure(name: str, value: float | None) -> str:

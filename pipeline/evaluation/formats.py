@@ -2,7 +2,6 @@
 Rows are matched to the images of a ground truth by id, or by file name where that is unique; each
 image has to come exactly once."""
 
-import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import pyarrow.compute as pc
 from pipeline.errors import SHOWN, UserError
 from pipeline.evaluation.lines import (
     Lines,
-    MissingClassesError,
     brief,
     check_boxes,
     find_classes,
@@ -29,7 +27,6 @@ from pipeline.evaluation.lines import (
     refuse_names,
     refuse_numbers,
     slots,
-    stems,
 )
 from pipeline.evaluation.protocols import TOP
 from pipeline.evaluation.results import parquet_bytes
@@ -93,17 +90,12 @@ def read_guesses(path: Path, truth: GroundTruth) -> Guesses:
 
 
 def write_guesses(path: Path, truth: GroundTruth, guesses: Guesses) -> None:
-    """Write guesses in the format of the path's suffix (see `read_guesses`), atomically. Raises
-    UserError where CSV lacks the classes' wnids."""
-    is_csv = _is_csv(path, GUESS_COLUMNS)
+    """Write guesses as Parquet (see `read_guesses`), atomically."""
     present = (guesses.boxes != -1).any(axis=2)
     labels, boxes = (
         [own[some].tolist() for own, some in zip(values, present, strict=True)]
         for values in (guesses.labels, guesses.boxes)
     )
-    if is_csv:
-        write_atomically(path, _csv_bytes(path, truth, labels, boxes))
-        return
     corners = pa.list_(pa.list_(pa.from_numpy_dtype(guesses.boxes.dtype)))
     table = {
         "id": pa.array(truth.ids, pa.string()),
@@ -299,30 +291,3 @@ def _names_or_indices(lines: Lines, cells: pa.Array, truth: GroundTruth) -> np.n
     )
     refuse_numbers(lines, named < 0, truth.unsorted)
     return indices
-
-
-def _csv_bytes(
-    path: Path, truth: GroundTruth, labels: list[list[int]], boxes: list[list[list[int]]]
-) -> bytes:
-    if truth.classes is None:
-        raise MissingClassesError(
-            f"{path} names classes by wnid, and the ground truth has only their numbers"
-        )
-    if any(label < 0 for own in labels for label in own):
-        raise UserError(
-            f"{path} cannot hold a box without a class; give the classes, or write .parquet."
-        )
-    blank = [name for name in truth.classes if len(name.split()) != 1]
-    if blank:
-        raise UserError(
-            f"{path} separates by blanks, and class {blank[0]!r} holds one; write .parquet."
-        )
-    short = stems(pa.array(truth.ids, pa.string())).to_pylist()
-    names = short if len(set(short)) == len(short) else truth.ids
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["ImageId", "PredictionString"])
-    for name, classes, corners in zip(names, labels, boxes, strict=True):
-        guesses = ((truth.classes[x], *box) for x, box in zip(classes, corners, strict=True))
-        writer.writerow([name, " ".join(" ".join(map(str, guess)) for guess in guesses)])
-    return text.getvalue().encode()

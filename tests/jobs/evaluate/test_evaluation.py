@@ -401,7 +401,7 @@ def test_exported_boxes_read_back_give_the_same_figures(
     config = config_for(small_set, random_run, tmp_path / "a", export=folder, baselines=False)
     job.evaluate(config, quiet)
     (tmp_path / "classes.txt").write_text("\n".join(read_manifest(small_set).classes) + "\n")
-    for rule, name in (("paper", "aln.csv"), ("quantile", "aln_quantile.parquet")):
+    for rule, name in (("paper", "aln.parquet"), ("quantile", "aln_quantile.parquet")):
         ours = row_of(evaluation, map="aln", rule=rule, classes="co-trained")
         config = EvaluateConfig(
             ground_truth=folder / "metadata",

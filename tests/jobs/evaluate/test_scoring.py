@@ -92,10 +92,7 @@ def guesses_of(labels: list[list[int]], boxes: list[list[list[int]]]) -> Guesses
     return Guesses(labels=full_labels, boxes=full_boxes)
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
-def test_given_predictions_by_the_official_rule(
-    four: GroundTruth, tmp_path: Path, suffix: str
-) -> None:
+def test_given_predictions_by_the_official_rule(four: GroundTruth, tmp_path: Path) -> None:
     guesses = guesses_of(
         [[0], [0, 1], [2], [1, 1]],
         [
@@ -105,7 +102,7 @@ def test_given_predictions_by_the_official_rule(
             [[20, 20, 30, 30], [60, 40, 99, 79]],  # the second guess has the box: top-5 only
         ],
     )
-    path = tmp_path / f"boxes{suffix}"
+    path = tmp_path / "boxes.parquet"
     write_guesses(path, four, guesses)
     evaluation = scored(
         tmp_path / "meta", tmp_path, predictions=path, classes=tmp_path / "classes.txt"

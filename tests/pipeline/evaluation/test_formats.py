@@ -108,48 +108,14 @@ def test_a_parquet_file_without_labels_names_no_class(tmp_path: Path) -> None:
     assert_equal(read_guesses(path, TRUTH), expected)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-@pytest.mark.parametrize("fractions", [False, True])
-def test_guesses_written_and_read_again_are_equal(
-    tmp_path: Path, suffix: str, fractions: bool
-) -> None:
-    rng = np.random.default_rng(3)
-    n = 40
-    ids = tuple(f"val/{i}.JPEG" for i in rng.permutation(n))
-    truth = replace(TRUTH, ids=ids, labels=np.zeros(n, np.int64), sizes=np.full((n, 2), 100))
-    present = np.arange(5) < rng.integers(0, 6, (n, 1))
-    corners = np.sort(rng.integers(0, 100, (n, 5, 2, 2)), axis=2).reshape(n, 5, 4)
-    exact: np.ndarray = corners / 7 if fractions else corners
-    guesses = Guesses(
-        labels=np.where(present, rng.integers(0, 3, (n, 5)), -1),
-        boxes=np.where(present[..., None], exact, exact.dtype.type(-1)),
-    )
-    path = tmp_path / f"guesses{suffix}"
-    write_guesses(path, truth, guesses)
-    assert_equal(read_guesses(path, truth), guesses)
+@pytest.mark.parametrize("divisor", [1, 7])
+def test_guesses_written_and_read_again_are_equal(tmp_path: Path, divisor: int) -> None:
+    boxes = GUESSES.boxes if divisor == 1 else GUESSES.boxes / divisor
+    guesses = Guesses(labels=GUESSES.labels, boxes=np.where(GUESSES.boxes < 0, -1, boxes))
+    path = tmp_path / "guesses.parquet"
+    write_guesses(path, TRUTH, guesses)
+    assert_equal(read_guesses(path, TRUTH), guesses)
     assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
-
-
-def test_written_files_look_as_their_formats_do(tmp_path: Path) -> None:
-    write_guesses(tmp_path / "g.csv", TRUTH, GUESSES)
-    write_guesses(tmp_path / "g.parquet", TRUTH, GUESSES)
-    assert (tmp_path / "g.csv").read_text() == CSV
-    written = pq.read_table(tmp_path / "g.parquet")
-    assert written.to_pydict() == {**PARQUET, "id": list(TRUTH.ids)}
-
-
-def test_kaggle_ids_keep_their_folders_where_file_names_repeat(tmp_path: Path) -> None:
-    path = tmp_path / "guesses.csv"
-    write_guesses(path, SHARED_NAMES, GUESSES)
-    ids = [line.split(",")[0] for line in path.read_text().splitlines()[1:]]
-    assert ids == list(SHARED_NAMES.ids)
-    assert_equal(read_guesses(path, SHARED_NAMES), GUESSES)
-
-
-def test_ids_with_commas_quotes_and_line_breaks_survive_csv(tmp_path: Path) -> None:
-    truth = replace(TRUTH, ids=('a,"b"', "two\nlines", "it's"))
-    write_guesses(tmp_path / "guesses.csv", truth, GUESSES)
-    assert_equal(read_guesses(tmp_path / "guesses.csv", truth), GUESSES)
 
 
 # Guesses, each fault
@@ -243,23 +209,9 @@ def test_files_that_are_no_guesses_are_refused(tmp_path: Path) -> None:
     ):
         path = tmp_path / name
         assert_refused(path, f" .*{fact}", read_guesses, path, TRUTH)
-    assert_refused(path, " has suffix '.json'", write_guesses, path, TRUTH, GUESSES)
     path = write(tmp_path / "guesses.csv", "1,n00000001 1 2 3 4\n")
     assert_refused(path, " line 1 .*'1'.*only one file", read_guesses, path, SHARED_NAMES)
     assert_refused(path, " line 1 .*only their numbers", read_guesses, path, NUMBERS_ONLY)
-
-
-def test_what_csv_cannot_tell_is_not_written(tmp_path: Path) -> None:
-    no_class = Guesses(labels=np.full((3, 5), -1), boxes=GUESSES.boxes)
-    blank = replace(TRUTH, classes=("n00000001", "polar bear", "n00000003"))
-    path = tmp_path / "guesses.csv"
-    for truth, guesses, fact in (
-        (TRUTH, no_class, "without a class"),
-        (blank, GUESSES, "'polar bear'"),
-        (NUMBERS_ONLY, GUESSES, "only their numbers"),
-    ):
-        assert_refused(path, f" .*{fact}", write_guesses, path, truth, guesses)
-    assert not path.exists()
 
 
 @pytest.mark.parametrize(
@@ -358,11 +310,6 @@ def test_top_classes_that_are_missing_are_refused(tmp_path: Path) -> None:
 # Score maps
 
 
-def test_a_score_map_lies_under_its_id_with_folders_and_suffix(tmp_path: Path) -> None:
-    path = score_map_path(tmp_path, "val/ILSVRC2012_val_00000001.JPEG")
-    assert path == tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG.npy"
-
-
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "a\0b"])
 def test_an_id_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     root = tmp_path / "maps"
@@ -389,13 +336,6 @@ def test_smaller_maps_are_resized_bilinearly(tmp_path: Path, shape: tuple[int, i
     )[0, 0].numpy()
     written = read_score_map(score_map_path(tmp_path, "a"), (224, 224))
     np.testing.assert_allclose(written, expected, atol=1e-5)
-
-
-def test_a_written_map_stays_within_0_and_1(tmp_path: Path) -> None:
-    for value in (0.0, 1.0, 1 / 3):
-        write_score_map(tmp_path, "a", np.full((3, 5), value))
-        written = read_score_map(score_map_path(tmp_path, "a"), None)
-        np.testing.assert_allclose(written, value, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -473,13 +413,10 @@ def test_a_damaged_or_pickled_score_map_is_refused_and_not_run(
         write(path, data)
         assert_refused(path, " cannot be read", read_score_map, path, (2, 3))
     assert not (tmp_path / "pickle-was-run").exists()
+    path.unlink()
+    assert_refused(path, " is missing", read_score_map, path, None)
     write(path, HEADER + bytes(24))  # the same header is good with all its numbers
     assert read_score_map(path, (2, 3)).sum() == 0
-
-
-def test_a_missing_score_map_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "a.npy"
-    assert_refused(path, " is missing", read_score_map, path, None)
 
 
 @pytest.mark.parametrize("value", [np.nan, -0.1, 1.1])
