@@ -93,7 +93,7 @@ def evaluations(small_set: Path, ray_local: None) -> tuple[Path, Path, Path]:
         write_random_run(run, small_set, seed)
         evaluate(words(data=small_set, run=run, output=output, export=export))
     classes.write_text("\n".join(read_manifest(small_set).classes))
-    files = {"ground_truth": export / "metadata", "predictions": export / "boxes/aln.csv"}
+    files = {"ground_truth": export / "metadata", "predictions": export / "boxes/aln.parquet"}
     evaluate(words(**files, classes=classes, output=boxes))
     return first, second, boxes
 
