@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import AvifImagePlugin, Image
+from PIL import AvifImagePlugin, ExifTags, Image
 
 from pipeline.shards.jpeg import decode_jpeg
 
@@ -114,6 +114,7 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
             warnings.simplefilter("ignore")  # the size is checked below, odd EXIF does not matter
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_size(image.height, image.width)
+                image.getexif().pop(ExifTags.Base.Orientation, None)  # TIFFs would be turned
                 image.load()
                 return _to_rgb(image)
     except (ImageError, MemoryError):

@@ -1,6 +1,5 @@
 """One shard: listed images -> samples -> a tar with its index and record."""
 
-import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +15,7 @@ from pipeline.shards.ledger import OK, REJECTED, LedgerRow, ShardFacts, write_re
 from pipeline.shards.plan import PreprocessConfig, ShardTask
 from pipeline.shards.superpixels import superpixels
 from pipeline.sources.annotations import fit_boxes
-from pipeline.sources.files import SourceFiles
-
-# Other errors are of the disk or network, and must fail the task instead of rejecting its images.
-FAULTS_OF_A_FILE = {
-    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
-    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
-}
+from pipeline.sources.files import FAULTS_OF_A_FILE, SourceFiles
 
 
 @dataclass(frozen=True, kw_only=True)

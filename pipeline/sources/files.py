@@ -25,8 +25,11 @@ Entries = tuple[list[str], list[str]]  # names of folders and of files
 
 LIST_SUFFIXES = (".csv", ".parquet")
 FILE_SUFFIXES = (*LIST_SUFFIXES, ".tar", ".tar.gz", ".tgz")  # of a URI that is no folder
-# Faults of one folder, such as `lost+found`; those of a disk must end the job.
-UNREADABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+# Of one file or folder, such as `lost+found`; those of a disk or network must end the job.
+FAULTS_OF_A_FILE = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+}
 STREAMS = 32  # requests at once to object storage; each takes tens of milliseconds
 
 
@@ -117,7 +120,7 @@ class SourceFiles:
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
-            if error.errno not in UNREADABLE:
+            if error.errno not in FAULTS_OF_A_FILE:
                 raise
             contents.others.append(("", f"unreadable: {error.strerror}"))
         return contents
@@ -188,6 +191,21 @@ class SourceFiles:
                 "changed since it was listed; run the same command again."
             )
         return data
+
+    def refuse_links(self, folders: Iterable[str]) -> None:
+        """Raise UserError where two of these folders are one, by a link."""
+        paths: dict[str, str] = {}
+        for folder in () if self.remote else folders:
+            if (first := paths.setdefault(os.path.realpath(self._local(folder)), folder)) != folder:
+                raise UserError(
+                    f"{self.location(first)} and {self.location(folder)} are the same folder by a "
+                    "link, and their names are two classes; remove one of them."
+                )
+
+    def set_aside(self, paths: set[str]) -> None:
+        """Take files that were read for nothing from those that are `used`."""
+        hashes = {*map(path_hash, paths)}
+        self.used = array("q", (x for x in self.used if x not in hashes))
 
     def read_optional(self, path: str) -> bytes:
         """Read a whole file; empty where it does not exist."""

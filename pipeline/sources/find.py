@@ -21,9 +21,9 @@ from pipeline.sources.layouts import (
     list_folders,
     list_tiny_imagenet,
 )
-from pipeline.sources.listing import is_image, stem, with_labels
+from pipeline.sources.listing import Unread, is_image, stem, with_labels
 from pipeline.sources.lists import list_rows
-from pipeline.sources.unread import Unread, count_unread, summary_of
+from pipeline.sources.unread import count_unread, summary_of
 from pipeline.sources.webdatasets import list_webdataset, shard_names
 
 LAYOUTS = {
@@ -145,7 +145,7 @@ def list_images(files: SourceFiles, layout: str) -> Source:
         classes=classes,
         class_names=tuple(listing.names.get(wnid, wnid) for wnid in classes),
         images={split: with_labels(table, classes) for split, table in images.items()},
-        unread=count_unread(files, images.values()),
+        unread=count_unread(files, images.values(), listing.unread),
     )
 
 

@@ -10,10 +10,11 @@ import pyarrow.compute as pc
 from pipeline.errors import UserError
 from pipeline.sources import labels
 from pipeline.sources.annotations import Annotation, read_annotation
-from pipeline.sources.archives import is_archive, is_packed, members, packed_files
-from pipeline.sources.files import SourceFiles, path_in
+from pipeline.sources.archives import Member, is_archive, is_packed, members, packed_files
+from pipeline.sources.files import FAULTS_OF_A_FILE, SourceFiles, path_in
 from pipeline.sources.labels import MAPPING, WNID, Labels, merge_labels
-from pipeline.sources.listing import Listing, ListingBuilder, is_image, stem, with_columns
+from pipeline.sources.listing import Listing, ListingBuilder, Unread, is_image, stem, with_columns
+from pipeline.sources.unread import add_members
 
 SPLIT_FOLDER = re.compile(  # Hugging Face's archives are data/train_images_0 and the like
     r"(?:(?:ILSVRC/)?Data/CLS-LOC/|data/)?(train|val)(?:_images(?:_\d)?)?(?:/([^/]+))?"
@@ -29,6 +30,7 @@ DEVKIT_LABELS, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 SYNSET_LABELS = "imagenet_2012_validation_synset_labels.txt"
 SOLUTION = re.compile(r"LOC_.*_solution\.csv")
 WORDS, CAFFE_LABELS = "words.txt", "val.txt"
+KINDS = ("XML files", "solutions")  # of descriptions of images
 LISTS = (DEVKIT_LABELS, META, SYNSET_LABELS, MAPPING, WORDS, CAFFE_LABELS)
 
 
@@ -43,7 +45,7 @@ class _Contents:
     images: by split, those in folders. archives: path of the tar of images, by split. lists:
     content of the files of labels and names, by path. synsets: names by wnid of each meta.mat, by
     its folder. annotations, solutions: by split, a row per XML file or row of a solution, with id
-    `<class>/<name>` where a class folder is named, else `<name>`.
+    `<class>/<name>` where a class folder is named, else `<name>`. unread: members of archives.
     """
 
     images: dict[str, ListingBuilder] = field(default_factory=_builders)
@@ -52,11 +54,19 @@ class _Contents:
     synsets: dict[str, dict[str, str]] = field(default_factory=dict)
     annotations: dict[str, ListingBuilder] = field(default_factory=_builders)
     solutions: dict[str, ListingBuilder] = field(default_factory=_builders)
+    unread: dict[str, Unread] = field(default_factory=dict)
 
     def names(self, list_name: str, separator: str | None = None) -> dict[str, str]:
-        """Return the readable names by wnid of the first list of this name; empty without one."""
-        path = next((path for path in self.lists if _last(path) == list_name), None)
-        return labels.read_names(self.lists[path], path, separator) if path else {}
+        """Return the readable names by wnid of the list of this name; empty without one.
+
+        Raises UserError where there are several that differ.
+        """
+        paths = [path for path in self.lists if _last(path) == list_name]
+        lists = [labels.read_names(self.lists[path], path, separator) for path in paths]
+        for path, names in zip(paths, lists, strict=True):
+            if names != lists[0]:
+                raise UserError(f"{paths[0]} and {path} name other classes; keep one of them.")
+        return lists[0] if lists else {}
 
 
 def list_ilsvrc(files: SourceFiles) -> Listing:
@@ -69,14 +79,18 @@ def list_ilsvrc(files: SourceFiles) -> Listing:
     contents = _read_contents(files)
     for split, path in contents.archives.items():
         contents.images[split] = ListingBuilder()
-        _add_archive(contents.images[split], files, path)
+        _add_archive(contents, split, files, path)
     mapping = contents.names(MAPPING)
     synsets: list[dict[str, str]] = list(contents.synsets.values())
     images: dict[str, pa.Table] = {}
+    described, unused = set[str](), set[str]()
     for split, order in (("train", ("wnid", "id", "path")), ("val", ("id", "path"))):
         listed = contents.images[split].table(*order)
-        xml = _matched(listed, contents.annotations[split].table(), "XML files")
-        solved = _matched(listed, contents.solutions[split].table(), "solutions")
+        rows = contents.annotations[split].table(), contents.solutions[split].table()
+        xml, solved = (_matched(listed, *x) for x in zip(rows, KINDS, strict=True))
+        for table, matched in zip(rows, (xml, solved), strict=True):
+            unused |= {*pc.unique(table["path"]).to_pylist()}
+            described |= {*pc.unique(matched["path"]).to_pylist()}
         if split == "val":
             train_wnids = pc.unique(images["train"]["wnid"]).drop_null().to_pylist()
             wnids = sorted(mapping or (synsets[0] if synsets else train_wnids))
@@ -88,7 +102,9 @@ def list_ilsvrc(files: SourceFiles) -> Listing:
             wnid = merge_labels(listed["id"].to_pylist(), labels_by_source)
             listed = with_columns(listed, wnid=wnid)
         images[split] = _annotated(listed, xml, solved)
-    return Listing(images, {**ChainMap(contents.names(WORDS, "\t"), mapping, *synsets)})
+    files.set_aside(unused - described)
+    names = {**ChainMap(contents.names(WORDS, "\t"), mapping, *synsets)}
+    return Listing(images, names, unread=contents.unread)
 
 
 def _read_contents(files: SourceFiles) -> _Contents:
@@ -104,14 +120,25 @@ def _read_contents(files: SourceFiles) -> _Contents:
         if match and match[1] == "train" and not match[2]:  # only the outer tar was unpacked
             class_tars |= {*filter(is_archive, paths)}
             for path in filter(is_archive, paths):
-                _add_archive(contents.images["train"], files, path)
+                _add_archive(contents, "train", files, path)
         if not TEST_FOLDER.fullmatch(folder):
-            xml = [path for path in paths if path.endswith(".xml")]
-            for path, data in zip(xml, files.ahead(files.read, xml), strict=True):
-                _add_annotation(contents.annotations, path[:-4], path, read_annotation(data))
+            xml = [path for path in paths if path.lower().endswith(".xml")]
+            read = files.ahead(lambda path: _annotation(files, path), xml)
+            for path, annotation in zip(xml, read, strict=True):
+                _add_annotation(contents.annotations, path[:-4], path, annotation)
         for path in paths:
             _read_file(contents, files, path)
     return contents
+
+
+def _annotation(files: SourceFiles, path: str) -> Annotation:
+    """Read an XML file; the note of one that cannot be read says why."""
+    try:
+        return read_annotation(files.read(path))
+    except OSError as error:
+        if error.errno not in FAULTS_OF_A_FILE:
+            raise
+        return Annotation(note=f"annotation unreadable: {error.strerror}")
 
 
 def _add_image(contents: _Contents, path: str, folder: re.Match[str] | None) -> None:
@@ -149,7 +176,7 @@ def _read_file(contents: _Contents, files: SourceFiles, path: str) -> None:
             raise _repeated(files, first, path)
     elif is_tar and BOXES.fullmatch(name):
         for inner, data in packed_files(files, path):
-            if inner.endswith(".xml"):
+            if inner.lower().endswith(".xml"):
                 whole, annotation = f"{path}/{inner}", read_annotation(data)
                 _add_annotation(contents.annotations, whole[:-4], whole, annotation)
     elif is_tar and DEVKIT.fullmatch(name):
@@ -182,18 +209,26 @@ def _last(path: str) -> str:
     return path.rpartition("/")[2]
 
 
-def _add_archive(builder: ListingBuilder, files: SourceFiles, path: str) -> None:
+def _add_archive(contents: _Contents, split: str, files: SourceFiles, path: str) -> None:
     """Add the images in a tar, or in the tars within it, whose names are their classes.
 
     Else the folder or the name in the tar gives the class.
     """
-    inner = [x for x in members(files, path) if is_archive(x.name) and not _is_hidden(x.name)]
+    builder = contents.images[split]
+    inner, others = list[Member](), list[str]()
+    for member in members(files, path):
+        if is_archive(member.name) and not _is_hidden(member.name):
+            inner.append(member)
+        else:
+            others.append(member.name)
+    add_members(contents.unread, path, others if inner else ())
     spans: list[tuple[str, int, int | None]]
     spans = [(x.name, x.offset, x.offset + x.size) for x in inner] or [(path, 0, None)]
     listings = files.ahead(lambda span: list(members(files, path, *span[1:])), spans)
     for (name, _, _), listing in zip(spans, listings, strict=True):
         for x in listing:
             if not is_image(x.name) or _is_hidden(x.name):
+                add_members(contents.unread, path, [x.name])
                 continue
             id, wnid = _id_and_class(x.name)
             for folder in (_last(x.name.rpartition("/")[0]), stem(name)):
@@ -289,11 +324,15 @@ def _annotated(images: pa.Table, boxes: pa.Table, solutions: pa.Table) -> pa.Tab
         return pc.if_else(from_solution, solutions[name], boxes[name])
 
     no_boxes = pa.scalar([], images.schema.field("boxes").type)
+    wnid = pc.coalesce(images["wnid"], column("wnid"))
+    foreign = pc.if_else(pc.equal(wnid, column("wnid")), None, column("wnid"))
+    doubt = pc.binary_join_element_wise("annotation of another class: ", foreign, "")
     return with_columns(
         images,
-        wnid=pc.coalesce(images["wnid"], column("wnid")),
+        wnid=wnid,
         boxes=pc.coalesce(column("boxes"), no_boxes),
-        **{name: column(name) for name in ("box_width", "box_height", "note")},
+        note=pc.coalesce(column("note"), doubt),
+        **{name: column(name) for name in ("box_width", "box_height")},
     )
 
 

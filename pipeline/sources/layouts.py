@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from pipeline.errors import SHOWN, UserError
@@ -12,7 +13,7 @@ from pipeline.sources.labels import MAPPING, WNID
 from pipeline.sources.listing import Listing, ListingBuilder, is_image, stem
 from pipeline.sources.webdatasets import SPLITS
 
-SPLIT_NAME = re.compile(r"(train|val|valid|validation|test)\d*", re.IGNORECASE)
+SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})\d*", re.IGNORECASE)
 CUB_FOLDER = "CUB_200_2011"  # the name in its archive
 CUB_FILES = (
     "images.txt",
@@ -116,6 +117,10 @@ def list_cub(files: SourceFiles) -> Listing:
     present = class_folders(files, image_root)
     existing = {f"{folder}/{name}" for folder, contents in present for name in contents}
     builders = {"train": ListingBuilder(), "val": ListingBuilder()}
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise UserError(
+            f"{files.location(path_in(root, CUB_FILES[0]))} names {twice[0]} twice; keep one line."
+        )
     for number, name in names.items():
         box, note = _cub_box(boxes.get(number, ""))
         problem = None
@@ -178,8 +183,9 @@ def list_folders(files: SourceFiles) -> Listing:
     """List the images of class folders by split: those of train/ and val/, else all as train."""
     images = {}
     for split, root in class_roots(files).items():
-        builder = ListingBuilder()
-        for wnid, names in _classes(files, root):
+        builder, classes = ListingBuilder(), dict(_classes(files, root))
+        files.refuse_links([path_in(root, wnid) for wnid in classes])
+        for wnid, names in classes.items():
             for id in (f"{wnid}/{name}" for name in names):
                 builder.add(id=id, path=path_in(root, id), wnid=wnid)
         images[split] = builder.table()

@@ -4,7 +4,7 @@ import hashlib
 import unicodedata
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -37,16 +37,24 @@ SCHEMA = pa.schema(
 )
 
 
+class Unread(TypedDict):
+    """The number of files that have one reason, and the first of each of up to NAMED folders."""
+
+    files: int
+    examples: list[str]
+
+
 class Listing(NamedTuple):
     """A collection as its layout describes it.
 
     images: rows by split, train first. names: readable ones by wnid. classes: all wnids, sorted;
-    None where only the train images name them.
+    None where only the train images name them. unread: what is not read within files.
     """
 
     images: dict[str, pa.Table]
     names: dict[str, str]
     classes: tuple[str, ...] | None = None
+    unread: dict[str, Unread] | None = None
 
 
 class ListingBuilder:
@@ -69,12 +77,12 @@ class ListingBuilder:
         note: str | None = None,
         problem: str | None = None,
     ) -> None:
-        """Add one image, see SCHEMA. A name that is not UTF-8 is escaped and is its problem."""
+        """Add one image, see SCHEMA. A name or class that is not UTF-8 is the image's problem."""
         wnid = wnid and normalized(wnid)
-        names = f"{id}{path}{wnid}"
-        if names != _escaped(names):
+        if wnid and _escaped(wnid) != wnid:
+            wnid, problem = None, "label unknown: it is not UTF-8"
+        if _escaped(f"{id}{path}") != f"{id}{path}":
             id, path = _escaped(id), _escaped(path)
-            wnid = wnid if wnid and _escaped(wnid) == wnid else None
             problem = "file name is not UTF-8: rename it"
         note, label = note and _escaped(note), None
         self._rows.append(
@@ -99,8 +107,8 @@ class ListingBuilder:
 
 
 def normalized(text: str) -> str:
-    """Return text in Unicode's form NFC, so that what looks the same is the same."""
-    return unicodedata.normalize("NFC", text)
+    """Return text in Unicode's form NFC without outer blanks: what looks the same is the same."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
 def is_image(name: str) -> bool:

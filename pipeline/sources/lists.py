@@ -5,6 +5,7 @@ import io
 import json
 import posixpath
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
-from pipeline.errors import SHOWN, UserError
+from pipeline.errors import NAMED, SHOWN, UserError
 from pipeline.sources.annotations import Box, parse_boxes, parse_size
 from pipeline.sources.files import SourceFiles, is_list
-from pipeline.sources.listing import Listing, ListingBuilder, normalized
+from pipeline.sources.listing import Listing, ListingBuilder, Unread, normalized
 from pipeline.sources.webdatasets import SPLITS, with_classes
 
 NEEDED, CORNERS, SIZE = ("path", "label"), ("x0", "y0", "x1", "y1"), ("width", "height")
@@ -50,7 +51,8 @@ def list_rows(files: SourceFiles) -> Listing:
             "the file itself."
         )
     images: dict[str, _Image] = {}
-    for line, row in _rows(files):
+    columns, rows = _columns_and_rows(files)
+    for line, row in rows:
         path, problem = _path(files, row.get("path") or "")
         image = _image(line, row, problem)
         other = images.setdefault(path or f"({line})", image)
@@ -67,23 +69,35 @@ def list_rows(files: SourceFiles) -> Listing:
             note="; ".join(image.notes) or None,
             problem=image.problem,
         )
-    return with_classes(files, {split: builder.table("id") for split, builder in builders.items()})
+    tables = {split: builder.table("id") for split, builder in builders.items()}
+    others = [name for name in columns if name not in KNOWN]
+    reason = f"column: none of {', '.join(KNOWN)}"
+    unread = {reason: Unread(files=len(others), examples=others[:NAMED])} if others else None
+    return with_classes(files, tables)._replace(unread=unread)
 
 
-def _rows(files: SourceFiles) -> Iterator[tuple[str, Row]]:
-    """Yield each line that is not blank, with its number. Raises UserError for missing columns."""
+def _columns_and_rows(files: SourceFiles) -> tuple[list[str], Iterator[tuple[str, Row]]]:
+    """Return the names of the columns, and each line that is not blank with its number.
+
+    Raises UserError for missing columns.
+    """
     location, name = files.location(), files.only or ""
     try:
         content = files.read(name)
     except OSError as error:
         raise UserError(f"{location} cannot be read ({error.strerror}); check its name.") from error
-    if name.lower().endswith(".csv"):
-        yield from _csv_rows(content.decode("utf-8-sig", "replace"), location)
-    else:
-        yield from _parquet_rows(pa.BufferReader(content), location)
+    if not name.lower().endswith(".csv"):
+        return _parquet_rows(pa.BufferReader(content), location)
+    text = content.decode("utf-8-sig", "replace")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    with _naming_line(reader, location):
+        columns = _checked_columns(next(reader, []), location)
+    return columns, _csv_rows(reader, columns, location)
 
 
-def _parquet_rows(data: pa.BufferReader, location: str) -> Iterator[tuple[str, Row]]:
+def _parquet_rows(
+    data: pa.BufferReader, location: str
+) -> tuple[list[str], Iterator[tuple[str, Row]]]:
     try:
         columns = _checked_columns(pq.read_schema(data).names, location)
         table = pq.read_table(data).rename_columns(columns)
@@ -99,19 +113,24 @@ def _parquet_rows(data: pa.BufferReader, location: str) -> Iterator[tuple[str, R
             "in its columns, and in `boxes` lists of [x0, y0, x1, y1]."
         ) from error
     rows = (row for batch in table.to_batches() for row in batch.to_pylist())
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    return columns, ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _csv_rows(text: str, location: str) -> Iterator[tuple[str, Row]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        columns = _checked_columns(next(reader, []), location)
+def _csv_rows(reader: Any, columns: list[str], location: str) -> Iterator[tuple[str, Row]]:
+    with _naming_line(reader, location):
         for cells in filter(None, reader):
             named = zip(columns, map(str.strip, cells), strict=False)
             row: Row = {name: cell for name, cell in named if name in KNOWN}
             if len(cells) > len(columns):
                 row["problem"] = f"line damaged: {len(cells)} cells below {len(columns)} names"
             yield f"line {reader.line_num}", row
+
+
+@contextmanager
+def _naming_line(reader: Any, location: str) -> Iterator[None]:
+    """Raise UserError, naming the line, where a CSV reader fails."""
+    try:
+        yield
     except csv.Error as error:
         raise UserError(
             f"{location} line {reader.line_num} is not CSV ({error}); repair its quotes."

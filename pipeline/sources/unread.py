@@ -4,10 +4,9 @@ A folder that is not searched counts as one file.
 """
 
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from itertools import islice
 from pathlib import PurePosixPath
-from typing import TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -16,52 +15,50 @@ import pyarrow.compute as pc
 from pipeline.errors import NAMED
 from pipeline.sources.archives import is_archive, is_packed
 from pipeline.sources.files import SourceFiles, path_hash, path_in
-from pipeline.sources.listing import is_image
+from pipeline.sources.listing import Unread, is_image
 
 BATCH = 1 << 16  # paths that are Python objects at once
 MAX_REASONS = 30  # since each suffix is one
+HIDDEN = "hidden: named with a dot first"
 LOOKED_AT = 1000  # folders of a source of no known layout
 
 
-class Unread(TypedDict):
-    """The number of files that have one reason, and the first of each of up to NAMED folders."""
-
-    files: int
-    examples: list[str]
-
-
 def count_unread(
-    files: SourceFiles, images: Collection[pa.Table], folders: int | None = None
+    files: SourceFiles,
+    images: Collection[pa.Table],
+    within: dict[str, Unread] | None = None,
+    folders: int | None = None,
 ) -> dict[str, Unread]:
     """Return the files that are not among the listed images and were not read, by `kind: why`.
 
-    folders: at most so many are looked at. Memory beside the folders' names is 8 bytes a file.
+    within: what the layout did not read within files. folders: at most so many are looked at.
+    Memory beside the folders' names is 8 bytes a file.
     """
     used = _sorted_hashes(files, images)
-    unread: dict[str, Unread] = {}
+    unread = within or {}
     waiting: set[str] = set()  # folders that the walk has not come to
     for folder, _ in islice(files.walk(), folders):
         waiting.discard(folder)
         contents = files.contents(folder)
         for path in _unknown(folder, contents.files, used):
-            _add(unread, path, _reason(path, unread))
+            add_unread(unread, path, _reason(path, unread))
         for name, reason in contents.others:
-            _add(unread, path_in(folder, name) if name else f"{folder}/", reason)
+            add_unread(unread, path_in(folder, name) if name else f"{folder}/", reason)
         for path in (path_in(folder, name) for name in contents.folders):
             if path.rpartition("/")[2].startswith("."):
-                _add(unread, f"{path}/", "hidden: named with a dot first")
+                add_unread(unread, f"{path}/", HIDDEN)
             else:
                 waiting.add(path)
     for path in sorted(waiting) if folders is None else ():
         prefix = f"{path}/"  # some layouts list a folder under each of its paths
         if not any(pc.any(pc.starts_with(x["path"], prefix)).as_py() for x in images):
-            _add(unread, prefix, "link: to a folder with another path")
+            add_unread(unread, prefix, "link: to a folder with another path")
     return unread
 
 
 def summary_of(files: SourceFiles) -> str:
     """Return what a source of no known layout holds: reasons with counts and examples."""
-    unread = count_unread(files, (), LOOKED_AT)
+    unread = count_unread(files, (), folders=LOOKED_AT)
     return "; ".join(
         f"{x['files']} x {reason} ({', '.join(x['examples'])})"
         for reason, x in sorted(unread.items(), key=lambda item: -item[1]["files"])[:NAMED]
@@ -86,7 +83,8 @@ def _unknown(folder: str, names: list[str], used: np.ndarray) -> list[str]:
     return [paths[index] for index in np.flatnonzero(~known)]
 
 
-def _add(unread: dict[str, Unread], path: str, reason: str) -> None:
+def add_unread(unread: dict[str, Unread], path: str, reason: str) -> None:
+    """Count a path under a reason, `kind: why`."""
     path = path.encode("utf-8", "backslashreplace").decode()
     entry = unread.setdefault(reason, {"files": 0, "examples": []})
     entry["files"] += 1
@@ -95,16 +93,32 @@ def _add(unread: dict[str, Unread], path: str, reason: str) -> None:
         entry["examples"].append(path)
 
 
+def add_members(unread: dict[str, Unread], archive: str, names: Iterable[str]) -> None:
+    """Count members of an archive that are no part of an image's sample."""
+    for name in names:
+        if name.rpartition("/")[2].startswith("."):
+            reason = HIDDEN
+        else:
+            reason = f"{_suffix(name)} in archives: no image or label that is read"
+        add_unread(unread, f"{archive}/{name}", _one_of_few(reason, unread))
+
+
 def _reason(path: str, unread: dict[str, Unread]) -> str:
     name = path.rpartition("/")[2]
     if name.startswith("."):
-        return "hidden: named with a dot first"
+        return HIDDEN
     if is_image(name):
         return "image: outside the layout's folders"
     if is_packed(name):
         return "packed archive: to be unpacked first"
     if is_archive(name):
         return "archive: none of the layout's"
-    suffix = PurePosixPath(name).suffix.lower()
-    reason = f"suffix {suffix or '(none)'}: not an image's"
+    return _one_of_few(f"{_suffix(name)}: not an image's", unread)
+
+
+def _suffix(name: str) -> str:
+    return f"suffix {PurePosixPath(name).suffix.lower() or '(none)'}"
+
+
+def _one_of_few(reason: str, unread: dict[str, Unread]) -> str:
     return reason if reason in unread or len(unread) < MAX_REASONS else "other suffixes"

@@ -16,13 +16,19 @@ from pipeline.sources import labels
 from pipeline.sources.archives import Member, is_archive, members
 from pipeline.sources.files import SourceFiles, path_in
 from pipeline.sources.labels import MAPPING
-from pipeline.sources.listing import Listing, ListingBuilder, normalized, with_columns
+from pipeline.sources.listing import Listing, ListingBuilder, Unread, normalized, with_columns
+from pipeline.sources.unread import add_members
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+LABEL_EXTENSIONS = ("cls", "json")
 CLASSES = "classes.txt"
 MAX_LABEL_BYTES = 1 << 20
-MAX_CLASSES = 1000  # without a list of them, if no more than a tenth of them occur
+MAX_CLASSES = 100  # without a list of them, if no more than a tenth of them occur
 NUMBER = re.compile(r"(\d{1,9})(?:\.0*)?")
 NO_CLASS = r"^(?:-\d+(?:\.\d*)?|nan|NaN)$"  # stands for an unknown class
 
@@ -48,25 +54,31 @@ def list_webdataset(files: SourceFiles) -> Listing:
 
     A class is the `cls` member's text, else the `label` (or `cls`) of the `json` member.
     """
-    images = {}
+    images, unread = {}, dict[str, Unread]()
     for split, paths in shard_names(files).items():
         builder = ListingBuilder()
-        for rows in files.ahead(lambda path: _rows(files, path), paths):
+        shards = files.ahead(lambda path: _rows(files, path), paths)
+        for path, (rows, others) in zip(paths, shards, strict=True):
+            add_members(unread, path, others)
             for row in rows:
                 builder.add(**row)
         images[split] = _with_plain_ids(builder.table())
-    return with_classes(files, images)
+    return with_classes(files, images)._replace(unread=unread)
 
 
-def _rows(files: SourceFiles, path: str) -> list[dict[str, Any]]:
-    """Return a row for each sample, in the order of the tar."""
+def _rows(files: SourceFiles, path: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return a row for each sample, in the order of the tar, and the members that are not read."""
     shard = path.rpartition("/")[2].rpartition(".")[0]
-    parts = ((*_key_and_extension(member.name), member) for member in members(files, path))
-    return [
-        {"id": f"{shard}/{key}", "path": path} | row
-        for key, run in groupby(filter(itemgetter(0), parts), key=itemgetter(0))
-        for row in _samples(files, path, [(extension, member) for _, extension, member in run])
-    ]
+    parts = [(*_key_and_extension(member.name), member) for member in members(files, path)]
+    rows, others = [], [member.name for key, _, member in parts if not key]
+    for key, run in groupby(filter(itemgetter(0), parts), key=itemgetter(0)):
+        named = [(extension, member) for _, extension, member in run]
+        samples = _samples(files, path, named)
+        rows += [{"id": f"{shard}/{key}", "path": path} | row for row in samples]
+        image = next((x for x in IMAGE_EXTENSIONS if x in dict(named)), None)
+        known = (image, *LABEL_EXTENSIONS)
+        others += [member.name for extension, member in named if extension not in known]
+    return rows, others
 
 
 def _samples(
@@ -107,7 +119,8 @@ def _row(files: SourceFiles, path: str, sample: dict[str, Member]) -> dict[str, 
     if "cls" in sample:
         label = _read(files, path, sample["cls"]).decode("utf-8", "replace").strip()
         if "\ufffd" in label or not label.isprintable():
-            label, problem = None, "label unknown: its cls is no text; raw integers are not read"
+            fault = "its cls is no text in UTF-8; raw integers are not read"
+            label, problem = None, f"label unknown: {fault}"
     elif "json" in sample:
         label, problem = _json_label(_read(files, path, sample["json"]))
     if not label:
