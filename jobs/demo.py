@@ -47,7 +47,7 @@ def run_command(name: str, *arguments: Path, **flags: object) -> None:
 def generate(output: Path, config: SyntheticConfig) -> None:
     """Write the generated images, unless an earlier demo wrote the same ones. Raises UserError
     where it wrote others, which would stay among the new ones."""
-    done = output / DONE_NAME
+    done = output.with_name(DONE_NAME)  # beside the images, each of which is accounted for
     if done.is_file():
         if done.read_text() == repr(config):
             return

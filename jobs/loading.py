@@ -8,7 +8,7 @@ import torch
 from jobs.cli import check_bounds, option
 from pipeline.errors import UserError
 from pipeline.loading.augmentation import Augmentation
-from pipeline.loading.cache import DEFAULT_LIMIT, GIB, CacheConfig, cached_bytes
+from pipeline.loading.cache import DEFAULT_LIMIT, GIB, CacheConfig, cached_bytes, check_use
 from pipeline.loading.order import shuffle_window
 from pipeline.shards.format import Manifest, split_of
 from pipeline.storage import is_remote
@@ -36,6 +36,7 @@ class LoadingConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        check_use(self.data, self.cache, self.cache_limit)
 
     def augmentation(self) -> Augmentation:
         """Return how images are augmented."""

@@ -148,13 +148,16 @@ def read_config(run: Path) -> ModelConfig:
 
 def shape_of_nets(path: Path, content: Mapping[str, Any], **values: Any) -> ModelConfig:
     """Return the shape of nets whose JSON file has this content, with values that are not in it.
-    Raises UserError for a file of another format."""
+    Raises UserError for a file of another format or version."""
     if content.get("format") != MODEL_FORMAT:
         raise UserError(
             f"{path} has format {content.get('format')}; this program reads {MODEL_FORMAT}."
         )
     values |= {k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
-    return ModelConfig(**values)
+    try:
+        return ModelConfig(**values)
+    except TypeError as error:
+        raise _of_another_version(path) from error
 
 
 def load_nets(run: Path, *, average_views: bool = False) -> Nets:
@@ -170,10 +173,20 @@ def load_nets(run: Path, *, average_views: bool = False) -> Nets:
     nets = new_nets(config)
     for net in nets.modules().values():
         net.eval()
-    load_net_tensors(nets.modules(), tensors)
+    try:
+        load_net_tensors(nets.modules(), tensors)
+    except RuntimeError as error:
+        raise _of_another_version(run / MODEL_NAME) from error
     if isinstance(nets.corruption, FeatureCorruptionNet):
         nets.corruption.averaged = average_views
     return nets
+
+
+def _of_another_version(path: Path) -> UserError:
+    return UserError(
+        f"{path} describes other nets than this version has; use the version that its record "
+        "names, or train anew"
+    )
 
 
 @contextmanager
@@ -205,7 +218,7 @@ def _progress(run: Path) -> str:
     step = "before the first line of its log"
     with suppress(FileNotFoundError):
         for text in (run / METRICS_NAME).read_text().splitlines():
-            with suppress(ValueError):  # of a line that is being written, or was cut off
+            with suppress(ValueError, LookupError, TypeError):  # of a line that was cut off
                 values = json.loads(text)
                 step = f"at step {values['step']} of {values['steps']}"
     return step

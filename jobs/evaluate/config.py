@@ -14,7 +14,7 @@ from pipeline.evaluation.results import (
     NEW_MAPS_NAME,
     PREDICTIONS_NAME,
 )
-from pipeline.loading.cache import DEFAULT_LIMIT
+from pipeline.loading.cache import DEFAULT_LIMIT, check_use
 from pipeline.storage import absolute
 
 SOURCES = ("run", "network", "score_maps", "predictions")
@@ -142,6 +142,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        check_use(self.data, self.cache, self.cache_limit)
         if (self.data is None) == (self.ground_truth is None):
             raise ValueError("give either --data (shards) or --ground-truth (files), one of them")
         given = [flag(name) for name in SOURCES if getattr(self, name)]

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +32,7 @@ from jobs.localize.batches import (
 from jobs.runs import Nets
 from jobs.shipped import nets_file, open_nets
 from pipeline.ahead import run_ahead
-from pipeline.errors import UserError
+from pipeline.errors import SHOWN, UserError
 from pipeline.shards.format import sha256_file
 from pipeline.sources.listing import IMAGE_SUFFIXES
 from pipeline.storage import atomic_file, lock, naming_full_disk
@@ -58,8 +58,13 @@ def find_images(arguments: Sequence[Path], output: Path) -> dict[Path, str]:
             folder, paths = argument, _search(argument, os.path.realpath(output))
         for path in paths:
             stem = str(path.relative_to(folder).with_suffix(""))
-            images.setdefault(path.absolute(), (path, stem))
+            images.setdefault(_real_folder(path.parent) / path.name, (path, stem))
     return dict(images.values())
+
+
+@cache
+def _real_folder(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 def name_results(
@@ -157,11 +162,12 @@ def open_progress(
             file.write(lines[0])
         try:
             recorded, *entries = map(json.loads, lines)
-            latest = {Path(entry["image"]).absolute(): entry for entry in entries}
+            latest = {Path(x["image"]).absolute(): x for x in entries if x["status"]}
             changed = [name for name in settings if recorded.get(name) != settings[name]]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{output / PROGRESS_NAME} is damaged ({error!r}); remove it to start anew."
+                f"{output / PROGRESS_NAME} is damaged ({type(error).__name__}: "
+                f"{str(error)[:SHOWN]}); remove it to start anew."
             ) from None
         if changed:
             raise UserError(

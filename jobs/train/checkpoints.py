@@ -14,6 +14,7 @@ from jobs.train.state import TrainingError
 CHECKPOINTS_NAME = "checkpoints"
 STATE_NAME = "state.json"  # state.safetensors holds the tensors
 CHECKPOINT_FORMAT = 1
+FAULT_NAME = "fault.txt"  # why no other attempt would end better
 REQUEST_NAME = "checkpoint.request"  # asks rank 0 for a checkpoint, after which it is gone
 
 
@@ -29,8 +30,12 @@ class Checkpoint:
 
 def _folders(run: Path) -> list[Path]:
     """Return complete ones, newest first; one whose writing was cut off has no JSON yet."""
-    files = sorted((run / CHECKPOINTS_NAME).glob(f"step-*/{STATE_NAME}"), reverse=True)
-    return [path.parent for path in files]
+    return [folder for folder in _all_folders(run) if (folder / STATE_NAME).is_file()]
+
+
+def _all_folders(run: Path) -> list[Path]:
+    """Return all, newest first, without a user's copies of other names."""
+    return sorted((run / CHECKPOINTS_NAME).glob(f"step-{'[0-9]' * 9}"), reverse=True)
 
 
 def newest_step(run: Path) -> int | None:
@@ -72,7 +77,7 @@ def write_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     kept = _folders(run)[:keep]
-    for path in (run / CHECKPOINTS_NAME).glob("step-*"):
+    for path in _all_folders(run):
         if path not in kept:
             shutil.rmtree(path)
     return folder

@@ -15,7 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.runs import LOG_NAME
-from jobs.train.checkpoints import REQUEST_NAME, way_on
+from jobs.train.checkpoints import FAULT_NAME, REQUEST_NAME, way_on
 from jobs.train.config import ResourcesConfig, TrainConfig
 from pipeline.errors import UserError
 
@@ -100,6 +100,7 @@ def _fit(trainer: TorchTrainer, run: Path) -> str | None:
     a checkpoint. Raises TrainingFailedError."""
     request = run / REQUEST_NAME
     request.unlink(missing_ok=True)
+    (run / FAULT_NAME).unlink(missing_ok=True)
     ended: Future[str | None] = Future()
 
     def fit() -> None:

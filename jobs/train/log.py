@@ -12,7 +12,7 @@ from tensorboardX import SummaryWriter
 
 from jobs.cli import duration, table
 from jobs.runs import LOG_NAME, METRICS_NAME
-from pipeline.storage import write_atomically
+from pipeline.storage import naming_full_disk, write_atomically
 
 TENSORBOARD_NAME = "tensorboard"
 EXAMPLES_NAME = "examples"
@@ -43,8 +43,9 @@ class TrainingLog:
         noted = values | ({"notes": self.notes} if self.notes else {})
         self.notes = []
         for file, text in ((self.file, json.dumps(noted)), (self.text, line(noted))):
-            file.write(f"{text}\n")
-            file.flush()
+            with naming_full_disk(file.name):
+                file.write(f"{text}\n")
+                file.flush()
         phase, step = values["phase"], values["step"]
         for name, value in values.items():
             if not isinstance(value, int | float) or name == "step":
@@ -72,8 +73,8 @@ class TrainingLog:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
         return math.inf  # the last line of a killed run may be cut off
 
 

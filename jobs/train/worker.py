@@ -8,16 +8,19 @@ import torch
 
 from jobs.pictures import encode_png
 from jobs.runs import save_nets
-from jobs.train.checkpoints import REQUEST_NAME, read_checkpoint, write_checkpoint
+from jobs.train.checkpoints import FAULT_NAME, REQUEST_NAME, read_checkpoint, write_checkpoint
 from jobs.train.collectives import check_ranks, on_first_rank
 from jobs.train.config import TrainConfig
 from jobs.train.examples import Examples, draw_examples, load_examples
 from jobs.train.log import TrainingLog
 from jobs.train.state import TrainingError, fill_state, finished_nets, state_numbers, state_tensors
 from jobs.train.trainer import Trainer
+from pipeline.errors import UserError
+from pipeline.loading.cache import NoRoomError
 from pipeline.loading.loader import Loader
 from pipeline.loading.order import Order
 from pipeline.shards.format import read_manifest
+from pipeline.storage import UnreachableError, write_atomically
 
 
 def resume(trainer: Trainer) -> list[str]:
@@ -98,9 +101,17 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
 
 def train_worker(config: TrainConfig, record: dict[str, Any]) -> str | None:
     """Run a rank's training. A TrainingError, which all ranks meet at the same step, ends the run
-    without another attempt: its message is returned. Anything else is a failure to recover from."""
+    without another attempt: its message is returned. So does a UserError, which a rank may meet
+    alone: it leaves its message to the next attempt. Anything else is to recover from."""
+    fault = config.output / FAULT_NAME
+    if fault.exists():
+        return fault.read_text()
     try:
         run_training(config, record)
     except TrainingError as error:
         return str(error)
+    except UserError as error:
+        if not isinstance(error, UnreachableError | NoRoomError):  # which may pass
+            write_atomically(fault, str(error).encode())
+        raise
     return None

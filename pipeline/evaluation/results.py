@@ -9,6 +9,7 @@ metrics.json is written last: where it is, the others are whole. docs/formats.md
 columns and figures.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -131,6 +132,13 @@ def read_evaluation(folder: Path) -> Evaluation:
         )
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not as it was written ({error!r}); evaluate again.") from error
+    for name, sha256 in content.pop("sha256", {}).items():  # absent from older ones
+        file = folder / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+            raise UserError(
+                f"{file} is not what was written with {METRICS_NAME}; copy the whole folder again, "
+                "or evaluate again."
+            )
     return Evaluation(folder=folder, metrics=content, rows=rows)
 
 
@@ -145,13 +153,16 @@ def write_evaluation(
     metrics: all of metrics.json but format and rows."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / METRICS_NAME).unlink(missing_ok=True)
-    write_atomically(folder / PREDICTIONS_NAME, parquet_bytes(predictions))
-    write_atomically(folder / IMAGES_NAME, parquet_bytes(images))
+    hashes = {}
+    for name, table in ((PREDICTIONS_NAME, predictions), (IMAGES_NAME, images)):
+        data = parquet_bytes(table)
+        write_atomically(folder / name, data)
+        hashes[name] = hashlib.sha256(data).hexdigest()
     shutil.rmtree(folder / MAPS_NAME, ignore_errors=True)
     if (folder / NEW_MAPS_NAME).is_dir():
         (folder / NEW_MAPS_NAME).rename(folder / MAPS_NAME)
     lines = [asdict(row.row) | {k: v for k, v in vars(row).items() if k != "row"} for row in rows]
-    content = {"format": FORMAT, **metrics, "rows": lines}
+    content = {"format": FORMAT, **metrics, "sha256": hashes, "rows": lines}
     write_atomically(folder / METRICS_NAME, (json.dumps(content) + "\n").encode())
 
 

@@ -86,12 +86,11 @@ def read_ground_truth(
         if path.suffix != ".csv":
             raise UserError(f"ground truth {path} is neither a folder nor a .csv file; {KINDS}.")
         return _from_annotations(path, _read_solution(path), image_sizes, known)
-    files = {  # plain ones before packed ones
-        name: file
-        for name in METADATA
-        for file in (path / f"{name}.gz", path / name)
-        if file.is_file()
-    }
+    files: dict[str, Path] = {}
+    for name in METADATA:
+        for file in filter(Path.is_file, (path / name, path / f"{name}.gz")):
+            if files.setdefault(name, file) != file:
+                raise UserError(f"{path} holds {name} and {name}.gz; keep one of them.")
     if "class_labels.txt" in files:
         if "localization.txt" not in files:
             raise UserError(
@@ -100,7 +99,7 @@ def read_ground_truth(
             )
         return _read_metadata(files, image_sizes, known)
     # Unlike Path.rglob, this follows links to folders and passes over hidden files.
-    names = sorted(glob.glob("**/*.xml", root_dir=path, recursive=True))  # noqa: PTH207
+    names = sorted(glob.glob("**/*.[xX][mM][lL]", root_dir=path, recursive=True))  # noqa: PTH207
     if not names:
         raise UserError(f"ground truth {path} has neither class_labels.txt nor XML files; {KINDS}.")
     entries = _read_xml_files(path, names, sized=image_sizes is not None)

@@ -50,9 +50,27 @@ class NoRoomError(UserError):
 
 
 def default_folder() -> Path:
-    """Return a folder in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Return a folder in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
+
+    Raises UserError where the user has no home.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise UserError(
+            "this user has no home folder for a cache of shards; set XDG_CACHE_HOME, or give a "
+            "folder for it."
+        ) from error
     return Path(base) / "adversarial-localization" / "shards"
+
+
+def check_use(data: str | None, folder: Path | None, limit: float) -> None:
+    """Raise UserError for a cache's folder or limit beside a local set, which needs none."""
+    if data and not storage.is_remote(data) and (folder or limit != DEFAULT_LIMIT):
+        raise UserError(
+            f"{data} is a local folder, which is read in place; leave out the cache's folder and "
+            "limit."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

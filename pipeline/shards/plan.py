@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.errors import UserError
+from pipeline.errors import SHOWN, UserError
 from pipeline.shards.format import FORMAT_VERSION
 from pipeline.shards.superpixels import check_superpixels
 from pipeline.sources.files import SourceFiles
@@ -174,5 +174,11 @@ def shard_tasks(counts: dict[str, int], samples_per_shard: int) -> Iterator[Shar
 
 
 def location_of(text: str) -> str:
-    """Return the location that a user wrote, for processes in any working folder."""
-    return storage.absolute(text if "://" in text else Path(text).expanduser())
+    """Return the location that a user wrote, for processes in any working folder.
+
+    Raises UserError for the home folder of a user who has none.
+    """
+    try:
+        return storage.absolute(text if "://" in text else Path(text).expanduser())
+    except RuntimeError as error:
+        raise UserError(f"{text}: {str(error)[:SHOWN]} Write the whole path.") from error

@@ -97,12 +97,23 @@ def test_a_runs_configuration_is_read_without_its_weights(random_run: Path, tmp_
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"novel": 3}, {"bottleneck": 7}])
+def test_nets_of_another_version_are_named(
+    change: dict[str, int], random_run: Path, tmp_path: Path
+) -> None:
+    tensors, content = read_weights(random_run / "model/model.json")
+    content["config"] |= change
+    write_weights(tmp_path / "model/model.json", tensors, content)
+    with pytest.raises(UserError, match=r"model\.json describes other nets than this version"):
+        load_nets(tmp_path)
+
+
 def test_a_run_without_nets_tells_whether_and_how_far_it_trains(tmp_path: Path) -> None:
     with exclusive_run(tmp_path):
         with pytest.raises(UserError, match="still training, before the first line"):
             read_config(tmp_path)
         lines = [json.dumps({"step": step, "steps": 90}) for step in (20, 40)]
-        (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 6']))
+        (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, "null", '{"step": 6']))
         with pytest.raises(UserError, match="still training, at step 40 of 90; wait"):
             load_nets(tmp_path)
         with (

@@ -24,7 +24,7 @@ def test_flags_give_the_augmentation_and_its_own_defaults() -> None:
     plain = parse(LoadingConfig, ["--data", "s3://sets/a"], "")
     assert plain.augmentation() == Augmentation()
     assert plain.cache_config().limit_bytes == 100 * 2**30
-    flags = "--data d --min-crop-area .5 --max-crop-aspect 1.5 --no-flip --translation .1 "
+    flags = "--data s3://b/d --min-crop-area .5 --max-crop-aspect 1.5 --no-flip --translation .1 "
     flags += "--cache /c --cache-limit .5"
     changed = parse(LoadingConfig, flags.split(), "")
     assert changed.augmentation() == Augmentation(

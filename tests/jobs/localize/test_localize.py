@@ -285,13 +285,13 @@ def test_two_jobs_cannot_write_to_one_folder(
             run(random_run, finished, pictures / "a.jpg")
 
 
-@pytest.mark.parametrize("line", ["no entry", "{}", "[]"])
+@pytest.mark.parametrize("line", ["no entry", "{}", "[]", '{"image": "a.jpg"}', "\0" * 999])
 def test_a_damaged_progress_file_is_named(
     line: str, finished: Path, pictures: Path, random_run: Path
 ) -> None:
     with (finished / "progress.jsonl").open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(UserError, match=r"progress\.jsonl is damaged"):
+    with pytest.raises(UserError, match=r"progress\.jsonl is damaged \(\w+: .{,60}\);"):
         run(random_run, finished, pictures / "a.jpg")
 
 
@@ -312,6 +312,7 @@ def test_names_of_results_are_unique_whatever_the_folders_and_letter_case(tmp_pa
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     given = [tmp_path / "x", tmp_path / "y", tmp_path / "b.c.jpg", tmp_path / "y" / "a.jpg"]
+    given += [tmp_path / "x/../y/a.jpg", Path(os.path.relpath(tmp_path / "b.c.jpg"))]
     jobs = name_results(find_images(given, tmp_path / "out"), tmp_path / "out", {})
     assert {str(job.path.relative_to(tmp_path)): job.overlay for job in jobs} == {
         "x/a.jpg": "a.png",

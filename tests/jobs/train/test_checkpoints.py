@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,16 @@ def test_a_checkpoint_whose_writing_was_cut_off_is_as_if_it_were_not_there(tmp_p
     assert (checkpoint.numbers, checkpoint.damaged) == ({"step": 5}, ())
     write_checkpoint(tmp_path, 7, some_tensors(), {"step": 7}, keep=2)
     assert steps_kept(tmp_path) == [5, 7], "leftovers go"
+
+
+def test_copies_that_a_user_makes_are_left_alone(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 5, some_tensors(), {"step": 5}, keep=2)
+    backup = shutil.copytree(folder, folder.with_name(f"{folder.name}-backup"))
+    assert way_on(tmp_path).endswith("the checkpoint of step 5")
+    for step in (6, 7):
+        write_checkpoint(tmp_path, step, some_tensors(), {"step": step}, keep=2)
+    assert backup.is_dir()
+    assert way_on(tmp_path).endswith("the checkpoint of step 7")
 
 
 def test_where_there_is_no_room_the_older_checkpoint_stays(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_another_configuration_on_the_same_output_is_refused(
 ) -> None:
     run = tmp_path / "run"
     claim(config_for(small_set, output=run))
-    claim(config_for(small_set, output=run, workers="3:5", log_interval=7, cache=tmp_path))
+    claim(config_for(small_set, output=run, workers="3:5", log_interval=7))
     for name, value, message in (
         ("seed", 9, r"seed \(there 0, now 9\)"),
         ("batch_size", 32, r"batch_size \(there 16, now 32\)"),

@@ -8,9 +8,13 @@ from unittest.mock import Mock
 
 import pytest
 
-from jobs.train import launch
+from jobs.train import launch, worker
 from jobs.train.checkpoints import REQUEST_NAME, write_checkpoint
+from jobs.train.worker import train_worker
+from pipeline.errors import UserError
+from pipeline.storage import UnreachableError
 from tests.jobs.test_runs import some_tensors
+from tests.jobs.train.small import config_for
 
 
 def interrupt_soon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,3 +56,21 @@ def test_an_interruption_waits_for_a_checkpoint_and_names_its_step(
     assert ended.value.args == (signal.SIGTERM,)
     assert line in capsys.readouterr().err
     assert not request.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"), [(UserError("a bad shard"), True), (UnreachableError("no route"), False)]
+)
+def test_what_no_attempt_can_mend_is_tried_once(
+    error: UserError, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = Mock(side_effect=error)
+    monkeypatch.setattr(worker, "run_training", attempts)
+    config = config_for(tmp_path, output=tmp_path)
+    with pytest.raises(UserError):
+        train_worker(config, {})
+    if ends:
+        assert train_worker(config, {}) == "a bad shard"
+        launch._fit(Mock(), tmp_path)  # the same command given again tries again
+    with pytest.raises(UserError):
+        train_worker(config, {})

@@ -14,7 +14,7 @@ from jobs.train.log import (
     summary,
     waiting_summary,
 )
-from tests.jobs.train.small import metrics
+from tests.jobs.train.small import metrics, no_room
 
 VALUES = {
     "step": 60,
@@ -58,7 +58,7 @@ def test_resumed_metrics_have_every_step_once_and_the_log_tells_what_happened(
         log.write(VALUES | {"step": step})
     log.close()
     with (tmp_path / METRICS_NAME).open("a") as file:
-        file.write('{"step": 40, "ph')  # killed while writing
+        file.write('null\n{"step": 40, "ph')  # killed while writing
     log = TrainingLog(tmp_path, 20)
     log.write(VALUES | {"step": 30, "accuracy": 0.6})
     log.close()
@@ -111,6 +111,13 @@ def test_the_summary_tells_each_phase_and_where_it_ended(tmp_path: Path) -> None
     assert rows[0][:6] == ["warmup", "2", "0:20", "96", "0.6", "-"]
     assert rows[1][:8] == ["adversarial", "3", "0:20", "288", "0.4", "-", "0.25", "0.35"]
     assert rows[1][9] == "0.2"
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
+    log = TrainingLog(tmp_path, 0)
+    log.write(VALUES)
+    with no_room(), pytest.raises(OSError, match=METRICS_NAME):
+        log.write(VALUES)
 
 
 def test_intervals_reach_rays_metrics(tmp_path: Path, ray_local: None) -> None:

@@ -92,3 +92,16 @@ def test_what_is_no_evaluation_is_one_line(tmp_path: Path, content: str | None, 
         (tmp_path / METRICS_NAME).write_text(content)
     with pytest.raises(UserError, match=fact):
         read_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["predictions.parquet", "images.parquet"])
+@pytest.mark.parametrize("data", [None, b"", b"of another evaluation"])
+def test_a_file_of_another_evaluation_is_named(
+    name: str, data: bytes | None, tmp_path: Path
+) -> None:
+    write_evaluation(tmp_path, {}, ROWS, PREDICTIONS, IMAGES)
+    (tmp_path / name).unlink()
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name} is not what was written"):
+        read_evaluation(tmp_path)

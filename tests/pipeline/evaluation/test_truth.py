@@ -165,6 +165,8 @@ def test_what_is_no_ground_truth_is_refused(tmp_path: Path) -> None:
     assert_refused(folder, " has neither class_labels.txt nor XML", read)
     write(folder / "class_labels.txt", "a,1\n")
     assert_refused(folder, " .*no localization.txt", read)
+    write(folder / "class_labels.txt.gz", gzip.compress(b"a,2\n"))
+    assert_refused(folder, r" holds class_labels\.txt and class_labels\.txt\.gz", read)
     path = tmp_path / "boxes.tgz"
     assert_refused(path, " does not exist", read_ground_truth, path)
     write(path, "")
@@ -270,7 +272,7 @@ def test_a_faulty_solution_is_refused_by_line(tmp_path: Path, row: str, fact: st
 def test_xml_files_are_keyed_on_their_own_names_at_any_depth(tmp_path: Path) -> None:
     files = {
         "train/n02/b.xml": xml("n02000000", (0, 0, 5, 5), size=SIZE),
-        "val/a.xml": xml(WNID, (1, 2, 3, 4), (5, 5, 20, 10), size=SIZE),
+        "val/a.XML": xml(WNID, (1, 2, 3, 4), (5, 5, 20, 10), size=SIZE),
         "val/._a.xml": "made by an archiver",
     }
     truth = read_ground_truth(write_all(tmp_path / "xml", files))

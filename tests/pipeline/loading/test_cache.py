@@ -1,5 +1,6 @@
 import errno
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -9,14 +10,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.loading import cache as cache_module
-from pipeline.loading.cache import INDEX_BYTES, CacheConfig, ShardCache
+from pipeline.loading.cache import (
+    DEFAULT_LIMIT,
+    INDEX_BYTES,
+    CacheConfig,
+    ShardCache,
+    check_use,
+    default_folder,
+)
 from pipeline.shards.format import Manifest, Shard, index_shard, read_manifest
+from pipeline.shards.plan import location_of
 from tests import remote
 from tests.remote import Proxy
 
@@ -409,3 +419,21 @@ def test_another_version_of_a_set_never_gets_the_old_shards(
     new = small.cache(data=uri.replace("changed/train", "changed"), manifest=changed).path(0)
     assert new != old
     assert new.read_bytes() == other.read_bytes() != old.read_bytes()
+
+
+def test_a_cache_of_a_local_set_is_refused(tmp_path: Path) -> None:
+    check_use("/data", None, DEFAULT_LIMIT)
+    check_use("s3://bucket/data", tmp_path, 3.0)
+    for folder, limit in ((tmp_path, DEFAULT_LIMIT), (None, 3.0)):
+        with pytest.raises(UserError, match="/data is a local folder"):
+            check_use("/data", folder, limit)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", Mock(side_effect=KeyError))
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        default_folder()
+    with pytest.raises(UserError, match=r"^~/images: .*Write the whole path"):
+        location_of("~/images")

@@ -136,10 +136,11 @@ def test_moments_are_exact_sums_over_images_of_any_size() -> None:
         assert np.array_equal(moments(pixels), [levels.sum(axis=0), (levels**2).sum(axis=0)])
 
 
-def test_exif_orientation_is_ignored() -> None:
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
+def test_exif_orientation_is_ignored(format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees to show"
-    decoded = read_image(encoded(halves(), "JPEG", quality=95, exif=exif), 40, 60)
+    decoded = read_image(encoded(halves(), format, quality=95, exif=exif), 40, 60)
     assert (decoded.height, decoded.width) == (40, 60)
     assert close(decoded.pixels, halves(), 6)
 

@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -5,6 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.sources.files import SourceFiles
 from pipeline.sources.find import Source
 from pipeline.sources.listing import SCHEMA
 from tests.pipeline.sources.miniature import read_source, tar, write, xml
@@ -253,3 +255,67 @@ def test_a_folder_named_as_a_split_is_no_class_but_one_named_train_may_be(tmp_pa
 def test_an_unknown_layout_is_refused_with_those_known(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'coco' is unknown; allowed: auto, ilsvrc"):
         read_source(tmp_path, "coco")
+
+
+CUB = dict.fromkeys(("images/a/1.jpg", "bounding_boxes.txt", "train_test_split.txt"), b"") | {
+    "classes.txt": b"1 a\n",
+    "image_class_labels.txt": b"1 1\n2 1\n",
+}
+MAPPING = "LOC_synset_mapping.txt"
+
+
+@pytest.mark.parametrize(
+    ("files", "links", "message"),
+    [
+        ({"a/1.jpg": b""}, {"b": "a"}, "/a and .*/b are the same folder by a link"),
+        (CUB | {"images.txt": b"1 a/1.jpg\n2 a/1.jpg\n"}, {}, r"images\.txt names a/1\.jpg twice"),
+        (
+            {
+                "train/n00000001/1.JPEG": b"",
+                MAPPING: b"n00000001 cat\n",
+                f"old/{MAPPING}": b"n00000001 dog\n",
+            },
+            {},
+            f"{MAPPING} and old/{MAPPING} name other classes",
+        ),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(
+    files: dict[str, bytes], links: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    write(tmp_path, files)
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    with pytest.raises(UserError, match=message):
+        read_source(tmp_path)
+
+
+def test_a_box_of_another_class_than_the_folder_is_noted(tmp_path: Path) -> None:
+    ilsvrc(tmp_path)
+    (tmp_path / "n00000002_7.xml").write_text(xml("n00000001", (1, 2, 3, 4)))
+    noted = rows(read_source(tmp_path), "train")[2]
+    assert noted["note"] == "annotation of another class: n00000001"
+
+
+def test_an_annotation_that_cannot_be_read_is_its_image_s_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = SourceFiles.read
+
+    def denied(files: SourceFiles, path: str, *span: int) -> bytes:
+        if path.endswith("n00000001_9.xml"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return read(files, path, *span)
+
+    monkeypatch.setattr(SourceFiles, "read", denied)
+    noted = rows(read_source(ilsvrc(tmp_path)), "train")[1]
+    assert noted["note"] == "annotation unreadable: Permission denied"
+
+
+@pytest.mark.parametrize("folder", ["Training", "dev", "EVAL", "testing"])
+def test_other_words_for_a_split_are_known(folder: str, tmp_path: Path) -> None:
+    touch(tmp_path, "train/cat/1.jpg", f"{folder}/cat/2.jpg")
+    source = read_source(tmp_path)
+    split = {"d": ["train", "val"], "E": ["train", "val"]}.get(folder[0], ["train"])
+    assert [*source.images] == split
+    assert bool(source.unread) == (split == ["train"])

@@ -65,6 +65,8 @@ def test_a_list_gives_labels_splits_and_boxes(
     assert (second["id"], second["boxes"], second["box_width"]) == ("b/3.jpg", [], None)
     (val,) = source.images["val"].to_pylist()
     assert val["problem"] == "label unknown: no train image has class cat"
+    unread = [(x["files"], x["examples"]) for x in source.unread.values()]
+    assert unread == ([] if data else [(1, ["score"])])
 
 
 def test_boxes_of_the_original_are_scaled_to_the_stored_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pipeline.sources.files import SourceFiles, path_hash
 from pipeline.sources.find import Source, find_layout, list_images
 from pipeline.sources.layouts import CUB_FILES
 from tests import remote
-from tests.pipeline.sources.miniature import FORMS, read_source, tar, write
+from tests.pipeline.sources.miniature import FORMS, read_source, tar, write, xml
 from tests.pipeline.sources.test_ilsvrc import drawn_miniature
 
 CLASSES = {"train/cat/1.jpg": b"", "train/dog/1.jpg": b""}
@@ -116,6 +116,7 @@ def test_every_file_is_listed_or_read_or_counted(
         (["train/cat/1.xml", "a.tar.gz"], "folders", {"packed archive": 1, "suffix .xml": 1}),
         (["train/cat/._1.jpg", ".git/a", ".git/b"], "folders", {"hidden": 2}),
         (["train/cat/1.jfif", "train/cat/1.JPE", "train/cat/1.avif"], "folders", {}),
+        (["Training/owl/1.jpg", "Train/owl/1.jpg"], "folders", {OUTSIDE: 3}),  # one train folder
     ],
 )
 def test_what_is_not_read_is_counted_by_reason(
@@ -182,3 +183,49 @@ def test_object_storage_is_counted_as_the_disk_is(s3_endpoint: str, tmp_path: Pa
     uri = remote.upload(root, s3_endpoint, "unread")
     with SourceFiles(uri) as files:
         assert list_images(files, "folders").unread == read_source(root).unread
+
+
+MEMBERS = "in archives: no image or label that is read"
+
+
+def test_members_of_archives_are_counted_as_files_are(tmp_path: Path) -> None:
+    names = ["a.jpg", "._a.jpg", "a.cls", "a.txt", "b.png", "b.jpg", "b.cls", "README", "2.0.jpg"]
+    tars = {"0.tar": tar(dict.fromkeys(names, b"1")), "1.tar": tar({"c.jpg": b"x", "c.cls": b"1"})}
+    source = read_source(write(tmp_path, tars))
+    assert source.images["train"]["id"].to_pylist() == ["a", "b", "2", "c"]
+    assert source.unread == {
+        "hidden: named with a dot first": {"files": 1, "examples": ["0.tar/._a.jpg"]},
+        f"suffix (none) {MEMBERS}": {"files": 1, "examples": ["0.tar/README"]},
+        f"suffix .txt {MEMBERS}": {"files": 1, "examples": ["0.tar/a.txt"]},
+        f"suffix .png {MEMBERS}": {"files": 1, "examples": ["0.tar/b.png"]},
+        f"suffix .jpg {MEMBERS}": {"files": 1, "examples": ["0.tar/2.0.jpg"]},
+    }
+
+
+@pytest.mark.parametrize(
+    "outer", [{"n00000001.tar": tar({"1.JPEG": b"x", "a.txt": b""}), "b.JPEG": b"x"}]
+)
+def test_what_lies_beside_the_images_of_a_train_tar_is_counted(
+    outer: dict[str, bytes], tmp_path: Path
+) -> None:
+    source = read_source(write(tmp_path, {"ILSVRC2012_img_train.tar": tar(outer)}))
+    assert source.images["train"]["id"].to_pylist() == ["1"]
+    assert counts(source) == {f"suffix .JPEG {MEMBERS}".lower(): 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "boxes"),
+    [
+        ("n00000001/1.XML", xml("n00000001", (1, 2, 3, 4)), [[1, 2, 3, 4]]),
+        ("n00000001/2.xml", xml("n00000001", (1, 2, 3, 4)), []),
+        ("LOC_train_solution.csv", "ImageId,PredictionString\n1,n00000001 1 2 3 4", [[1, 2, 3, 4]]),
+        ("LOC_train_solution.csv", "ImageId;PredictionString\n1;n00000001 1 2 3 4", []),
+    ],
+)
+def test_boxes_that_no_image_has_are_files_that_are_not_read(
+    name: str, content: str, boxes: list[list[int]], tmp_path: Path
+) -> None:
+    files = {"train/n00000001/1.JPEG": b"", name: content.encode()}
+    source = read_source(write(tmp_path, files))
+    assert source.images["train"]["boxes"].to_pylist() == [boxes]
+    assert [x["examples"] for x in source.unread.values()] == ([] if boxes else [[name]])

@@ -77,6 +77,7 @@ def test_names_as_classes_are_sorted_and_equal_keys_of_two_shards_told_apart(
         ({"jpg": b"x"}, "label unknown: the sample has jpg"),
         ({"jpg": b"x", "cls": b"\1\0\0\0"}, "label unknown: its cls is no text"),
         ({"jpg": b"x", "cls": b"\xff\xfe1"}, "label unknown: its cls is no text"),
+        ({"jpg": b"x", "json": b'{"label": "\\udce9"}'}, "label unknown: it is not UTF-8"),
         ({"jpg": b"x", "json": b"{"}, "label unknown: its json does not parse"),
         ({"jpg": b"x", "json": b"[" * 100_000}, "label unknown: its json does not parse"),
         ({"jpg": b"x", "json": b"[1]"}, "label unknown: its json does not parse"),
@@ -113,6 +114,7 @@ def labelled(*texts: str) -> bytes:
     [
         (["2"], b"a\nb\n", "class number 2 .* 2 classes are known, counted from 0"),
         (["0", "999999"], b"", "class number 999999 among 2 .* list all classes in classes.txt"),
+        (["255"], b"", "class number 255 among 1 that occur; without a list 100 are allowed"),
         (["0", "cat"], b"", r"class numbers \('0'\) beside names \('cat'\)"),
         (["0", "1.5"], b"", r"class numbers \('0'\) beside names \('1.5'\)"),
         (["0", "1"], b"a\n\nb\n", r"classes\.txt line 2 is blank"),
@@ -141,9 +143,12 @@ def test_equal_names_in_the_list_of_classes_stay_two_classes(tmp_path: Path) -> 
 
 
 def test_names_that_look_alike_are_one_class(tmp_path: Path) -> None:
-    source = read_tars(tmp_path, {"0.tar": labelled("cafe\u0301", "caf\u00e9", "bar")})
+    names = ("cafe\u0301", "caf\u00e9", "bar")
+    source = read_tars(tmp_path, {"0.tar": labelled(*names)})
     assert source.classes == ("bar", "caf\u00e9")
     assert column(source, "train", "label") == [1, 1, 0]
+    folders = {f"{x}/1.jpg": b"" for x in (*names, "bar ")}
+    assert read_source(write(tmp_path / "folders", folders)).classes == source.classes
 
 
 @pytest.mark.parametrize("mapping", [b"n1\tant\nn2\tbee\n", b"n1 ant\nn2\n"])
