@@ -11,6 +11,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import types
@@ -37,6 +38,11 @@ ROOT = Path(__file__).parents[1]
 LINE_SECONDS = 5.0  # between progress lines
 ADDRESS = re.compile(r"auto|[^/]+:\d+")
 CLUSTER_SECONDS = 50  # for a cluster to answer; Ray itself would wait for 14 minutes
+
+try:
+    Path.home()
+except RuntimeError:  # a container's user may have none, which ray.train and others need at import
+    os.environ["HOME"] = tempfile.gettempdir()
 
 
 def option(

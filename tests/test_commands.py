@@ -1,6 +1,7 @@
 """Every command's help, and the commands that README, documents and scripts give."""
 
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -160,3 +161,15 @@ def test_commands_that_are_given_parse(
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         with pytest.raises(ParsedError):
             importlib.import_module(module_of(module.removeprefix("jobs."))).main()
+
+
+def test_training_starts_for_a_user_without_a_home() -> None:
+    """Containers run as users whom nothing knows; ray.train asks for their home at import."""
+    code = "import pwd, runpy; pwd.getpwuid = lambda _: {}[_]; "
+    code += "runpy.run_module('jobs.train', run_name='__main__')"
+    environment = {k: v for k, v in os.environ.items() if k != "HOME"}
+    command = [sys.executable, "-c", code, "--help"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+    )
+    assert (result.returncode, result.stderr) == (0, "")

@@ -47,14 +47,15 @@ class TrainingLog:
                 file.write(f"{text}\n")
                 file.flush()
         phase, step = values["phase"], values["step"]
-        for name, value in values.items():
-            if not isinstance(value, int | float) or name == "step":
-                continue
-            self.events.add_scalar(f"{phase}/{name}", value, step)
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
+        with naming_full_disk(self.run / TENSORBOARD_NAME):
+            for name, value in numbers.items():
+                self.events.add_scalar(f"{phase}/{name}", value, step)
+            self.events.flush()
+        for name, value in numbers.items():
             if name not in self.gauges:
                 self.gauges[name] = Gauge(f"aln_{name}", name, tag_keys=("run", "phase"))
             self.gauges[name].set(value, {"run": self.run.name, "phase": phase})
-        self.events.flush()
 
     def picture(self, step: int, picture: np.ndarray, encoded: bytes) -> None:
         """Keep the example images' masks at a step: RGB uint8 [H, W, 3] and the same as PNG."""

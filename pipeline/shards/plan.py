@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.errors import SHOWN, UserError
+from pipeline.errors import UserError
 from pipeline.shards.format import FORMAT_VERSION
 from pipeline.shards.superpixels import check_superpixels
 from pipeline.sources.files import SourceFiles
@@ -180,5 +180,5 @@ def location_of(text: str) -> str:
     """
     try:
         return storage.absolute(text if "://" in text else Path(text).expanduser())
-    except RuntimeError as error:
-        raise UserError(f"{text}: {str(error)[:SHOWN]} Write the whole path.") from error
+    except RuntimeError as error:  # ~NAME of nobody
+        raise UserError(f"{text} names no user's home folder; write the whole path.") from error

@@ -115,8 +115,9 @@ def test_the_summary_tells_each_phase_and_where_it_ended(tmp_path: Path) -> None
 
 def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
     log = TrainingLog(tmp_path, 0)
-    log.write(VALUES)
-    with no_room(), pytest.raises(OSError, match=METRICS_NAME):
+    for step in (1, 2):
+        log.write(VALUES | {"step": step})
+    with no_room(), pytest.raises(OSError, match=f"{tmp_path}/{METRICS_NAME}"):
         log.write(VALUES)
 
 
