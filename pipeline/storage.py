@@ -287,7 +287,18 @@ def naming_full_disk(path: str | Path) -> Iterator[None]:
         raise
 
 
-def lock(file: IO, *, shared: bool = False) -> bool:
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[bool]:
+    """Make a local folder and lock it as `lock` does, while the context lasts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(file: IO | int, *, shared: bool = False) -> bool:
     """Lock an open local file until it is closed; False where another process has it. shared: only
     look whether one has. Nothing is locked on network file systems without locks."""
     try:

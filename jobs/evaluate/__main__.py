@@ -36,6 +36,7 @@ from pipeline.evaluation.scoring import (
 )
 from pipeline.evaluation.truth import GroundTruth, write_metadata
 from pipeline.shards.format import sha256_file, split_of
+from pipeline.storage import locked_folder
 
 REPORT_NAME = "report.html"
 ROOT = Path(__file__).parents[2]  # of the packages
@@ -265,7 +266,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(EvaluateConfig, argv, __doc__ or "").resolved()
     if config.output.exists() and not config.output.is_dir():
         raise UserError(f"--output {config.output} is a file; give a folder.")
-    evaluation = evaluate(config, cli.ProgressPrinter().show)
+    with locked_folder(config.output) as is_alone:
+        if not is_alone:
+            raise UserError(
+                f"another evaluation into {config.output} runs now; wait for it, or give another "
+                "--output."
+            )
+        evaluation = evaluate(config, cli.ProgressPrinter().show)
     print(figures_table(evaluation, evaluation.metrics["rule"]))
     print("\n".join(notes(evaluation, evaluation.metrics["rule"])))
     if config.export is not None:

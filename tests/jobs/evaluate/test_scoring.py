@@ -23,6 +23,7 @@ from pipeline.evaluation.results import (
     write_maps,
 )
 from pipeline.evaluation.truth import GroundTruth, write_metadata
+from pipeline.storage import locked_folder
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT.parent / "shared" / "data" / "ilsvrc-val-boxes"
@@ -311,7 +312,10 @@ def test_the_job_scores_ground_truth_alone(
 ) -> None:
     output = tmp_path / "eval"
     write_maps(output, 0, b"of an evaluation that was interrupted")
-    job.main(["--ground-truth", str(tmp_path / "meta"), "--output", str(output)])
+    words = ["--ground-truth", str(tmp_path / "meta"), "--output", str(output)]
+    with locked_folder(output), pytest.raises(UserError, match=f"another evaluation into {output}"):
+        job.main(words)
+    job.main(words)
     assert not (output / "maps").exists()
     evaluation = read_evaluation(output)
     whole = row_of(evaluation, "whole image").figures
