@@ -4,6 +4,7 @@ and the connection to Ray."""
 import argparse
 import dataclasses
 import json
+import logging
 import math
 import os
 import re
@@ -303,6 +304,7 @@ def connect_ray() -> None:
     if address == "local":
         # Given here, Ray writes no token into the home folder, which a container may lack.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # how to opt out
     else:
         _check_cluster(address)
     handler = signal.getsignal(signal.SIGTERM)
