@@ -41,18 +41,18 @@ def count_unread(
         waiting.discard(folder)
         contents = files.contents(folder)
         for path in _unknown(folder, contents.files, used):
-            add_unread(unread, path, _reason(path, unread))
+            _add(unread, path, _reason(path, unread))
         for name, reason in contents.others:
-            add_unread(unread, path_in(folder, name) if name else f"{folder}/", reason)
+            _add(unread, path_in(folder, name) if name else f"{folder}/", reason)
         for path in (path_in(folder, name) for name in contents.folders):
             if path.rpartition("/")[2].startswith("."):
-                add_unread(unread, f"{path}/", HIDDEN)
+                _add(unread, f"{path}/", HIDDEN)
             else:
                 waiting.add(path)
     for path in sorted(waiting) if folders is None else ():
         prefix = f"{path}/"  # some layouts list a folder under each of its paths
         if not any(pc.any(pc.starts_with(x["path"], prefix)).as_py() for x in images):
-            add_unread(unread, prefix, "link: to a folder with another path")
+            _add(unread, prefix, "link: to a folder with another path")
     return unread
 
 
@@ -83,8 +83,7 @@ def _unknown(folder: str, names: list[str], used: np.ndarray) -> list[str]:
     return [paths[index] for index in np.flatnonzero(~known)]
 
 
-def add_unread(unread: dict[str, Unread], path: str, reason: str) -> None:
-    """Count a path under a reason, `kind: why`."""
+def _add(unread: dict[str, Unread], path: str, reason: str) -> None:
     path = path.encode("utf-8", "backslashreplace").decode()
     entry = unread.setdefault(reason, {"files": 0, "examples": []})
     entry["files"] += 1
@@ -100,7 +99,7 @@ def add_members(unread: dict[str, Unread], archive: str, names: Iterable[str]) -
             reason = HIDDEN
         else:
             reason = f"{_suffix(name)} in archives: no image or label that is read"
-        add_unread(unread, f"{archive}/{name}", _one_of_few(reason, unread))
+        _add(unread, f"{archive}/{name}", _one_of_few(reason, unread))
 
 
 def _reason(path: str, unread: dict[str, Unread]) -> str:
