@@ -13,7 +13,7 @@ import numpy as np
 
 from model.localization import RULES, Rule, localize
 from pipeline.evaluation.formats import read_score_map, score_map_path
-from pipeline.evaluation.metrics import SUBSET_GROUPS, Sweep, subset_masks
+from pipeline.evaluation.metrics import Sweep
 from pipeline.evaluation.protocols import (
     IOU_GRID,
     PROTOCOLS,
@@ -43,7 +43,7 @@ MAPS_AT_ONCE = 16  # given score maps that a thread holds as floats
 class MapTruth:
     """The ground truth of N images as maps need it, for every task. rows: int64 [N], ascending: the
     ledger's, or 0..N-1. partners: int64 [N], the image whose boxes stand for "another image's", or
-    -1. groups: int64 [N], first axis of `metrics.Sweep`, or -1."""
+    -1."""
 
     rows: np.ndarray
     ids: Sequence[str]
@@ -51,7 +51,6 @@ class MapTruth:
     boxes: np.ndarray
     starts: np.ndarray
     partners: np.ndarray
-    groups: np.ndarray
     protocol: str
 
     def of(self, image: int) -> np.ndarray:
@@ -68,11 +67,6 @@ def map_truth(truth: GroundTruth, rows: np.ndarray, protocol: str, seed: int) ->
     if len(known) > 1:
         cycle = np.random.default_rng(seed).permutation(known)
         partners[cycle] = np.roll(cycle, 1)
-    masks = subset_masks(truth.boxes, truth.starts, truth.sizes)
-    groups = np.full(len(truth.ids), -1)
-    groups[known] = 0
-    for name, members in SUBSET_GROUPS.items():
-        groups[masks[name]] += members[0]
     return MapTruth(
         rows=rows,
         ids=truth.ids,
@@ -80,7 +74,6 @@ def map_truth(truth: GroundTruth, rows: np.ndarray, protocol: str, seed: int) ->
         boxes=truth.boxes,
         starts=truth.starts,
         partners=partners,
-        groups=groups,
         protocol=protocol,
     )
 
@@ -107,7 +100,7 @@ class MapCounts:
 
 def no_counts(height: int, width: int) -> MapCounts:
     """Return the counts of no map of this size."""
-    shape = (4, len(thresholds()), len(IOU_GRID) + 1)
+    shape = (len(thresholds()), len(IOU_GRID) + 1)
     return MapCounts(
         sweep=Sweep(largest=np.zeros(shape, np.int64), contours=np.zeros(shape, np.int64)),
         levels=np.zeros((height, width), np.int64),
@@ -169,7 +162,7 @@ def image_aucs(levels: np.ndarray, image: int, truth: MapTruth) -> tuple[float, 
         boxes = scale_boxes(truth.of(owner), truth.sizes[owner], shape)
         return pixel_auc_boxes(levels, boxes)
 
-    if truth.groups[image] < 0 or truth.partners[image] < 0:
+    if truth.partners[image] < 0:
         return np.nan, np.nan
     return auc(image), auc(int(truth.partners[image]))
 
@@ -178,11 +171,9 @@ def sweep_image(
     at_levels: LevelBoxes, shape: np.ndarray, image: int, truth: MapTruth, sweep: Sweep
 ) -> None:
     """Add one image's map to the counts: at each threshold, by the IoU its boxes reach there."""
-    group = int(truth.groups[image])
-    if group < 0:
+    boxes, size = truth.of(image), truth.sizes[image]
+    if not len(boxes):
         return
-    size = truth.sizes[image]
-    boxes = truth.of(image)
     sizes = np.broadcast_to(size, (len(boxes), 2))
     # Where nothing is above the threshold the reference evaluator's box is [0, 0, 0, 0].
     largest, contours = level_ious(
@@ -193,8 +184,8 @@ def sweep_image(
         np.zeros(4, np.int64),
     )
     levels = threshold_levels(at_levels.maximum)
-    add_counts(sweep.largest[group], largest, levels)
-    add_counts(sweep.contours[group], contours, levels)
+    add_counts(sweep.largest, largest, levels)
+    add_counts(sweep.contours, contours, levels)
 
 
 def score_maps(

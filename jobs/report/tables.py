@@ -9,7 +9,6 @@ from pipeline.evaluation.results import CLASSES, RowFigures
 
 CONSTANT = ("whole image", "centred box", "mean map")  # the same box for every image
 CLASS_ROWS = 25  # worst and best classes shown, where there are more than twice as many
-CLASS_COLUMNS = 5  # other rows that stand beside a class's figures
 
 
 class Figure(NamedTuple):
@@ -203,27 +202,14 @@ def _gt_known(line: Line) -> float:
     return line.r.figures["gt_known"]
 
 
-def class_columns(lines: Sequence[Line]) -> list[Line]:
-    """Return the rows whose GT-known stands beside the first main row's in the table of classes:
-    the other entries' main rows, or of one entry its other maps."""
-    own, *others = [line for line in lines if line.own]
-    if not others:
-        left_out = (own.r.row.map, "whole image", "mean map")
-        first = {line.r.row.map: line for line in lines[::-1] if line.primary}
-        others = [x for x in lines if x.r.row.map not in left_out and x is first.get(x.r.row.map)]
-    same_classes = [line for line in others if line.r.by_class.keys() == own.r.by_class.keys()]
-    return same_classes[:CLASS_COLUMNS]
-
-
 def class_rows(lines: Sequence[Line], names: dict[str, str]) -> list[dict[str, Any]]:
-    """Return each class's figures of the first main row and the GT-known of `class_columns`, worst
-    first; classes without known boxes last. names: by wnid."""
+    """Return each class's figures of the first main row, worst first; classes without known boxes
+    last. names: by wnid."""
     own = next(line for line in lines if line.own)
-    others = class_columns(lines)
-    rows = []
-    for wnid, part in own.r.by_class.items():
-        shares = [other.r.by_class[wnid]["gt_known"] for other in others]
-        rows.append({"wnid": wnid, "name": names.get(wnid, wnid), "others": shares, **part})
+    rows = [
+        {"wnid": wnid, "name": names.get(wnid, wnid), **part}
+        for wnid, part in own.r.by_class.items()
+    ]
     rows.sort(key=lambda r: (r["gt_known"] is None, r["gt_known"], r["mean_iou"] or 0.0, r["wnid"]))
     return rows
 

@@ -19,7 +19,6 @@ SUBSETS = {
     "small_boxes": "the largest true box covers less than half of the image",
     "off_centre": "every true box's centre is more than an eighth of the side from the image's",
 }
-SUBSET_GROUPS = {"small_boxes": [1, 3], "off_centre": [2, 3]}  # of Sweep's first axis
 SHARES = ("gt_known", "top1_loc", "top5_loc", "top1_cls", "top5_cls")
 CLASS_SHARES = ("top1_cls", "top5_cls")  # of all images; the other shares: of those with boxes
 ERRORS = (
@@ -37,9 +36,8 @@ _SEVERAL, _INSIDE, _COVERED = 0.3, 0.5, 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Counts of one map over all thresholds (`sweep.add_counts`): int64 [4, T, 20], by the largest
-    contour alone and by the best of all. First axis: 1 for small boxes plus 2 for off-centre
-    ones."""
+    """Counts of one map over all thresholds (`sweep.add_counts`), int64 [T, 20]: by the largest
+    contour alone and by the best of all."""
 
     largest: np.ndarray
     contours: np.ndarray
@@ -204,10 +202,9 @@ def _means(values: np.ndarray | None, groups: np.ndarray, count: int) -> Sequenc
     ]
 
 
-def sweep_figures(outcomes: Outcomes, subset: str | None, images: np.ndarray) -> Figures:
-    """Return MaxBoxAcc, its threshold and MaxBoxAccV2. subset: a name of SUBSETS or None; images:
-    bool [N], those in it. The IoUs stand for a row without maps."""
-    known = outcomes.ious[images & ~np.isnan(outcomes.ious)]
+def sweep_figures(outcomes: Outcomes) -> Figures:
+    """Return MaxBoxAcc, its threshold and MaxBoxAccV2. The IoUs stand for a row without maps."""
+    known = outcomes.ious[~np.isnan(outcomes.ious)]
     if not len(known):
         return dict.fromkeys(("max_box_acc", "max_box_acc_threshold", "max_box_acc_v2"))
     if outcomes.sweep is None:
@@ -217,13 +214,11 @@ def sweep_figures(outcomes: Outcomes, subset: str | None, images: np.ndarray) ->
             "max_box_acc_threshold": None,
             "max_box_acc_v2": math.fsum(shares) / len(shares),
         }
-    groups = slice(None) if subset is None else SUBSET_GROUPS[subset]
-    best, threshold = max_box_acc(outcomes.sweep.largest[groups].sum(axis=0), len(known))
-    contours = outcomes.sweep.contours[groups].sum(axis=0)
+    best, threshold = max_box_acc(outcomes.sweep.largest, len(known))
     return {
         "max_box_acc": best,
         "max_box_acc_threshold": threshold,
-        "max_box_acc_v2": max_box_acc_v2(contours, len(known)),
+        "max_box_acc_v2": max_box_acc_v2(outcomes.sweep.contours, len(known)),
     }
 
 
@@ -247,10 +242,9 @@ def max_box_acc_v2(counts: np.ndarray, images: int) -> float:
 
 
 def subset_figures(outcomes: Outcomes, masks: dict[str, np.ndarray]) -> dict[str, Figures]:
-    """Return `figures` and `sweep_figures` of each subset; masks: see `subset_masks`."""
+    """Return `figures` of each subset; masks: see `subset_masks`."""
     return {
         name: figures_by_group(outcomes, mask.astype(np.int64) - 1, 1)[0]
-        | sweep_figures(outcomes, name, mask)
         for name, mask in masks.items()
     }
 

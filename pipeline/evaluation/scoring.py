@@ -161,7 +161,7 @@ def _row_figures(
 ) -> RowFigures:
     """Return one row, but for its intervals. subsets: see `subset_masks`; none where sizes are
     unknown."""
-    whole = figures(outcomes) | sweep_figures(outcomes, None, np.ones(len(truth.ids), bool))
+    whole = figures(outcomes) | sweep_figures(outcomes)
     if localization.found is not None:
         whole["counts"]["nothing_found"] = int((~localization.found).sum())
     paper = localization.paper if source == localization.classes[0] else None

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page
 
@@ -180,14 +178,3 @@ def test_page_and_charts_take_the_colours_of_the_scheme(visit: Visit) -> None:
         return lines.map(path => getComputedStyle(path).stroke)}""")
     assert len(strokes) >= 2
     assert set(strokes) == {"rgb(0, 99, 168)" if visit.scheme == "light" else "rgb(108, 188, 240)"}
-
-
-def test_a_screenshot_of_the_whole_page_can_be_looked_at(visit: Visit, tmp_path: Path) -> None:
-    path = tmp_path / f"report-{visit.width}-{visit.scheme}.png"
-    visit.page.screenshot(path=path, full_page=True)
-    image = cv2.imread(str(path))
-    assert image is not None
-    assert image.shape[1] == visit.width
-    assert image.shape[0] > 5000
-    for part in np.array_split(image, 12):  # nowhere empty
-        assert part.std() > 5

@@ -83,12 +83,6 @@ def test_the_grid_has_every_image_enlarged_beside_itself_with_borders() -> None:
     assert grid.shape == (TITLE + GAP + 2 * (height + GAP), 4 * (width + GAP) + GAP, 3)
 
 
-def test_long_texts_are_cut_so_that_they_stay_under_their_image() -> None:
-    grid = draw_grid([cell(56, 0), cell(56, 1)], "t")
-    start = GAP + 2 * 224 + PAIR_GAP
-    assert (grid[TITLE + GAP :, start : start + GAP] == 255).all()
-
-
 def test_the_border_lies_on_the_boxs_outermost_pixels() -> None:
     picture = draw_overlay(GREY, FLAT, [30, 60, 100, 90], "x 1%")
     ys, xs = np.nonzero(is_box(picture)[60:])  # the label is above
@@ -96,12 +90,6 @@ def test_the_border_lies_on_the_boxs_outermost_pixels() -> None:
     assert is_box(picture)[60, 30:101].all()
     assert is_box(picture)[60:91, 30].all()
     assert not is_box(picture)[62:89, 32:99].any()
-
-
-def test_a_box_of_the_whole_image_is_drawn_inside_it() -> None:
-    picture = is_box(draw_overlay(GREY, FLAT, [0, 0, 159, 119], "x 1%"))
-    for border in (picture[0], picture[119], picture[:, 0], picture[:, 159]):
-        assert border.all()
 
 
 def test_outside_box_and_label_the_picture_is_the_blend_with_the_maps_colours() -> None:

@@ -19,7 +19,7 @@ from pipeline.sources.files import SourceFiles
 from pipeline.sources.find import list_images
 from tests.pipeline.sources.miniature import write, xml
 
-IMAGES = 10_000
+IMAGES = 5_000
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 SIGNS = (b'"', b"'", b"<", b"&", b",", b"\r")
 REASON = re.compile(r"[a-z][A-Za-z ]+: .+", re.DOTALL)

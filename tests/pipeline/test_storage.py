@@ -240,9 +240,3 @@ def test_the_error_of_a_full_disk_names_the_file_however_long(tmp_path: Path) ->
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [(x.name, x.stat().st_size) for x in tmp_path.iterdir()] == [("a" * 255, 1000)]
-
-
-def test_names_and_suffixes_of_locations() -> None:
-    for location, name in (("sets/a.b.tar", "a.b.idx"), ("s3://b/x/a%20b.tar?region=r", "a b.idx")):
-        assert storage.name(storage.with_suffix(location, ".idx")) == name
-    assert storage.with_suffix("s3://b/a.tar?region=r", ".idx") == "s3://b/a.idx?region=r"

@@ -121,19 +121,19 @@ def test_ranges_cover_every_batch_once_and_differ_by_one(batches: int, shards: i
     assert len(parts) == min(shards, batches)
 
 
-@pytest.mark.parametrize("shards", [2, 7])
 def test_any_number_of_tasks_gives_the_same_figures_to_the_last_digit(
-    small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path, shards: int
+    small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path
 ) -> None:
     progress: list[tuple[int, int]] = []
-    config = config_for(small_set, random_run, tmp_path, shards=shards)
+    config = config_for(small_set, random_run, tmp_path, shards=7)
     other = job.evaluate(config, lambda done, total: progress.append((done, total)))
     assert_same_files(other, evaluation)
-    assert len(progress) == shards  # 24 images are 8 batches
+    assert len(progress) == 7  # 24 images are 8 batches
     assert progress[-1] == (VAL_IMAGES, VAL_IMAGES)
     assert progress == sorted(progress)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_no_figure(
     small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path
 ) -> None:

@@ -275,20 +275,6 @@ def test_a_right_box_with_a_wrong_class_is_an_error_of_the_class(
     assert all(p.views[0].predicted != p.label for p in groups["class_wrong"])
 
 
-def test_every_evaluation_is_seen_where_they_differ_most(evaluations: Evaluations) -> None:
-    groups = report_pictures(entries(*evaluations), 0)
-    spreads = [
-        max(v.iou for v in p.views) - min(v.iou for v in p.views)  # type: ignore[type-var, operator]
-        for p in groups["differ"]
-    ]
-    assert spreads == sorted(spreads, reverse=True)
-    assert min(spreads) > 0
-    picture = groups["differ"][0]
-    assert [view.title for view in picture.views] == [folder.name for folder in evaluations]
-    assert [view.map is None for view in picture.views] == [False, False, True]
-    assert picture.views[1].box == picture.views[2].box
-
-
 @pytest.mark.parametrize("damage", ["gone", "others"])
 def test_pictures_are_left_out_where_the_shards_are_gone_or_others(
     evaluations: Evaluations, small_set: Path, tmp_path: Path, damage: str
@@ -347,15 +333,6 @@ def test_other_tables_show_the_rows_figures(evaluations: Evaluations, run_page: 
     classes = run_page.tables["All classes, worst first"][1:]
     known = [part["gt_known"] for part in own.by_class.values() if part["n"]]
     assert [row[1].strip() for row in classes][: len(known)] == [percent(v) for v in sorted(known)]
-
-
-def test_stacked_bars_have_the_counts_as_widths(evaluations: Evaluations) -> None:
-    html = render(entries(evaluations[0]), {}, "")
-    rows = rows_as_shown(evaluations[0])
-    bars = re.findall(r'<span class="stack".*?</span>', html, re.DOTALL)[: len(rows)]
-    for bar, row in zip(bars, rows, strict=True):
-        widths = [int(width) for width in re.findall(r"flex:(\d+) 0 0", bar)]
-        assert sorted(widths) == sorted(filter(None, row.figures["errors"].values()))
 
 
 def test_the_tiles_compare_the_best_row_of_either_side(evaluations: Evaluations) -> None:
@@ -504,15 +481,6 @@ def test_a_chart_draws_each_curve_where_its_values_are(evaluations: Evaluations)
     assert {c.colour for c in chart.curves if c.line.constant} == {"soft"}
 
 
-def test_methods_side_by_side_have_a_colour_each(evaluations: Evaluations) -> None:
-    side_by_side, *_ = iou_charts(tables.page_lines(entries(*evaluations[:2])))
-    own = [curve for curve in side_by_side.curves if curve.line.own]
-    assert {curve.line.entry: curve.colour for curve in own} == {
-        "evaluation-0": "c-a",
-        "evaluation-1": "c-b",
-    }
-
-
 def test_side_by_side_all_maps_are_shown_by_the_rule_of_their_evaluation_too(
     evaluations: Evaluations, tmp_path: Path
 ) -> None:
@@ -586,12 +554,6 @@ def test_a_set_without_known_boxes_still_has_a_page(
     assert not re.search(r"\b(None|nan)\b", shown.text.split("Configuration")[0])
     assert "of which 0 have known boxes" in shown.text
     assert "svg" not in shown.counts
-
-
-def test_the_page_of_boxes_has_neither_maps_nor_pictures(evaluations: Evaluations) -> None:
-    shown = page(evaluations[2])
-    assert "Left out" in shown.text
-    assert shown.row("All methods", "Given boxes class: boxes")[0].split()
 
 
 def test_numbers_are_printed_with_a_dash_for_none_and_a_true_minus() -> None:

@@ -170,11 +170,11 @@ def test_error_counts_split_the_images_with_boxes_as_the_figures_do() -> None:
 
 
 def made_sweep(largest: np.ndarray) -> Sweep:
-    """largest: IoU of each image at each threshold [N, T]; images 0, 4, 8 ... fall to group 0."""
-    counts = np.zeros((4, len(thresholds()), len(IOU_GRID) + 1), np.int64)
-    for image, row in enumerate(largest):
+    """Of the IoU of each image at each threshold [N, T]."""
+    counts = np.zeros((len(thresholds()), len(IOU_GRID) + 1), np.int64)
+    for row in largest:
         for threshold, value in enumerate(row):
-            counts[image % 4, threshold, (value >= IOU_GRID).sum()] += 1
+            counts[threshold, (value >= IOU_GRID).sum()] += 1
     return Sweep(largest=counts, contours=counts)
 
 
@@ -185,22 +185,19 @@ def test_max_box_acc_takes_one_threshold_for_all_images_and_v2_one_per_iou() -> 
     ious[2, 150:160] = 0.35
     ious[3, 700:] = 0.95
     one = outcomes(np.full(4, 0.1), sweep=made_sweep(ious))
-    found = sweep_figures(one, None, np.ones(4, bool))
+    found = sweep_figures(one)
     assert found["max_box_acc"] == 0.5  # images 0 and 1 between .15 and .2
     assert found["max_box_acc_threshold"] == pytest.approx(0.15)
     # IoU .3: three images at .15; .5: two; .7: one
     assert found["max_box_acc_v2"] == pytest.approx((0.75 + 0.5 + 0.25) / 3, abs=1e-15)
-    off_centre = sweep_figures(one, "off_centre", np.array([False, False, True, True]))
-    assert off_centre["max_box_acc"] == 0.5
-    assert off_centre["max_box_acc_threshold"] == pytest.approx(0.7)
 
 
 def test_a_method_without_maps_has_one_box_at_every_threshold() -> None:
-    found = sweep_figures(outcomes([0.3, 0.5, 0.7, 0.2, np.nan]), None, np.ones(5, bool))
+    found = sweep_figures(outcomes([0.3, 0.5, 0.7, 0.2, np.nan]))
     assert found["max_box_acc"] == 0.5
     assert found["max_box_acc_threshold"] is None
     assert found["max_box_acc_v2"] == pytest.approx((3 / 4 + 2 / 4 + 1 / 4) / 3, abs=1e-15)
-    unknown = sweep_figures(outcomes([np.nan, 0.9]), None, np.array([True, False]))
+    unknown = sweep_figures(outcomes([np.nan, np.nan]))
     assert unknown["max_box_acc"] is None
 
 
@@ -218,7 +215,7 @@ def test_intervals_hold_every_figure_and_skip_what_is_unknown() -> None:
         outcomes(ious, rng.random(50) < 0.7, auc=rng.random(50), auc_other=rng.random(50)),
         outcomes(np.full(50, np.nan), np.ones(50)),
     ]
-    rows = [figures(one) | sweep_figures(one, None, np.ones(50, bool)) for one in both]
+    rows = [figures(one) | sweep_figures(one) for one in both]
     known, unknown = intervals(both, rows, seed=0)
     for figure, interval in known.items():
         if rows[0][figure] is None:

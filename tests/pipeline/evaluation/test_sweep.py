@@ -60,7 +60,7 @@ def test_every_small_binary_map_is_as_drawn(height: int, width: int) -> None:
         assert_as_drawn(drawn.reshape(height, width))
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     hnp.arrays(
         np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 4)

@@ -224,14 +224,6 @@ def test_draws_depend_on_seed_epoch_and_step_alone_and_parts_are_theirs() -> Non
     assert one.fill.tolist() == [*FILL]
 
 
-def test_the_first_crops_of_an_epoch_are_drawn_apart_from_its_order() -> None:
-    """NumPy takes the seeds [3, 5] and [3, 5, 0] for the same."""
-    drawn = draw(100, 3, Position(epoch=5), (10, 10), MEAN, Augmentation(max_aspect=1.0))
-    areas = np.abs(drawn.end - drawn.start).prod(axis=1) / 100
-    of_the_order = 0.7 + 0.3 * np.random.default_rng([3, 5]).random(100)
-    assert not np.isclose(areas, of_the_order).any()
-
-
 @pytest.mark.parametrize(
     ("name", "values"),
     [
