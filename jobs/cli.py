@@ -292,10 +292,10 @@ def progress_line(
     return f"{done} of {total} images{middle}, {rate:.0f} images/s, ETA {left}"
 
 
-def connect_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, as within `ray job submit`, or start one here. Left
-    to itself Ray would also join any cluster once started on this machine. Raises UserError where
-    no cluster answers, or Ray does not start."""
+def connect_ray(*, dashboard: bool = False) -> None:
+    """Join the cluster that RAY_ADDRESS names, as within `ray job submit`, or start one here, with
+    a dashboard if asked for. Left to itself Ray would also join any cluster once started on this
+    machine. Raises UserError where no cluster answers, or Ray does not start."""
     import ray  # here: commands that need no Ray start in a tenth of the time
 
     if ray.is_initialized():
@@ -308,9 +308,9 @@ def connect_ray() -> None:
     else:
         _check_cluster(address)
     handler = signal.getsignal(signal.SIGTERM)
-    error = _start_ray(address)
+    error = _start_ray(address, dashboard)
     if error is not None:
-        error = _start_ray(address)  # a busy machine may have been too slow
+        error = _start_ray(address, dashboard)  # a busy machine may have been too slow
     signal.signal(signal.SIGTERM, handler)  # Ray sets its own
     if error is not None:
         raise UserError(
@@ -319,14 +319,14 @@ def connect_ray() -> None:
         ) from error
 
 
-def _start_ray(address: str) -> BaseException | None:
+def _start_ray(address: str, dashboard: bool) -> BaseException | None:
     """Connect to Ray. Return the error where that fails."""
     import ray
 
     try:
         ray.init(
             address=address,
-            include_dashboard=False,
+            include_dashboard=dashboard,
             logging_level="warning",
             log_to_driver=False,  # jobs print what their users need
         )

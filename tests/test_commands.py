@@ -14,7 +14,17 @@ import pytest
 from jobs import cli
 from tests.e2e.commands import ROOT, run
 
-COMMANDS = ("demo", "evaluate", "inspect", "localize", "preprocess", "report", "shipped", "train")
+COMMANDS = (
+    "demo",
+    "evaluate",
+    "inspect",
+    "localize",
+    "preprocess",
+    "report",
+    "serve",
+    "shipped",
+    "train",
+)
 DOCUMENTS = ("README.md", "docs/operations.md")
 PYTHON = """#!/usr/bin/env bash
 printf '%q ' "$@" >> commands && echo >> commands
@@ -57,6 +67,7 @@ NEEDED = {
     "localize": "i.jpg",
     "preprocess": "--source s --output o",
     "report": "e --output o",
+    "serve": "",
     "shipped": "--run r --images words",
     "train": "--data d --output o",
 }

@@ -1,0 +1,100 @@
+"""The Ray Serve deployment: image files -> boxes, classes and masks, in batches."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+
+from jobs.locate import locate, prepare
+from jobs.pictures import encode_png, grey
+from jobs.runs import Nets
+from jobs.shipped import open_nets
+from model.localization import RULES, localize
+from pipeline.evaluation.protocols import scale_boxes
+from pipeline.shards.images import ImageError
+
+NAME = "localize"
+BATCH_SIZE = 8  # images that the nets see at once, at most
+BATCH_SECONDS = 0.01  # that an image waits for others
+Answer = dict[str, Any]
+
+
+class BusyError(Exception):
+    """The replicas cannot answer now, as when one of them has died."""
+
+
+def answer(nets: Nets, files: Sequence[bytes]) -> list[Answer]:
+    """Return a dict for each file: its size, boxes by rule, classes, and the mask as a PNG of the
+    nets' size; or under "error" why it is no image that can be used."""
+    answers: list[Answer] = []
+    prepared = {}
+    for i, data in enumerate(files):
+        try:
+            prepared[i] = prepare(nets.config, data)
+            answers.append({"width": prepared[i].width, "height": prepared[i].height})
+        except (ImageError, MemoryError) as error:
+            answers.append({"error": str(error) or "too large for this machine's memory"})
+    if not prepared:
+        return answers
+    results = locate(nets, list(prepared.values()), batch_size=len(prepared))
+    maps = np.stack([result.map for result in results])
+    sizes = np.array([(image.height, image.width) for image in prepared.values()])
+    own = np.array(maps.shape[1:])
+    boxes = {rule: scale_boxes(localize(maps, rule)[0], own, sizes).tolist() for rule in RULES}
+    for row, (i, result) in enumerate(zip(prepared, results, strict=True)):
+        top = [{"class": wnid, "name": name, "score": score} for wnid, name, score in result.top5]
+        answers[i] |= {
+            "rule": nets.config.rule,
+            "boxes": {rule: of_rule[row] for rule, of_rule in boxes.items()},
+            "found": result.found,
+            **top[0],
+            "top5": top,
+            "mask": encode_png(grey(result.map)),
+        }
+        if prepared[i].note:
+            answers[i]["note"] = prepared[i].note
+    return answers
+
+
+class Localizer:
+    """A replica: the nets on one CPU core."""
+
+    def __init__(self, run: Path | None, average_views: bool) -> None:
+        torch.set_num_threads(1)
+        self.nets = open_nets(run, average_views=average_views)
+        size = (self.nets.config.height, self.nets.config.width, 3)
+        answer(self.nets, [encode_png(np.zeros(size, np.uint8))])  # kernels are chosen once
+
+    @serve.batch(max_batch_size=BATCH_SIZE, batch_wait_timeout_s=BATCH_SECONDS)
+    async def __call__(self, files: list[bytes]) -> list[Answer]:
+        return await asyncio.to_thread(answer, self.nets, files)
+
+
+def deploy(run: Path | None, *, average_views: bool, replicas: int) -> DeploymentHandle:
+    """Start the replicas on the connected Ray, without a proxy of Serve's own: it would hold
+    waiting uploads of any size in memory."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+    options = {"max_ongoing_requests": 2 * BATCH_SIZE, "ray_actor_options": {"num_cpus": 1}}
+    replica = serve.deployment(name=NAME, num_replicas=replicas, **options)(Localizer)
+    return serve.run(replica.bind(run, average_views), name=NAME, route_prefix=None)
+
+
+async def ask(handle: DeploymentHandle, data: bytes) -> Answer:
+    """Return the answer of a replica. Raises BusyError."""
+    try:
+        return await handle.remote(data)
+    except RayError as error:
+        raise BusyError(f"the nets do not answer ({type(error).__name__})") from error
+
+
+def stop() -> None:
+    """End the replicas."""
+    serve.delete(NAME)
