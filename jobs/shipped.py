@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from jobs import cli
 from jobs.networks import ILSVRC, load_network
 from jobs.runs import (
@@ -60,10 +62,7 @@ def open_nets(run: Path | None, *, average_views: bool = False) -> Nets:
 def load_shipped(path: Path = SHIPPED, *, average_views: bool = False) -> Nets:
     """Read the shipped decoder over the network of its package, onto the CPU, in evaluation mode.
     Its classifiers are that network. Raises UserError for damaged files or a missing package."""
-    try:
-        tensors, content = read_weights(path)
-    except DamagedError as error:
-        raise UserError(f"{error}; restore it: git checkout -- {path.parent}") from error
+    tensors, content = _read(path)
     classes, names = _classes()
     config = shape_of_nets(path, content, classes=classes, class_names=names)
     assert config.network is not None
@@ -74,6 +73,24 @@ def load_shipped(path: Path = SHIPPED, *, average_views: bool = False) -> Nets:
     nets.corruption.averaged = average_views
     nets.corruption.eval()
     return nets
+
+
+def shipped_decoder(network: str | None, width: int) -> dict[str, Tensor]:
+    """Return the shipped decoder's weights, for a training to begin with. Raises UserError where
+    they are of another network or width."""
+    tensors, content = _read(SHIPPED)
+    for name, value in (("network", network), ("decoder_width", width)):
+        shipped = content["config"][name]
+        if shipped != value:
+            raise UserError(f"--start-from shipped needs {cli.flag(name)} {shipped}, not {value}")
+    return tensors
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        return read_weights(path)
+    except DamagedError as error:
+        raise UserError(f"{error}; restore it: git checkout -- {path.parent}") from error
 
 
 def _classes() -> tuple[tuple[str, ...], tuple[str, ...]]:

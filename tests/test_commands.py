@@ -25,7 +25,7 @@ COMMANDS = (
     "shipped",
     "train",
 )
-DOCUMENTS = ("README.md", "docs/operations.md")
+DOCUMENTS = ("README.md", "docs/operations.md", "docs/your-photos.md")
 PYTHON = """#!/usr/bin/env bash
 printf '%q ' "$@" >> commands && echo >> commands
 """

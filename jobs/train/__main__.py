@@ -12,6 +12,7 @@ from typing import Any
 from jobs import cli
 from jobs.loading import choose_device
 from jobs.runs import MODEL_NAME, RUN_NAME, check_training, exclusive_run
+from jobs.shipped import shipped_decoder
 from jobs.train.checkpoints import newest_step, read_warmup
 from jobs.train.config import PRESETS, TrainConfig, by_flag
 from jobs.train.launch import check_resources, launch
@@ -200,6 +201,8 @@ def train(config: TrainConfig) -> None:
     manifest = read_manifest(config.loading.data)
     check_data(config, manifest)
     check_warmup(config, manifest)
+    if config.optimization.start_from:
+        shipped_decoder(config.nets.network, config.nets.decoder_width)
     pretrained_network(config, manifest)  # so that what does not fit is one line here
     record = cli.record(config)
     content = describe_run(config, manifest, record)

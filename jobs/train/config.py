@@ -182,6 +182,11 @@ class OptimizationConfig(Group):
         None,
         help="a run on the same set, with whose clean classifier to begin instead of a warm-up",
     )
+    start_from: Literal["shipped"] | None = option(
+        None,
+        help="begin with the decoder that comes with the project, over the same --network, on "
+        "whatever classes",
+    )
     epochs: int = option(10, low=0, help="epochs of adversarial training after that")
     batch_size: int = option(64, low=1, help="images per step over all workers")
     network_weights: Path | None = option(

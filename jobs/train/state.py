@@ -14,6 +14,7 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from jobs.networks import Network, load_network
 from jobs.runs import ModelConfig, Nets, load_net_tensors, net_tensors, new_nets
+from jobs.shipped import shipped_decoder
 from jobs.train.config import TrainConfig
 from jobs.train.graphs import memory_layout
 from model.collapse import CollapseState
@@ -167,6 +168,9 @@ def new_state(
     settings = config.optimization
     torch.manual_seed(settings.seed)
     nets = new_nets(model, None if network is None else network.classifier)
+    if settings.start_from and isinstance(nets.corruption, FeatureCorruptionNet):
+        decoder = nets.corruption.decoder
+        decoder.load_state_dict(shipped_decoder(model.network, model.decoder_width))
     for net in nets.modules().values():
         convert_conv2d_weight_memory_format(net.to(device), memory_layout(device))
     fused = device.type == "cuda"  # one kernel each

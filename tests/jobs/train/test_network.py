@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from jobs.runs import load_nets, net_tensors, save_nets
+from jobs.shipped import shipped_decoder
 from jobs.train.config import TrainConfig
 from jobs.train.state import finished_nets
 from jobs.train.worker import resume, write_state
+from model.decoder import FeatureCorruptionNet
 from model.pretrained import PretrainedClassifier
 from pipeline.errors import UserError
 from tests.jobs.train.small import (
@@ -110,3 +112,14 @@ def test_flags_that_contradict_a_network_are_refused(
         assert "--network" in capsys.readouterr().err
     with pytest.raises(UserError, match="efficientnet-lite9"):
         new_trainer(network_config(small_set, network="efficientnet-lite9"))
+
+
+def test_a_training_on_other_classes_begins_with_the_shipped_decoder(small_set: Path) -> None:
+    state = new_trainer(network_config(small_set, start_from="shipped")).state
+    shipped = shipped_decoder("efficientnet-lite0", 96)
+    for net in (state.corruption, state.corruption_average):
+        assert isinstance(net, FeatureCorruptionNet)
+        own = net.decoder.state_dict()
+        assert all(torch.equal(own[name], tensor) for name, tensor in shipped.items())
+    with pytest.raises(UserError, match="--decoder-width 96"):
+        new_trainer(network_config(small_set, start_from="shipped", decoder_width=16))
