@@ -52,7 +52,7 @@ class BenchConfig:
 def write_run(folder: Path, manifest: Manifest) -> Path:
     """Write a run folder with the default nets, untrained."""
     config = model_config(
-        TrainConfig(loading=LoadingConfig(data="unused"), output=folder), manifest
+        TrainConfig(loading=LoadingConfig(data="unused"), output=str(folder)), manifest
     )
     torch.manual_seed(0)
     nets = Nets(

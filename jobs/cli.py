@@ -3,10 +3,12 @@ and the connection to Ray."""
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import logging
 import math
 import os
+import platform
 import re
 import secrets
 import signal
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.storage import is_file
 
 Config = TypeVar("Config")
 
@@ -38,6 +41,7 @@ RECORDED_PACKAGES = (
 ROOT = Path(__file__).parents[1]
 LINE_SECONDS = 5.0  # between progress lines
 ADDRESS = re.compile(r"auto|[^/]+:\d+")
+HOST_SECONDS = 180  # for a host to start a process and look, which can be slow on a busy one
 CLUSTER_SECONDS = 50  # for a cluster to answer; Ray itself would wait for 14 minutes
 
 try:
@@ -317,6 +321,52 @@ def connect_ray(*, dashboard: bool = False) -> None:
             f"Ray did not start, tried twice ({_first_line(error)}). End other work on this "
             "machine; if no folder can be written to, set RAY_TMPDIR"
         ) from error
+
+
+def check_hosts(*files: str | Path) -> None:
+    """Raise UserError, naming the host, where one of a cluster that RAY_ADDRESS names has other
+    versions or another state of this project's code than this process, or cannot read `files`. Not
+    of hosts that join later."""
+    if not os.environ.get("RAY_ADDRESS"):
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    own, task = host_facts(), ray.remote(num_cpus=0, max_retries=0)(host_facts)
+    answers = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            name = f"host {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+            answers[name] = task.options(scheduling_strategy=there).remote(*files)
+    for name, answer in answers.items():
+        try:
+            facts = ray.get(answer, timeout=HOST_SECONDS)
+        except Exception as error:  # Ray's, or the task's own
+            cause = getattr(error, "cause", None) or error
+            raise UserError(f"{name} cannot work for this job: {_first_line(cause)}") from error
+        for what, value in own.items():
+            if facts[what] != value:
+                raise UserError(
+                    f"{name} has {what} {facts[what]}, this one {value}; install the same "
+                    "everywhere, or submit the code with ray job submit --working-dir"
+                )
+
+
+def host_facts(*files: str | Path) -> dict[str, str | None]:
+    """Return what must be the same on all hosts, by name. Raises UserError for a file that this
+    host does not see."""
+    for file in files:
+        if not is_file(file):
+            raise UserError(
+                f"it does not see {file}; give a folder that all hosts mount, or a URI (s3://...)"
+            )
+    code = hashlib.sha256()
+    for folder in ("jobs", "model", "pipeline"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            code.update(path.read_bytes())
+    packages = {name: _version(name) for name in RECORDED_PACKAGES}
+    return {"Python": platform.python_version(), **packages, "code": code.hexdigest()[:12]}
 
 
 def _start_ray(address: str, dashboard: bool) -> BaseException | None:

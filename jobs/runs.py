@@ -23,7 +23,23 @@ from model.localization import Rule
 from model.pretrained import Part, PretrainedClassifier
 from model.saliency import AnyClassifier
 from pipeline.errors import UserError
-from pipeline.storage import lock, write_atomically
+from pipeline.storage import (
+    MissingError,
+    is_file,
+    is_remote,
+    join,
+    local_path,
+    lock,
+    make_folder,
+    parent,
+    read_bytes,
+    remove,
+    with_suffix,
+    write_atomically,
+)
+from pipeline.storage import (
+    name as file_name,
+)
 
 MODEL_NAME = "model/model.json"  # model/model.safetensors holds the weights
 MODEL_FORMAT = 2
@@ -133,20 +149,25 @@ def load_net_tensors(nets: Mapping[str, nn.Module], tensors: Mapping[str, Tensor
         net.load_state_dict(own, strict=not _shares(net, name))
 
 
-def save_nets(run: Path, nets: Nets, record: dict[str, Any]) -> None:
+def save_nets(run: str | Path, nets: Nets, record: dict[str, Any]) -> None:
     """Write RUN/model/ with `record` (configuration, commit, versions), the JSON file last."""
     content = {"format": MODEL_FORMAT, "config": asdict(nets.config), "record": record}
-    write_weights(run / MODEL_NAME, net_tensors(nets.modules()), content)
+    write_weights(join(run, MODEL_NAME), net_tensors(nets.modules()), content)
 
 
-def read_config(run: Path) -> ModelConfig:
+def model_hash(run: str | Path) -> str:
+    """Return the SHA-256, as hexadecimal digits, that tells a run's nets from others."""
+    return hashlib.sha256(read_bytes(join(run, MODEL_NAME))).hexdigest()
+
+
+def read_config(run: str | Path) -> ModelConfig:
     """Read the shape of a run's nets, and no weights. Raises UserError as `load_nets` does."""
     with _remedies(run):
-        content = read_content(run / MODEL_NAME)
-    return shape_of_nets(run / MODEL_NAME, content)
+        content = read_content(join(run, MODEL_NAME))
+    return shape_of_nets(join(run, MODEL_NAME), content)
 
 
-def shape_of_nets(path: Path, content: Mapping[str, Any], **values: Any) -> ModelConfig:
+def shape_of_nets(path: str | Path, content: Mapping[str, Any], **values: Any) -> ModelConfig:
     """Return the shape of nets whose JSON file has this content, with values that are not in it.
     Raises UserError for a file of another format or version."""
     if content.get("format") != MODEL_FORMAT:
@@ -160,7 +181,7 @@ def shape_of_nets(path: Path, content: Mapping[str, Any], **values: Any) -> Mode
         raise _of_another_version(path) from error
 
 
-def load_nets(run: Path, *, average_views: bool = False) -> Nets:
+def load_nets(run: str | Path, *, average_views: bool = False) -> Nets:
     """Read RUN/model/ onto the CPU, in evaluation mode. Raises UserError for missing, damaged or
     foreign files. average_views: of nets over a pretrained network, see FeatureCorruptionNet."""
     config = read_config(run)
@@ -169,20 +190,20 @@ def load_nets(run: Path, *, average_views: bool = False) -> Nets:
             f"--average-views is for nets over a pretrained network; {run} has nets from scratch"
         )
     with _remedies(run):
-        tensors, _ = read_weights(run / MODEL_NAME)
+        tensors, _ = read_weights(join(run, MODEL_NAME))
     nets = new_nets(config)
     for net in nets.modules().values():
         net.eval()
     try:
         load_net_tensors(nets.modules(), tensors)
     except RuntimeError as error:
-        raise _of_another_version(run / MODEL_NAME) from error
+        raise _of_another_version(join(run, MODEL_NAME)) from error
     if isinstance(nets.corruption, FeatureCorruptionNet):
         nets.corruption.averaged = average_views
     return nets
 
 
-def _of_another_version(path: Path) -> UserError:
+def _of_another_version(path: str | Path) -> UserError:
     return UserError(
         f"{path} describes other nets than this version has; use the version that its record "
         "names, or train anew"
@@ -190,65 +211,70 @@ def _of_another_version(path: Path) -> UserError:
 
 
 @contextmanager
-def _remedies(run: Path) -> Iterator[None]:
+def _remedies(run: str | Path) -> Iterator[None]:
     """Say what to do where a run's nets are missing or damaged."""
-    path = run / MODEL_NAME
-    if not path.is_file():
+    path = join(run, MODEL_NAME)
+    if not is_file(path):
         raise UserError(f"{run} holds no {MODEL_NAME}: {_unfinished(run)}")
     try:
         yield
     except DamagedError as error:
         raise UserError(
-            f"{error}; copy the run again, or delete {path.parent} and train on from the last "
+            f"{error}; copy the run again, or delete {parent(path)} and train on from the last "
             "checkpoint by the same command"
         ) from error
 
 
-def _unfinished(run: Path) -> str:
+def _unfinished(run: str | Path) -> str:
     """Return in words why a run holds no nets, and what to do."""
     if is_training(run):
         return f"it is still training, {_progress(run)}; wait until it has finished"
-    if (run / RUN_NAME).is_file():
+    if is_file(join(run, RUN_NAME)):
         return f"its training stopped {_progress(run)}; the same jobs.train command goes on"
     return f"no training has finished there. Run: python -m jobs.train --data SHARDS --output {run}"
 
 
-def _progress(run: Path) -> str:
+def _progress(run: str | Path) -> str:
     """Return the last step that a run has logged, in words."""
     step = "before the first line of its log"
-    with suppress(FileNotFoundError):
-        for text in (run / METRICS_NAME).read_text().splitlines():
+    with suppress(MissingError):
+        for text in read_bytes(join(run, METRICS_NAME)).splitlines():
             with suppress(ValueError, LookupError, TypeError):  # of a line that was cut off
                 values = json.loads(text)
                 step = f"at step {values['step']} of {values['steps']}"
     return step
 
 
-def is_training(run: Path) -> bool:
-    """Return whether a process trains in this folder."""
+def is_training(run: str | Path) -> bool:
+    """Return whether a process trains in this folder, False of a URI, which cannot be locked."""
+    if is_remote(run):
+        return False
     try:
-        with (run / LOG_NAME).open("rb") as file:
+        with local_path(join(run, LOG_NAME)).open("rb") as file:
             return not lock(file, shared=True)
     except (FileNotFoundError, NotADirectoryError):
         return False
 
 
-def check_training(run: Path) -> None:
+def check_training(run: str | Path) -> None:
     """Raise UserError where a process trains in this folder."""
     if is_training(run):
         raise _other_training(run)
 
 
-def _other_training(run: Path) -> UserError:
+def _other_training(run: str | Path) -> UserError:
     return UserError(f"another process trains in {run}, {_progress(run)}; wait for it, or end it")
 
 
 @contextmanager
-def exclusive_run(run: Path) -> Iterator[None]:
+def exclusive_run(run: str | Path) -> Iterator[None]:
     """Keep other trainings from a run's folder, which is made. Raises UserError where one is at
-    work."""
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / LOG_NAME).open("ab") as file:
+    work. Nothing keeps them from a URI."""
+    if is_remote(run):
+        yield
+        return
+    make_folder(run)
+    with local_path(join(run, LOG_NAME)).open("ab") as file:
         if not lock(file):
             raise _other_training(run)
         yield
@@ -262,27 +288,32 @@ def _content_hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+def write_weights(
+    path: str | Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]
+) -> None:
     """Write the tensors beside the JSON file `path`, then `content` into it, with the size and
-    SHA-256 of the tensors' file and the SHA-256 of itself. Raises OSError."""
+    SHA-256 of the tensors' file and the SHA-256 of itself. Raises OSError, of a URI UserError."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data, beside = safetensors.torch.save(plain), path.with_suffix(".safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
+    data, beside = safetensors.torch.save(plain), with_suffix(path, ".safetensors")
+    make_folder(parent(path))
+    remove(path)
     write_atomically(beside, data)
     digest = hashlib.sha256(data).hexdigest()
-    whole = {**content, "tensors": {"file": beside.name, "bytes": len(data), "sha256": digest}}
+    tensors_file = {"file": file_name(beside), "bytes": len(data), "sha256": digest}
+    whole = {**content, "tensors": tensors_file}
     whole["sha256"] = _content_hash(whole)
     write_atomically(path, (json.dumps(whole, indent=1) + "\n").encode())
 
 
-def read_content(path: Path) -> dict[str, Any]:
+def read_content(path: str | Path) -> dict[str, Any]:
     """Read the JSON file of `write_weights`. Raises DamagedError."""
     try:
-        content = json.loads(path.read_bytes())
-        stated = content.pop("sha256")
-    except FileNotFoundError:
+        data = read_bytes(path)
+    except MissingError:
         raise DamagedError(f"{path} is missing") from None
+    try:
+        content = json.loads(data)
+        stated = content.pop("sha256")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path} is not what was written ({type(error).__name__})") from error
     if _content_hash(content) != stated:
@@ -290,13 +321,13 @@ def read_content(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors, onto the CPU, and the content. Raises DamagedError."""
-    content, beside = read_content(path), path.with_suffix(".safetensors")
+    content, beside = read_content(path), with_suffix(path, ".safetensors")
     stated = content["tensors"]
     try:
-        data = beside.read_bytes()
-    except FileNotFoundError:
+        data = read_bytes(beside)
+    except MissingError:
         raise DamagedError(f"{beside} is missing") from None
     if len(data) != stated["bytes"]:
         raise DamagedError(f"{beside} has {len(data)} bytes instead of {stated['bytes']}")

@@ -21,6 +21,7 @@ from jobs.runs import (
     DamagedError,
     Nets,
     load_nets,
+    model_hash,
     new_nets,
     read_content,
     read_weights,
@@ -47,12 +48,12 @@ class ShipConfig:
     output: Path = cli.option(SHIPPED.parent, help="folder for decoder.safetensors and .json")
 
 
-def nets_file(run: Path | None) -> Path:
-    """Return the file whose hash tells a run's nets, or the shipped ones, from others."""
-    return SHIPPED if run is None else run / MODEL_NAME
+def nets_hash(run: Path | str | None) -> str:
+    """Return the SHA-256 that tells a run's nets, or the shipped ones, from others."""
+    return sha256_file(SHIPPED) if run is None else model_hash(run)
 
 
-def open_nets(run: Path | None, *, average_views: bool = False) -> Nets:
+def open_nets(run: Path | str | None, *, average_views: bool = False) -> Nets:
     """Return a run's nets, or the shipped ones, as `load_nets`."""
     if run is not None:
         return load_nets(run, average_views=average_views)

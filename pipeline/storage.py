@@ -9,8 +9,8 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, TypeVar
@@ -256,11 +256,7 @@ def atomic_file(location: str | Path) -> Iterator[BinaryIO]:
         with naming_full_disk(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
             yield file
 
-            def upload() -> None:
-                file.seek(0)
-                _upload(location, iter(lambda: file.read(CHUNK), b""))
-
-            attempt(location, upload)
+            _upload_file(location, file)
         return
     path = local_path(location)
     # Random names: a task that Ray repeats on another node may have the first one's process number.
@@ -288,10 +284,14 @@ def naming_full_disk(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[bool]:
-    """Make a local folder and lock it as `lock` does, while the context lasts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+def locked_folder(folder: str | Path) -> Iterator[bool]:
+    """Make a local folder and lock it as `lock` does, while the context lasts. Nothing locks a
+    URI."""
+    if is_remote(folder):
+        yield True
+        return
+    make_folder(folder)
+    descriptor = os.open(local_path(folder), os.O_RDONLY)
     try:
         yield lock(descriptor)
     finally:
@@ -320,9 +320,115 @@ def _upload(location: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
     file.close()
 
 
+def _upload_file(location: str | Path, file: BinaryIO) -> None:
+    def upload() -> None:
+        file.seek(0)
+        _upload(location, iter(lambda: file.read(CHUNK), b""))
+
+    attempt(location, upload)
+
+
+def make_folder(location: str | Path) -> None:
+    """Make a folder and those above it; object storage has none."""
+    if not is_remote(location):
+        local_path(location).mkdir(parents=True, exist_ok=True)
+
+
+def remove_folder(location: str | Path) -> None:
+    """Delete a folder with everything in it, where there is one. Raises as `attempt`."""
+    with suppress(MissingError):
+        _request(location, lambda system, path: system.delete_dir(path))
+
+
+def file_states(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of change of each file below a local folder, by its name in there."""
+    states = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.suffix != ".tmp":
+            status = path.stat()
+            states[str(path.relative_to(folder))] = (status.st_size, status.st_mtime_ns)
+    return states
+
+
+def upload_changes(
+    folder: Path, location: str, known: Mapping[str, tuple[int, int]], last: str = ""
+) -> dict[str, tuple[int, int]]:
+    """Upload the files below a local folder that are not as in `known`, the `file_states` of an
+    earlier moment; the one named `last` once all others lie there. Returns today's. Raises as
+    `attempt`."""
+
+    def upload(name: str) -> None:
+        with (folder / name).open("rb") as file:
+            _upload_file(join(location, *Path(name).parts), file)
+
+    states = file_states(folder)
+    changed = [name for name in states if states[name] != known.get(name)]
+    for _ in run_ahead(upload, [n for n in changed if n != last], threads=STREAMS, depth=STREAMS):
+        pass
+    if last in changed:
+        upload(last)
+    return states
+
+
+def download(location: str, folder: Path) -> None:
+    """Copy all files below a location into a local folder. Raises as `attempt`."""
+    folders, files = entries(location)
+    for name in files:
+        data = read_bytes(join(location, name))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name, data)
+    for name in folders:
+        download(join(location, name), folder / name)
+
+
+@contextmanager
+def local_copy(location: str) -> Iterator[Path]:
+    """Give a local folder with the content of a location: its own, or until the block ends a copy
+    of a remote one."""
+    if not is_remote(location):
+        yield local_path(location)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        download(location, Path(name))
+        yield Path(name)
+
+
+@contextmanager
+def working_folder(
+    location: str, last: str, *, replaced: str = "", resumes: bool = False
+) -> Iterator[Path]:
+    """Give a local folder to write a location's files into: its own, or for a remote one a
+    temporary one, which is uploaded when the block ends.
+
+    last: the file that marks the others as whole; it is the first to go and the last to appear.
+    replaced: a folder of the location to delete before. resumes: begin with what lies there, and
+    upload what was written where the block raises, too.
+    """
+    if not is_remote(location):
+        yield local_path(location)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if resumes:
+            download(location, folder)
+        known = file_states(folder)
+        try:
+            yield folder
+        except BaseException:
+            if resumes:
+                upload_changes(folder, location, known)
+            raise
+        if not resumes:
+            remove(join(location, last))
+            if replaced:
+                remove_folder(join(location, replaced))
+        upload_changes(folder, location, known, last)
+
+
 def remove(location: str | Path) -> None:
-    """Delete a file that exists. Raises as `attempt`."""
-    _request(location, lambda system, path: system.delete_file(path))
+    """Delete a file, where there is one. Raises as `attempt`."""
+    with suppress(MissingError):  # also of a second attempt, after a first that did it
+        _request(location, lambda system, path: system.delete_file(path))
 
 
 def remove_temporaries(folder: str | Path) -> None:

@@ -32,24 +32,24 @@ def free_port() -> int:
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[str]:
+def s3_server(folder: Path, host: str = "127.0.0.1") -> Iterator[str]:
     """moto's S3 server as a process of its own; its endpoint, with an empty bucket."""
     port = free_port()
     with (folder / "moto.log").open("w") as log:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        command = [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)]
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 60
         while True:
             try:
-                socket.create_connection(("127.0.0.1", port)).close()
+                socket.create_connection((host, port)).close()
                 break
             except OSError:
                 assert process.poll() is None, (folder / "moto.log").read_text()
                 assert time.monotonic() < deadline, "moto did not start"
                 time.sleep(0.05)
-        client(f"http://127.0.0.1:{port}").create_dir(BUCKET)
-        yield f"http://127.0.0.1:{port}"
+        client(f"http://{host}:{port}").create_dir(BUCKET)
+        yield f"http://{host}:{port}"
     finally:
         process.kill()
         process.wait()

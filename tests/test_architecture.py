@@ -36,6 +36,7 @@ ONLY_IN = {
         "jobs/cli.py",
         "jobs/evaluate/tasks.py",
         "jobs/serve/replica.py",
+        "jobs/train/cluster.py",
         "jobs/train/launch.py",
         "jobs/train/worker.py",
         "jobs/train/log.py",

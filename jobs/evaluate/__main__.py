@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ from pipeline.evaluation.formats import Guesses, write_guesses
 from pipeline.evaluation.lines import MissingClassesError
 from pipeline.evaluation.metrics import SUBSETS
 from pipeline.evaluation.protocols import PROTOCOLS, TOP
-from pipeline.evaluation.results import Evaluation, clear_maps, write_evaluation
+from pipeline.evaluation.results import (
+    MAPS_NAME,
+    METRICS_NAME,
+    Evaluation,
+    RowFigures,
+    clear_maps,
+    write_evaluation,
+)
 from pipeline.evaluation.scoring import (
     Localization,
     class_lists,
@@ -35,8 +43,8 @@ from pipeline.evaluation.scoring import (
     truth_lists,
 )
 from pipeline.evaluation.truth import GroundTruth, write_metadata
-from pipeline.shards.format import sha256_file, split_of
-from pipeline.storage import locked_folder
+from pipeline.shards.format import split_of
+from pipeline.storage import absolute, is_file, join, locked_folder, working_folder
 
 REPORT_NAME = "report.html"
 ROOT = Path(__file__).parents[2]  # of the packages
@@ -58,12 +66,20 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Ev
     """Evaluate, over Ray where nets are evaluated, and write all files of --output but the page.
     progress: called with the images that are scored, and all. Raises UserError, of one line, for
     inputs that do not fit each other."""
+    with working_folder(absolute(config.output), METRICS_NAME, replaced=MAPS_NAME) as folder:
+        metrics, rows = _evaluate(config, folder, progress)
+    return Evaluation(folder=config.output, metrics=metrics, rows=tuple(rows))
+
+
+def _evaluate(
+    config: EvaluateConfig, folder: Path, progress: Callable[[int, int], None]
+) -> tuple[dict[str, Any], list[RowFigures]]:
     started = time.monotonic()
     inputs = read_inputs(config)
     truth = inputs.truth
-    clear_maps(config.output)
+    clear_maps(folder)
     try:
-        source = read_source(config, inputs, progress)
+        source = read_source(replace(config, output=folder), inputs, progress)
     except MissingClassesError as error:
         raise UserError(f"{error}; give --classes FILE, as LOC_synset_mapping.txt.") from None
     localizations = list(source.localizations)
@@ -91,8 +107,8 @@ def evaluate(config: EvaluateConfig, progress: Callable[[int, int], None]) -> Ev
         "seconds": round(time.monotonic() - started, 2),
         **cli.record(config),
     }
-    write_evaluation(config.output, metrics, rows, predictions, images_table(inputs, source))
-    return Evaluation(folder=config.output, metrics=metrics, rows=tuple(rows))
+    write_evaluation(folder, metrics, rows, predictions, images_table(inputs, source))
+    return metrics, rows
 
 
 def described(config: EvaluateConfig, inputs: Inputs, source: Source) -> dict[str, Any]:
@@ -118,9 +134,9 @@ def described(config: EvaluateConfig, inputs: Inputs, source: Source) -> dict[st
         },
     }
     if config.run is not None:
-        from jobs.runs import MODEL_NAME, read_config  # here: it needs torch
+        from jobs.runs import model_hash, read_config  # here: it needs torch
 
-        content["model_sha256"] = sha256_file(config.run / MODEL_NAME)
+        content["model_sha256"] = model_hash(config.run)
         content["rule"] = config.rule or read_config(config.run).rule
     return content
 
@@ -250,10 +266,10 @@ def notes(evaluation: Evaluation, rule: str) -> list[str]:
     return lines
 
 
-def write_page(folder: Path) -> Path:
+def write_page(folder: Path | str) -> str:
     """Have jobs.report write the page. Raises UserError with its error."""
-    page = folder / REPORT_NAME
-    command = [sys.executable, "-m", "jobs.report", str(folder), "--output", str(page)]
+    page = join(folder, REPORT_NAME)
+    command = [sys.executable, "-m", "jobs.report", str(folder), "--output", page]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if result.returncode:
         error = (result.stderr.strip().splitlines() or ["no error was printed"])[-1]
@@ -264,7 +280,7 @@ def write_page(folder: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the job with command-line flags (`--help` lists them)."""
     config = cli.parse(EvaluateConfig, argv, __doc__ or "").resolved()
-    if config.output.exists() and not config.output.is_dir():
+    if is_file(config.output):
         raise UserError(f"--output {config.output} is a file; give a folder.")
     with locked_folder(config.output) as is_alone:
         if not is_alone:

@@ -40,7 +40,7 @@ NEEDS = {  # a flag: of those that make use of it one is given
 }
 WRITTEN = (METRICS_NAME, PREDICTIONS_NAME, IMAGES_NAME, MAPS_NAME, NEW_MAPS_NAME)
 PATHS = (
-    *("output", "run", "score_maps", "export"),
+    *("score_maps", "export"),
     *("network_weights", "network_classes", "cache"),
 )
 
@@ -61,7 +61,9 @@ class EvaluateConfig:
         help="instead of --data: a folder of wsolevaluation metadata or of ILSVRC XML files, or a "
         "Kaggle solution CSV",
     )
-    run: Path | None = option(None, help="evaluate the nets in this folder of jobs.train")
+    run: Path | str | None = option(
+        None, help="evaluate the nets in this folder or URI of jobs.train"
+    )
     network: str | None = option(
         None,
         help="evaluate a network: efficientnet-lite0 to 2, timm:NAME or torchvision:NAME",
@@ -83,7 +85,7 @@ class EvaluateConfig:
     predictions: Path | None = option(
         None, help="evaluate boxes with classes: Kaggle .csv, or .parquet"
     )
-    output: Path = option(help="folder for the figures, predictions, maps and report.html")
+    output: Path | str = option(help="folder or URI for figures, predictions, maps, report.html")
     split: str = option("val", help="split of --data to evaluate")
     protocol: Literal["devkit", "exclusive", "int224"] = option(
         "devkit", help="; ".join(f"{name}: {p.text}" for name, p in PROTOCOLS.items())
@@ -169,7 +171,7 @@ class EvaluateConfig:
             )
         if self.centred_box is not None and len(self.centred_box) not in (1, 2):
             raise ValueError(f"--centred-box {self.centred_box} must be one or two shares")
-        written = {self.output.resolve() / name for name in WRITTEN}
+        written = {Path(absolute(self.output), name) for name in WRITTEN}
         for name in ("ground_truth", "score_maps", "predictions", "classifier", "export"):
             path = getattr(self, name)
             if path and written & {path.resolve(), *path.resolve().parents}:
@@ -182,6 +184,7 @@ class EvaluateConfig:
         """Return this with absolute paths: tasks may run in another folder than the driver."""
         given = {name: getattr(self, name) for name in PATHS}
         paths: dict[str, Any] = {n: path.resolve() for n, path in given.items() if path is not None}
-        if self.data is not None:
-            paths["data"] = absolute(self.data)
+        for name in ("data", "run", "output"):
+            if (location := getattr(self, name)) is not None:
+                paths[name] = absolute(location)
         return replace(self, **paths)

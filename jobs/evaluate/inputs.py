@@ -67,7 +67,7 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
     return Inputs(manifest=manifest, truth=truth, images=images, maps=maps)
 
 
-def check_compatible(run: Path, config: "ModelConfig", data: str, manifest: Manifest) -> None:
+def check_compatible(run: Path | str, config: "ModelConfig", data: str, manifest: Manifest) -> None:
     """Raise UserError, in one line, where nets and shards differ in classes or image size."""
     if config.classes != manifest.classes:
         both = set(config.classes) & set(manifest.classes)

@@ -90,7 +90,7 @@ def _nets(
     from jobs.evaluate.tasks import shard_parts
 
     assert inputs.maps is not None
-    part = _collect(shard_parts(config, inputs.maps), config.output, inputs.maps, progress)
+    part = _collect(shard_parts(config, inputs.maps), Path(config.output), inputs.maps, progress)
     classes = part.classes | classes
     ours = config.run is not None
     of_aln = tuple(name for name in ("co-trained", "clean", "file") if name in classes)
@@ -119,7 +119,7 @@ def _score_maps(
     first = read_score_map(score_map_path(root, truth.ids[0]), None)
     size = (SIDE, SIDE) if config.protocol == "int224" else (first.shape[0], first.shape[1])
     parts = given_parts(root, truth, size, config.workers or os.cpu_count() or 1)
-    maps = _collect(parts, config.output, truth, progress).maps["given"]
+    maps = _collect(parts, Path(config.output), truth, progress).maps["given"]
     localizations = _localizations("given", "Given score maps", maps, (*classes,) or (None,), None)
     return Source(
         kind="score maps",

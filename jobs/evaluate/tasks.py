@@ -13,12 +13,12 @@ import ray
 import torch
 from torch import Tensor
 
-from jobs.cli import connect_ray
+from jobs.cli import check_hosts, connect_ray
 from jobs.evaluate.config import EvaluateConfig
 from jobs.evaluate.maps import NetworkSource, RunSource
 from jobs.evaluate.scorer import MapTruth, Part, score_maps
 from jobs.networks import load_network
-from jobs.runs import load_nets
+from jobs.runs import MODEL_NAME, load_nets
 from model.localization import RULES
 from pipeline.errors import NAMED, UserError
 from pipeline.evaluation.formats import write_score_map
@@ -26,7 +26,8 @@ from pipeline.evaluation.protocols import TOP
 from pipeline.evaluation.results import maps_bytes
 from pipeline.evaluation.sweep import quantize, stretch
 from pipeline.loading.cache import GIB, CacheConfig
-from pipeline.shards.format import Manifest, read_manifest
+from pipeline.shards.format import MANIFEST_NAME, Manifest, read_manifest
+from pipeline.storage import join
 from pipeline.tasks import Failure, run_tasks
 
 if TYPE_CHECKING:  # importing it needs DALI, which tasks alone do
@@ -153,6 +154,11 @@ def shard_parts(config: EvaluateConfig, truth: MapTruth) -> Iterator[Part]:
     """Score the whole split in Ray tasks, and yield what each gives, as they end. Raises a task's
     UserError as it is, when the other tasks have been stopped."""
     connect_ray()
+    assert config.data is not None
+    read = [join(config.data, MANIFEST_NAME)]
+    if config.run is not None:
+        read.append(join(config.run, MODEL_NAME))
+    check_hosts(*read)
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     workers = config.workers or int(gpus / GPU_SHARE) or max(1, int(resources.get("CPU", 1)))

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,7 +15,7 @@ from jobs.pictures import Cell, draw_grid, encode_png
 from pipeline.errors import UserError
 from pipeline.loading.order import Order, Position, steps_per_epoch
 from pipeline.shards.format import Manifest, read_manifest, split_of
-from pipeline.storage import write_atomically
+from pipeline.storage import is_file, join, make_folder, write_atomically
 
 if TYPE_CHECKING:
     from pipeline.loading.loader import Batch
@@ -29,7 +28,7 @@ WARMUP_BATCHES = 5  # before the rate is measured
 class InspectConfig(LoadingConfig):
     """What to look at. The train split comes as in training, others as in evaluation."""
 
-    output: Path = option(help="folder for a picture per batch")
+    output: str = option(help="folder or URI for a picture per batch")
     split: str = option("train", help="train: augmented and shuffled; others as they are, in order")
     batches: int = option(2, low=1, help="batches to draw")
     batch_size: int = option(32, low=1, help="images in a batch, of which up to 32 are drawn")
@@ -85,16 +84,16 @@ def measure(config: InspectConfig, manifest: Manifest) -> str:
     )
 
 
-def inspect(config: InspectConfig) -> list[Path]:
+def inspect(config: InspectConfig) -> list[str]:
     """Draw the first batches into the output folder. Raises UserError for a set or output that
     cannot be used."""
     manifest = read_manifest(config.data)
     split = split_of(manifest, config.split)
-    if config.output.exists() and not config.output.is_dir():
+    if is_file(config.output):
         raise UserError(f"--output {config.output} is a file; give a folder")
     if not split.images:
         raise UserError(f"split {config.split!r} of {config.data} has no images to look at")
-    config.output.mkdir(parents=True, exist_ok=True)
+    make_folder(config.output)
     steps = steps_per_epoch(split.images, config.batch_size, ranks=1)
     how = "augmented" if config.split == "train" else "as stored"
     paths = []
@@ -103,7 +102,7 @@ def inspect(config: InspectConfig) -> list[Path]:
             f"{config.split}, batch {number} of {steps} in epoch {config.epoch}: "
             f"{len(batch.labels)} images, {how}"
         )
-        paths.append(config.output / f"{config.split}-batch-{number}.png")
+        paths.append(join(config.output, f"{config.split}-batch-{number}.png"))
         write_atomically(paths[-1], encode_png(draw_batch(batch, manifest, title)))
     return paths
 

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,12 +31,19 @@ from jobs.localize.batches import (
     process_batch,
 )
 from jobs.runs import Nets
-from jobs.shipped import nets_file, open_nets
+from jobs.shipped import nets_hash, open_nets
 from pipeline.ahead import run_ahead
 from pipeline.errors import SHOWN, UserError
-from pipeline.shards.format import sha256_file
 from pipeline.sources.listing import IMAGE_SUFFIXES
-from pipeline.storage import atomic_file, lock, naming_full_disk
+from pipeline.storage import (
+    absolute,
+    atomic_file,
+    is_file,
+    join,
+    lock,
+    naming_full_disk,
+    working_folder,
+)
 
 FORMAT = 2
 BOXES_NAME = "boxes.json"
@@ -189,7 +197,7 @@ def still_valid(
         asked = {"overlay": job.overlay} if config.overlays else {}
         asked |= {"mask": job.mask} if config.masks else {}
         drawn = asked.items() <= entry.items() and all(
-            (config.output / name).is_file() for name in asked.values()
+            Path(config.output, name).is_file() for name in asked.values()
         )
         if entry["status"] == "ok" and drawn and _is_unchanged(job.path, entry):
             valid[job.path] = entry
@@ -256,17 +264,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(LocalizeConfig, argv, __doc__ or "")
     torch.set_num_threads(1)  # batches share the cores; and sums depend on the number of threads
     nets = read_nets(config)
-    if config.output.exists() and not config.output.is_dir():
+    if is_file(config.output):
         raise UserError(f"--output {config.output} is a file; give a folder.")
-    images = find_images(config.images, config.output)
+    with working_folder(absolute(config.output), BOXES_NAME, resumes=True) as folder:
+        write_boxes(config, folder, nets)
+
+
+def write_boxes(config: LocalizeConfig, output: Path, nets: Nets) -> None:
+    """Write a local output folder, and print what came of it. Raises UserError where images
+    failed."""
+    location, config = config.output, replace(config, output=output)
+    images = find_images(config.images, output)
     started = time.monotonic()
-    config.output.mkdir(parents=True, exist_ok=True)
-    model = sha256_file(nets_file(config.run))
+    output.mkdir(parents=True, exist_ok=True)
+    model = nets_hash(config.run)
     rule = config.rule or nets.config.rule
     settings = {"format": FORMAT, "model_sha256": model, "rule": rule}
     settings["average_views"] = config.average_views
-    with open_progress(config.output, settings) as (progress, latest):
-        jobs = name_results(images, config.output, latest)
+    with open_progress(output, settings) as (progress, latest):
+        jobs = name_results(images, output, latest)
         results = still_valid(latest, jobs, config)
         if results:
             print(f"{len(results)} of {len(jobs)} images are done already")
@@ -274,15 +290,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         entries = [results[job.path] for job in jobs]
         current = {job.path.absolute() for job in jobs}
         others = [entry for path, entry in latest.items() if path not in current]
-        content = {**settings, **cli.record(config), "images": others + entries}
-        with atomic_file(config.output / BOXES_NAME) as file:
+        record = cli.record(replace(config, output=location))
+        content = {**settings, **record, "images": others + entries}
+        with atomic_file(output / BOXES_NAME) as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
     failed = sum(entry["status"] != "ok" for entry in entries)
     noted = sum("note" in entry for entry in entries)
     print(
         f"{len(jobs) - failed} of {len(jobs)} images located, "
         f"{f'{noted} of them with a note, ' if noted else ''}"
-        f"{cli.duration(time.monotonic() - started)}: {config.output / BOXES_NAME}"
+        f"{cli.duration(time.monotonic() - started)}: {join(location, BOXES_NAME)}"
     )
     if failed:
         raise UserError(

@@ -27,10 +27,12 @@ class LocalizeConfig:
     images: tuple[Path, ...] = option(
         help="image files, or folders that are searched for them", positional=True
     )
-    run: Path | None = option(
-        None, help="folder of a finished jobs.train (default: the net that comes with the project)"
+    run: Path | str | None = option(
+        None,
+        help="folder or URI of a finished jobs.train (default: the net that comes with the "
+        "project)",
     )
-    output: Path = option(Path("boxes"), help="folder for boxes.json and the pictures")
+    output: Path | str = option("boxes", help="folder or URI for boxes.json and the pictures")
     overlays: bool = option(
         True, help="write a PNG per image with the mask's colours, the box and the class over it"
     )
@@ -145,7 +147,7 @@ def _write_pictures(
         mask = mask_picture(result.map, image.height, image.width)
         pictures["mask"] = (job.mask, encode_png(mask))
     for name, data in pictures.values():
-        path = config.output / name
+        path = Path(config.output, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)
     return {kind: name for kind, (name, _) in pictures.items()}

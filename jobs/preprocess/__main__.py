@@ -11,8 +11,10 @@ from jobs.preprocess.preview import PREVIEW_NAME, write_previews
 from pipeline.errors import UserError
 from pipeline.shards.format import Manifest
 from pipeline.shards.make import Outcome, Progress, preprocess
+from pipeline.shards.output import PLAN_NAME
 from pipeline.shards.plan import PreprocessConfig
 from pipeline.shards.verify import Verification, verify
+from pipeline.storage import absolute, join
 
 DESCRIPTION = (
     "Turn a collection of images into shards (--source, --output), or check finished ones "
@@ -45,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(config)
         return
     values = {field.name: getattr(config, field.name) for field in fields(PreprocessConfig)}
-    outcome = preprocess(PreprocessConfig(**values), printer(making), cli.connect_ray)
+
+    def connect() -> None:
+        cli.connect_ray()
+        cli.check_hosts(join(absolute(config.output), PLAN_NAME))
+
+    outcome = preprocess(PreprocessConfig(**values), printer(making), connect)
     pages = write_previews(outcome.output, outcome.manifest)
     if outcome.totals is None and not pages:
         print(f"{outcome.output} was finished before: {_counts(outcome)}. Nothing to do.")

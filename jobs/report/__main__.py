@@ -17,7 +17,14 @@ from jobs.report.charts import iou_charts
 from jobs.report.compare import Entry, entries_of, pairs
 from pipeline.errors import UserError
 from pipeline.evaluation.results import read_evaluation
-from pipeline.storage import write_atomically
+from pipeline.storage import (
+    absolute,
+    is_remote,
+    local_path,
+    make_folder,
+    parent,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from jobs.report.pictures import Picture
@@ -27,18 +34,18 @@ if TYPE_CHECKING:
 class ReportConfig:
     """The evaluations and what they are called."""
 
-    evaluation: tuple[Path, ...] = cli.option(
-        help="folders that jobs.evaluate wrote, of the same images", positional=True
+    evaluation: tuple[str, ...] = cli.option(
+        help="folders or URIs that jobs.evaluate wrote, of the same images", positional=True
     )
     titles: tuple[str, ...] = cli.option(
         (),
         help="what each evaluation is called, as many as there are (default: its folder); those of "
         "one title are seeds of one method, shown by their mean, lowest and highest",
     )
-    output: Path = cli.option(help="the HTML file to write")
+    output: str = cli.option(help="the HTML file to write, or its URI")
 
     def __post_init__(self) -> None:
-        if len({folder.resolve() for folder in self.evaluation}) < len(self.evaluation):
+        if len({absolute(folder) for folder in self.evaluation}) < len(self.evaluation):
             raise ValueError("one evaluation is given twice; give each once")
         if self.titles and len(self.titles) != len(self.evaluation):
             raise ValueError(
@@ -49,13 +56,13 @@ class ReportConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page of the command line's evaluations."""
     config = cli.parse(ReportConfig, argv, __doc__ or "")
-    if config.output.is_dir():
+    if not is_remote(config.output) and local_path(config.output).is_dir():
         raise UserError(f"--output {config.output} is a folder; name the HTML file to write.")
     evaluations = [read_evaluation(folder) for folder in config.evaluation]
-    entries = entries_of(evaluations, config.titles or [str(path) for path in config.evaluation])
+    entries = entries_of(evaluations, config.titles or config.evaluation)
     pictures, reason = find_pictures(entries)
     page = render(entries, pictures, reason)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent(config.output))
     write_atomically(config.output, page.encode())
     print(f"report: {config.output}")
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from jobs import cli
@@ -23,8 +22,15 @@ from pipeline.errors import UserError
 from pipeline.loading.cache import ShardCache, check_window
 from pipeline.loading.order import Order, steps_per_epoch
 from pipeline.loading.samples import Samples, verify_shard
-from pipeline.shards.format import Manifest, check_sizes, manifest_hash, read_manifest, split_of
-from pipeline.storage import absolute, is_remote, write_atomically
+from pipeline.shards.format import (
+    MANIFEST_NAME,
+    Manifest,
+    check_sizes,
+    manifest_hash,
+    read_manifest,
+    split_of,
+)
+from pipeline.storage import absolute, is_file, is_remote, join, read_bytes, write_atomically
 
 RUN_FORMAT = 2
 HASHES = ("data_sha256", "images_sha256", "shuffle_window")
@@ -52,11 +58,12 @@ def describe_run(config: TrainConfig, manifest: Manifest, record: dict[str, Any]
     }
 
 
-def read_run(run: Path) -> dict[str, Any]:
+def read_run(run: str) -> dict[str, Any]:
     """Read RUN/run.json. Raises UserError for a damaged one, or a run of an earlier version."""
-    path = run / RUN_NAME
+    path = join(run, RUN_NAME)
+    data = read_bytes(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
         number = content.get("format", 1)
         if number == RUN_FORMAT:
             content["configuration"]["nets"].items()
@@ -93,28 +100,29 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return words
 
 
-def check_output(output: Path, content: dict[str, Any]) -> None:
+def check_output(output: str, content: dict[str, Any]) -> None:
     """Raise UserError for an output folder of another training."""
-    if (output / RUN_NAME).exists():
+    if is_file(join(output, RUN_NAME)):
         changed = changes(read_run(output), content)
         if changed:
             raise UserError(
                 f"{output} holds a run of another configuration: {', '.join(changed)}. "
                 "Use a new --output, or the same flags to go on with that run."
             )
-    elif output.exists() and not output.is_dir():
+    elif is_file(output):
         raise UserError(f"--output {output} is a file; give a folder")
 
 
 @contextmanager
-def claimed_output(output: Path, content: dict[str, Any]) -> Iterator[None]:
+def claimed_output(output: str, content: dict[str, Any]) -> Iterator[None]:
     """Keep other trainings from the output folder, and write its run.json where there is none yet.
     Raises UserError for a folder of another training, or of one at work."""
     check_output(output, content)
     with exclusive_run(output):
         check_output(output, content)
-        if not (output / RUN_NAME).exists():
-            write_atomically(output / RUN_NAME, (json.dumps(content, indent=1) + "\n").encode())
+        path = join(output, RUN_NAME)
+        if not is_file(path):
+            write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
         yield
 
 
@@ -124,7 +132,7 @@ def check_warmup(config: TrainConfig, manifest: Manifest) -> None:
     run = config.optimization.warmup_from
     if run is None:
         return
-    if not (run / RUN_NAME).is_file():
+    if not is_file(join(run, RUN_NAME)):
         raise UserError(f"--warmup-from {run} holds no {RUN_NAME}: it is no run of jobs.train")
     other = read_run(run)
     network = other["configuration"]["nets"].get("network")  # absent from older runs
@@ -193,10 +201,10 @@ def train(config: TrainConfig) -> None:
     warmup_from, weights = config.optimization.warmup_from, config.optimization.network_weights
     optimization = replace(
         config.optimization,
-        warmup_from=warmup_from and warmup_from.resolve(),
+        warmup_from=warmup_from and absolute(warmup_from),
         network_weights=weights and weights.resolve(),
     )
-    output = config.output.resolve()
+    output = absolute(config.output)
     config = replace(config, output=output, loading=loading, optimization=optimization)
     manifest = read_manifest(config.loading.data)
     check_data(config, manifest)
@@ -207,8 +215,9 @@ def train(config: TrainConfig) -> None:
     record = cli.record(config)
     content = describe_run(config, manifest, record)
     check_output(output, content)
-    if (output / MODEL_NAME).exists():
-        print(f"{output / MODEL_NAME} is there already: nothing left to train")
+    model = join(output, MODEL_NAME)
+    if is_file(model):
+        print(f"{model} is there already: nothing left to train")
         return
     check_training(output)
     if not os.environ.get("RAY_ADDRESS"):
@@ -216,9 +225,10 @@ def train(config: TrainConfig) -> None:
     cli.connect_ray()
     check_resources(config.resources)
     with claimed_output(output, content):
+        cli.check_hosts(join(output, RUN_NAME), join(config.loading.data, MANIFEST_NAME))
         launch(config, record)
     print(summary(output), waiting_summary(output), sep="\n")
-    print(f"trained nets: {output / MODEL_NAME}")
+    print(f"trained nets: {model}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

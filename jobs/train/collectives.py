@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from jobs.train.state import TrainingError, TrainingState
 from model.step import Step
+from pipeline.errors import UserError
 
 
 def _several_ranks() -> bool:
@@ -64,8 +65,13 @@ def on_first_rank(action: Callable[[], None], what: str) -> None:
         try:
             action()
         except OSError as error:
-            failure[0] = f"{what} cannot be written: {error.strerror or error} ({error.filename})"
+            failure[0] = (
+                f"{what} cannot be written: {error.strerror or error} ({error.filename}). Make "
+                "room on the disk; then the same command goes on"
+            )
+        except UserError as error:
+            failure[0] = f"{what} cannot be written: {error}"
     if _several_ranks():
         dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
-        raise TrainingError(f"{failure[0]}. Make room on the disk; then the same command goes on")
+        raise TrainingError(failure[0])

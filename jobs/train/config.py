@@ -178,7 +178,7 @@ class OptimizationConfig(Group):
         help="epochs of the classifier alone, on clean images (without, masks collapse); of "
         "--network: of imitation alone, and of a new head for classes that it does not know",
     )
-    warmup_from: Path | None = option(
+    warmup_from: str | None = option(
         None,
         help="a run on the same set, with whose clean classifier to begin instead of a warm-up",
     )
@@ -261,7 +261,7 @@ class LoggingConfig(Group):
 class TrainConfig:
     """How to train; `docs/method.md` explains each choice."""
 
-    output: Path = option(help="folder for checkpoints, metrics and the trained nets")
+    output: str = option(help="folder or URI for checkpoints, metrics and the trained nets")
     preset: Literal["small", "photos", "paper"] = option(
         "small",
         help="defaults of the flags below: what measured best on small images with nets from "

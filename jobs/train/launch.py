@@ -2,26 +2,41 @@
 
 import os
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import ray
+from ray._private.state import state
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.runs import LOG_NAME
 from jobs.train.checkpoints import FAULT_NAME, REQUEST_NAME, way_on
+from jobs.train.cluster import Preparation, Watch
 from jobs.train.config import ResourcesConfig, TrainConfig
 from pipeline.errors import UserError
+from pipeline.storage import (
+    UnreachableError,
+    entries,
+    is_file,
+    is_remote,
+    join,
+    local_path,
+    name,
+    parent,
+    read_bytes,
+    remove,
+    write_atomically,
+)
 
-RAY_NAME = "ray"  # Ray Train's own record of the run; checkpoints are ours
 COLLECTIVE_TIMEOUT = 300  # seconds that ranks wait for one that died
 POLL_SECONDS = 0.5
+REMOTE_SECONDS = 5.0  # between looks at an object
 REQUEST_SECONDS = 15  # to finish a step and write a checkpoint, before an interruption ends all
 
 
@@ -32,6 +47,12 @@ def check_resources(resources: ResourcesConfig) -> None:
     available, (fewest, _) = int(ray.cluster_resources().get(resource, 0)), resources.worker_range
     if available >= fewest:
         return
+    most = state.get_max_resources_from_cluster_config()  # None where no autoscaler tells
+    if most is not None and most.get(resource, 0) < fewest:
+        raise UserError(
+            f"--workers {resources.workers} asks for as many {resource}s, the cluster can grow to "
+            f"{most.get(resource, 0):.0f}. Lower --workers, or raise max_workers of the cluster"
+        )
     if os.environ.get("RAY_ADDRESS"):
         print(f"waiting for {fewest} {resource}s; the cluster has {available}")
     else:
@@ -42,16 +63,20 @@ def check_resources(resources: ResourcesConfig) -> None:
 
 
 @contextmanager
-def following(path: Path) -> Iterator[None]:
+def following(path: str) -> Iterator[None]:
     """Print what is appended to a file from now on, to its end when the context is left."""
     stop = threading.Event()
-    with path.open("a+") as file:  # which stands at its end
+    with ExitStack() as stack:
+        if is_remote(path):
+            read = appended(path)
+        else:
+            read = stack.enter_context(local_path(path).open("a+")).read  # which is at its end
 
         def copy() -> None:
             stopping = False
             while not stopping:
-                stopping = stop.wait(POLL_SECONDS)
-                sys.stdout.write(file.read())
+                stopping = stop.wait(REMOTE_SECONDS if is_remote(path) else POLL_SECONDS)
+                sys.stdout.write(read())
                 sys.stdout.flush()
 
         thread = threading.Thread(target=copy)
@@ -63,6 +88,27 @@ def following(path: Path) -> Iterator[None]:
             thread.join()
 
 
+def appended(location: str) -> Callable[[], str]:
+    """Return a function that reads what was appended to a remote file since its last call, and
+    nothing while it cannot be reached."""
+
+    def size() -> int:
+        return entries(parent(location))[1].get(name(location), 0)
+
+    position = size()
+
+    def read() -> str:
+        nonlocal position
+        text = b""
+        with suppress(UnreachableError):
+            if size() > position:
+                text = read_bytes(location)[position:]
+                position += len(text)
+        return text.decode(errors="replace")
+
+    return read
+
+
 def launch(config: TrainConfig, record: dict[str, Any]) -> None:
     """Train to the end. Raises UserError with the cause where training cannot go on."""
     resources = config.resources
@@ -70,19 +116,23 @@ def launch(config: TrainConfig, record: dict[str, Any]) -> None:
     gpus = ray.cluster_resources().get("GPU", 0)
     use_gpu = resources.device == "cuda" or (resources.device == "auto" and gpus >= fewest)
     workers = fewest if fewest == most else (fewest, most)
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"config": config, "record": record},
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        run_config=RunConfig(
-            name=RAY_NAME,
-            storage_path=str(config.output),
-            failure_config=FailureConfig(max_failures=resources.max_failures),
-        ),
-    )
     try:
-        with following(config.output / LOG_NAME):
+        # Ray Train wants a folder for checkpoints, but these are ours.
+        with tempfile.TemporaryDirectory() as empty, following(join(config.output, LOG_NAME)):
+            trainer = TorchTrainer(
+                _work,
+                train_loop_config={"config": config, "record": record},
+                torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
+                scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
+                run_config=RunConfig(
+                    storage_path=empty,
+                    failure_config=FailureConfig(max_failures=resources.max_failures),
+                    callbacks=[
+                        Preparation(),
+                        Watch(config.output, fewest, "GPU" if use_gpu else "CPU"),
+                    ],
+                ),
+            )
             failure = _fit(trainer, config.output)
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
@@ -95,12 +145,12 @@ def launch(config: TrainConfig, record: dict[str, Any]) -> None:
         raise UserError(failure)
 
 
-def _fit(trainer: TorchTrainer, run: Path) -> str | None:
+def _fit(trainer: TorchTrainer, run: str) -> str | None:
     """Run Ray Train to its end and return what its workers return. An interruption first waits for
     a checkpoint. Raises TrainingFailedError."""
-    request = run / REQUEST_NAME
-    request.unlink(missing_ok=True)
-    (run / FAULT_NAME).unlink(missing_ok=True)
+    request = join(run, REQUEST_NAME)
+    remove(request)
+    remove(join(run, FAULT_NAME))
     ended: Future[str | None] = Future()
 
     def fit() -> None:
@@ -115,13 +165,13 @@ def _fit(trainer: TorchTrainer, run: Path) -> str | None:
         return ended.result()
     except KeyboardInterrupt:
         started = time.monotonic()
-        request.touch()
-        while request.exists() and not ended.done():
+        write_atomically(request, b"")
+        while is_file(request) and not ended.done():
             if time.monotonic() - started > REQUEST_SECONDS:
                 break
             time.sleep(POLL_SECONDS)
         ray.shutdown()
-        request.unlink(missing_ok=True)
+        remove(request)
         print(way_on(run), file=sys.stderr)
         raise
 

@@ -3,6 +3,9 @@ and the table at the end."""
 
 import json
 import math
+import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,22 @@ from tensorboardX import SummaryWriter
 
 from jobs.cli import duration, table
 from jobs.runs import LOG_NAME, METRICS_NAME
-from pipeline.storage import naming_full_disk, write_atomically
+from pipeline.storage import (
+    MissingError,
+    UnreachableError,
+    is_remote,
+    join,
+    local_path,
+    name,
+    naming_full_disk,
+    read_bytes,
+    upload_changes,
+    write_atomically,
+)
 
 TENSORBOARD_NAME = "tensorboard"
 EXAMPLES_NAME = "examples"
+UPLOAD_SECONDS = 10  # between uploads of what is appended to
 
 
 class TrainingLog:
@@ -23,18 +38,31 @@ class TrainingLog:
     sets Ray's metrics, which its dashboard and Prometheus show as aln_NAME.
 
     A resumed run first drops the metrics that were logged after its checkpoint, so that they have
-    every step once; log.txt keeps their lines. notes: for the next interval.
+    every step once; log.txt keeps their lines. Of a run at a URI the files grow in a local folder
+    and are uploaded now and then. notes: for the next interval.
     """
 
-    def __init__(self, run: Path, resumed_step: int) -> None:
-        self.run = run
-        path = run / METRICS_NAME
+    def __init__(self, run: str | Path, resumed_step: int) -> None:
+        self.run = str(run)
+        self.known: dict[str, tuple[int, int]] = {}
+        self.uploaded = time.monotonic()
+        if is_remote(run):
+            self.temporary = tempfile.TemporaryDirectory()
+            self.folder = Path(self.temporary.name)
+            for file_name in (METRICS_NAME, LOG_NAME):
+                with suppress(MissingError):
+                    (self.folder / file_name).write_bytes(read_bytes(join(run, file_name)))
+        else:
+            self.folder = local_path(run)
+        path = self.folder / METRICS_NAME
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [f"{text}\n" for text in lines if _step(text) <= resumed_step]
         write_atomically(path, "".join(kept).encode())
         self.file = path.open("a")
-        self.text = (run / LOG_NAME).open("a")
-        self.events = SummaryWriter(str(run / TENSORBOARD_NAME), purge_step=resumed_step + 1)
+        self.text = (self.folder / LOG_NAME).open("a")
+        self.events = SummaryWriter(
+            str(self.folder / TENSORBOARD_NAME), purge_step=resumed_step + 1
+        )
         self.gauges: dict[str, Gauge] = {}
         self.notes: list[str] = []
 
@@ -48,28 +76,51 @@ class TrainingLog:
                 file.flush()
         phase, step = values["phase"], values["step"]
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
-        with naming_full_disk(self.run / TENSORBOARD_NAME):
-            for name, value in numbers.items():
-                self.events.add_scalar(f"{phase}/{name}", value, step)
+        with naming_full_disk(self.folder / TENSORBOARD_NAME):
+            for key, value in numbers.items():
+                self.events.add_scalar(f"{phase}/{key}", value, step)
             self.events.flush()
-        for name, value in numbers.items():
-            if name not in self.gauges:
-                self.gauges[name] = Gauge(f"aln_{name}", name, tag_keys=("run", "phase"))
-            self.gauges[name].set(value, {"run": self.run.name, "phase": phase})
+        for key, value in numbers.items():
+            if key not in self.gauges:
+                self.gauges[key] = Gauge(f"aln_{key}", key, tag_keys=("run", "phase"))
+            self.gauges[key].set(value, {"run": name(self.run), "phase": phase})
+        if time.monotonic() - self.uploaded >= UPLOAD_SECONDS:
+            with suppress(UnreachableError):  # a checkpoint, which comes soon, must be written
+                self.upload()
 
     def picture(self, step: int, picture: np.ndarray, encoded: bytes) -> None:
         """Keep the example images' masks at a step: RGB uint8 [H, W, 3] and the same as PNG."""
-        path = self.run / EXAMPLES_NAME / f"step-{step:06}.png"
+        path = self.folder / EXAMPLES_NAME / f"step-{step:06}.png"
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, encoded)
         self.events.add_image("examples", picture, step, dataformats="HWC")
         self.events.flush()
 
+    def upload(self) -> None:
+        """Upload what has grown, where the run lies at a URI. Raises UserError."""
+        if is_remote(self.run):
+            self.known = upload_changes(self.folder, self.run, self.known)
+        self.uploaded = time.monotonic()
+
     def close(self) -> None:
-        """Close the files."""
+        """Close the files. Raises UserError where they cannot be uploaded."""
         self.file.close()
         self.text.close()
         self.events.close()
+        self.upload()
+
+
+def append_line(run: str | Path, text: str) -> None:
+    """Append a line to a run's log while no rank has it open. Raises OSError, of a URI UserError,
+    where it cannot be written."""
+    if not is_remote(run):
+        with local_path(join(run, LOG_NAME)).open("a") as file:
+            file.write(f"{text}\n")
+        return
+    before = b""
+    with suppress(MissingError):
+        before = read_bytes(join(run, LOG_NAME))
+    write_atomically(join(run, LOG_NAME), before + f"{text}\n".encode())
 
 
 def _step(line: str) -> float:
@@ -79,11 +130,11 @@ def _step(line: str) -> float:
         return math.inf  # the last line of a killed run may be cut off
 
 
-def _intervals(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in (run / METRICS_NAME).read_text().splitlines()]
+def _intervals(run: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in read_bytes(join(run, METRICS_NAME)).splitlines()]
 
 
-def waiting_summary(run: Path) -> str:
+def waiting_summary(run: str | Path) -> str:
     """Return in one line how much of a run's time went into waiting for batches, by phase, and how
     much into the first ones, while the loader starts."""
     seconds: dict[str, float] = {}
@@ -98,7 +149,7 @@ def waiting_summary(run: Path) -> str:
     return f"waiting for data: {', '.join(shares)}; for the first batches {starting:.1f} s"
 
 
-def summary(run: Path) -> str:
+def summary(run: str | Path) -> str:
     """Return the table at the end: each phase's steps, time and rate, and its last values."""
     accuracies = ("accuracy", "clean_accuracy", "context_accuracy", "swapped_accuracy")
     others = ("target", "area", "area_weight", "joint_share", "corruption_loss", "classifier_loss")

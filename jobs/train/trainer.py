@@ -231,7 +231,7 @@ class Trainer:
         area_weight = self.config.balance.area_start * loss
         return ControllerState(area_weight=area_weight, accuracy=accuracy)
 
-    def take_warmup(self, run: Path) -> None:
+    def take_warmup(self, run: str | Path) -> None:
         """Begin with the clean classifier of another run on the same set. Raises TrainingError
         where that run has none yet."""
         checkpoint = read_warmup(run)

@@ -9,6 +9,7 @@ import torch
 from jobs.pictures import encode_png
 from jobs.runs import save_nets
 from jobs.train.checkpoints import FAULT_NAME, REQUEST_NAME, read_checkpoint, write_checkpoint
+from jobs.train.cluster import Notices
 from jobs.train.collectives import check_ranks, on_first_rank
 from jobs.train.config import TrainConfig
 from jobs.train.examples import Examples, draw_examples, load_examples
@@ -20,7 +21,7 @@ from pipeline.loading.cache import NoRoomError
 from pipeline.loading.loader import Loader
 from pipeline.loading.order import Order
 from pipeline.shards.format import read_manifest
-from pipeline.storage import UnreachableError, write_atomically
+from pipeline.storage import UnreachableError, is_file, join, read_bytes, write_atomically
 
 
 def resume(trainer: Trainer) -> list[str]:
@@ -47,12 +48,14 @@ def write_state(trainer: Trainer, examples: Examples | None = None) -> None:
         if trainer.log is not None and examples is not None and not trainer.warming_up:
             picture = draw_examples(examples, state.corruption_average, trainer.model)
             trainer.log.picture(state.step, picture, encode_png(picture))
+        if trainer.log is not None:
+            trainer.log.upload()
 
     on_first_rank(write, f"the checkpoint of step {state.step}")
 
 
 def write_own_state(trainer: Trainer) -> None:
-    """Write a checkpoint of this rank's state, which is that of all. Raises OSError."""
+    """Write a checkpoint of this rank's state, which is that of all. Raises OSError, UserError."""
     state, config = trainer.state, trainer.config
     tensors, numbers = state_tensors(state), state_numbers(state)
     keep = config.logging.keep_checkpoints
@@ -84,15 +87,15 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
     batches = Loader(loading.data, manifest, device, loading.cache_config()).train(
         order, loading.augmentation(), start=trainer.position, rank=rank, ranks=ranks
     )
-    request = config.output / REQUEST_NAME
+    notices = Notices(rank, join(config.output, REQUEST_NAME))
     while trainer.state.step < trainer.steps:
         trainer.train_step(batches)
         if trainer.at_checkpoint:
             write_state(trainer, examples)
-        if rank == 0 and request.exists():
+        if notices.due():
             trainer.check_weights()
             write_own_state(trainer)
-            request.unlink(missing_ok=True)
+            notices.done()
     if trainer.log is not None:
         trainer.log.close()
     nets = finished_nets(trainer.state, trainer.model)
@@ -103,9 +106,9 @@ def train_worker(config: TrainConfig, record: dict[str, Any]) -> str | None:
     """Run a rank's training. A TrainingError, which all ranks meet at the same step, ends the run
     without another attempt: its message is returned. So does a UserError, which a rank may meet
     alone: it leaves its message to the next attempt. Anything else is to recover from."""
-    fault = config.output / FAULT_NAME
-    if fault.exists():
-        return fault.read_text()
+    fault = join(config.output, FAULT_NAME)
+    if is_file(fault):
+        return read_bytes(fault).decode()
     try:
         run_training(config, record)
     except TrainingError as error:

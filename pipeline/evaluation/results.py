@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import UserError
-from pipeline.storage import write_atomically
+from pipeline.storage import MissingError, entries, join, open_input, read_bytes, write_atomically
 
 FORMAT = 2
 METRICS_NAME = "metrics.json"
@@ -76,45 +76,54 @@ class RowFigures:
 class Evaluation:
     """An evaluation that was read. metrics: the content of metrics.json without its rows."""
 
-    folder: Path
+    folder: Path | str
     metrics: dict[str, Any]
     rows: tuple[RowFigures, ...]
 
     def predictions(self, map: str, rule: str | None) -> pa.Table:
         """Return the lines of predictions.parquet of one map and rule, a line per image in
         order."""
-        table = pq.read_table(self.folder / PREDICTIONS_NAME, filters=[("map", "=", map)])
+        table = pq.read_table(self._open(PREDICTIONS_NAME), filters=[("map", "=", map)])
         same = pc.is_null(table["rule"]) if rule is None else pc.equal(table["rule"], rule)
         return table.filter(same)
 
     def images(self) -> pa.Table:
         """Return images.parquet, a line per image in order."""
-        return pq.read_table(self.folder / IMAGES_NAME)
+        return pq.read_table(self._open(IMAGES_NAME))
 
     def maps(self, images: Iterable[int]) -> dict[int, np.ndarray]:
         """Read the main maps of some images: uint8 [H, W] by image, without those that have none.
         255 stands for 1 in ALN's and given maps; another map is stretched from 0 to 255."""
         wanted = sorted(set(images))
         maps: dict[int, np.ndarray] = {}
-        for path in sorted((self.folder / MAPS_NAME).glob("*.parquet")):
-            table = pq.read_table(path, filters=[("image", "in", wanted)]) if wanted else None
-            if table is None or not len(table):
+        names = sorted(entries(join(self.folder, MAPS_NAME))[1]) if wanted else []
+        for name in names:
+            chosen = [("image", "in", wanted)]
+            table = pq.read_table(self._open(MAPS_NAME, name), filters=chosen)
+            if not len(table):
                 continue
             size = [int(table.schema.metadata[name]) for name in (b"height", b"width")]
             for image, values in zip(table["image"].to_pylist(), table["values"], strict=True):
                 maps[image] = np.frombuffer(values.as_py(), np.uint8).reshape(size)
         return maps
 
+    def _open(self, *names: str) -> pa.NativeFile:
+        return open_input(join(self.folder, *names))
 
-def read_evaluation(folder: Path) -> Evaluation:
+
+def read_evaluation(folder: Path | str) -> Evaluation:
     """Read what `write_evaluation` wrote. Raises UserError where it is missing or of another
     format."""
-    path = folder / METRICS_NAME
+    path = join(folder, METRICS_NAME)
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        data = read_bytes(path)
+    except MissingError:
         raise UserError(f"{folder} has no {METRICS_NAME}: no evaluation finished there.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}); evaluate again.") from error
+    try:
+        content = json.loads(data)
+    except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); evaluate again.") from error
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,7 +126,7 @@ def agreement(rank: int, ranks: int) -> list[str]:
         superpixels=16,
         compactness=10.0,
     )
-    config = TrainConfig(loading=LoadingConfig(data="shards"), output=Path("run"))
+    config = TrainConfig(loading=LoadingConfig(data="shards"), output="run")
     state = new_state(config, model, torch.device("cpu"))
     sound = state.controller = ControllerState(area_weight=1.25, accuracy=0.3)
     errors = []

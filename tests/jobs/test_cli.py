@@ -3,6 +3,8 @@
 import signal
 import tomllib
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -165,3 +167,17 @@ def test_ray_gets_a_second_try_and_then_one_line(
     monkeypatch.setattr(ray, "init", Mock(side_effect=failure))
     with pytest.raises(UserError, match=r"tried twice \(.*\)\. .*RAY_TMPDIR$"):
         cli.connect_ray()
+
+
+def test_a_host_with_other_versions_or_without_the_files_is_named(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "seen").touch()
+    cli.check_hosts(tmp_path / "nothing")  # a machine by itself
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    cli.check_hosts(tmp_path / "seen")
+    with pytest.raises(UserError, match=r"^host .*does not see .*/nothing"):
+        cli.check_hosts(tmp_path / "seen", tmp_path / "nothing")
+    monkeypatch.setattr(cli, "_version", lambda name: "0.1" if name == "ray" else version(name))
+    with pytest.raises(UserError, match=r"^host \S+ \(\S+\) has ray 2\S+, this one 0\.1"):
+        cli.check_hosts()

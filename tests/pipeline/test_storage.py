@@ -240,3 +240,62 @@ def test_the_error_of_a_full_disk_names_the_file_however_long(tmp_path: Path) ->
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [(x.name, x.stat().st_size) for x in tmp_path.iterdir()] == [("a" * 255, 1000)]
+
+
+def fill(location: str, version: str, *, resumes: bool = False, fails: bool = False) -> list[str]:
+    """Write three files as a command does, the last of which marks them as whole. Return the names
+    of those that were there."""
+    with storage.working_folder(location, "whole", replaced="maps", resumes=resumes) as folder:
+        before = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        (folder / "maps").mkdir(parents=True, exist_ok=True)
+        for name in (f"maps/{version}", "other", "whole"):
+            (folder / name).write_text(version)
+        if fails:
+            raise ZeroDivisionError
+    return before
+
+
+def test_a_working_folder_is_uploaded_the_marking_file_last(
+    s3_endpoint: str, proxy: Proxy, quick: None
+) -> None:
+    location = remote.uri(proxy.endpoint, "working")
+    order: list[str] = []
+
+    def fault(method: str, name: str, before: int) -> int | None:
+        if method == "PUT":
+            order.append(name)
+        return 503 if method in ("PUT", "DELETE") and before == 0 else None
+
+    proxy.fault = fault
+    assert fill(location, "a") == []
+    assert order[-1] == "whole"
+    with pytest.raises(ZeroDivisionError):
+        fill(location, "b", fails=True)
+    keys = ("working/maps/a", "working/other", "working/whole")
+    assert set(keys) <= set(objects(s3_endpoint, "working"))
+    assert storage.read_bytes(storage.join(location, "whole")) == b"a"
+    fill(location, "c")
+    assert "working/maps/a" not in objects(s3_endpoint, "working")
+    proxy.fault = lambda method, name, before: 403 if (method, name) == ("PUT", "other") else None
+    with pytest.raises(storage.UnreachableError, match="is denied"):
+        fill(location, "d")
+    assert "working/whole" not in objects(s3_endpoint, "working")
+
+
+def test_a_working_folder_that_resumes_begins_with_what_lies_there_and_keeps_what_was_done(
+    s3_endpoint: str, tmp_path: Path
+) -> None:
+    for location in (str(tmp_path), remote.uri(s3_endpoint, "resuming")):
+        with pytest.raises(ZeroDivisionError):
+            fill(location, "a", resumes=True, fails=True)
+        assert fill(location, "b", resumes=True) == ["maps/a", "other", "whole"]
+        names = sorted(n for n in storage.entries(storage.join(location, "maps"))[1] if n)
+        assert names == ["a", "b"]
+
+
+def test_a_folder_is_removed_with_all_in_it(s3_endpoint: str, tmp_path: Path) -> None:
+    for location in (str(tmp_path / "a"), remote.uri(s3_endpoint, "removed")):
+        fill(location, "a")
+        storage.remove_folder(location)
+        storage.remove_folder(location)
+        assert not any(storage.entries(location))

@@ -84,7 +84,7 @@ def classes_of(evaluation: Evaluation, column: str, classifier: str) -> np.ndarr
 def assert_same_files(first: Evaluation, second: Evaluation) -> None:
     assert first.rows == second.rows
     for name in ("images.parquet", "predictions.parquet"):
-        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
+        assert Path(first.folder, name).read_bytes() == Path(second.folder, name).read_bytes()
     every = range(first.metrics["images"])
     maps, others = first.maps(every), second.maps(every)
     assert list(maps) == sorted(others) == list(every)

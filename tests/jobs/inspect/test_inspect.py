@@ -67,7 +67,7 @@ def test_pictures_are_of_the_batches_that_training_gets(
 
 def test_other_splits_are_shown_as_they_are_stored(small_set: Path, tmp_path: Path) -> None:
     paths = inspect(config(small_set, tmp_path, split="val", batches=5))
-    assert [path.name for path in paths] == ["val-batch-0.png", "val-batch-1.png"]
+    assert [Path(path).name for path in paths] == ["val-batch-0.png", "val-batch-1.png"]
 
 
 def test_what_cannot_be_shown_is_one_line(small_set: Path, tmp_path: Path) -> None:

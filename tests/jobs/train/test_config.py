@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 
 from jobs.cli import parse
@@ -15,7 +13,7 @@ def parsed(*flags: str) -> TrainConfig:
 
 
 def test_presets_fill_what_is_not_given_and_flags_win() -> None:
-    defaults = TrainConfig(loading=LoadingConfig(data="d"), output=Path("o"))
+    defaults = TrainConfig(loading=LoadingConfig(data="d"), output="o")
     assert parsed() == parsed("--preset", "small") == defaults
     paper = parsed("--preset", "paper")
     assert (paper.balance.target, paper.balance.area_start) == (0.1, 0.35)

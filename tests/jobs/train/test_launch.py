@@ -10,6 +10,7 @@ import pytest
 
 from jobs.train import launch, worker
 from jobs.train.checkpoints import REQUEST_NAME, write_checkpoint
+from jobs.train.config import ResourcesConfig
 from jobs.train.worker import train_worker
 from pipeline.errors import UserError
 from pipeline.storage import UnreachableError
@@ -52,7 +53,7 @@ def test_an_interruption_waits_for_a_checkpoint_and_names_its_step(
 
     interrupt_soon(monkeypatch)
     with pytest.raises(KeyboardInterrupt) as ended:
-        launch._fit(SimpleNamespace(fit=fit), tmp_path)
+        launch._fit(SimpleNamespace(fit=fit), str(tmp_path))
     assert ended.value.args == (signal.SIGTERM,)
     assert line in capsys.readouterr().err
     assert not request.exists()
@@ -71,6 +72,20 @@ def test_what_no_attempt_can_mend_is_tried_once(
         train_worker(config, {})
     if ends:
         assert train_worker(config, {}) == "a bad shard"
-        launch._fit(Mock(), tmp_path)  # the same command given again tries again
+        launch._fit(Mock(), str(tmp_path))  # the same command given again tries again
     with pytest.raises(UserError):
         train_worker(config, {})
+
+
+@pytest.mark.parametrize("most", [None, {"CPU": 2.0}, {"CPU": 3.0}])
+def test_more_workers_than_a_cluster_can_grow_to_are_refused(
+    most: dict[str, float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(launch.ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(launch.state, "get_max_resources_from_cluster_config", lambda: most)
+    if most == {"CPU": 2.0}:
+        with pytest.raises(UserError, match=r"--workers 3:4 asks for as many CPUs, .* to 2\. "):
+            launch.check_resources(ResourcesConfig(workers="3:4"))
+    else:
+        launch.check_resources(ResourcesConfig(workers="3:4"))

@@ -73,7 +73,7 @@ def test_lines_are_shown_once_each_in_order_from_the_start_of_the_command(
 ) -> None:
     path = tmp_path / LOG_NAME
     path.write_text("of an earlier command\n")
-    with following(path), path.open("a") as file:
+    with following(str(path)), path.open("a") as file:
         for number in range(1000):
             file.write(f"line {number}\n")
             if number % 7 == 0:
