@@ -4,6 +4,7 @@ import asyncio
 import base64
 import secrets
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from model.localization import RULES
 
 PAGE = Path(__file__).with_name("page.html")
 MOST_CONNECTIONS = 512
-RETRY_SECONDS = 2
+RETRY_SECONDS, LINGER_SECONDS = 2, 2
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src "
     "'unsafe-inline'; img-src blob: data:; connect-src 'self' data:; frame-ancestors 'none'",
@@ -69,7 +70,14 @@ class Front:
             await self._read(request, body)
             content = await self._answer(bytes(body))
         except RefusedError as error:
-            headers = {"Connection": "close"}  # the rest of the body is not read
+            # A client that is still sending would see a broken connection and not the reason.
+            with suppress(
+                TimeoutError, ClientDisconnect, RuntimeError
+            ):  # the last: nothing is left
+                async with asyncio.timeout(LINGER_SECONDS):
+                    async for _ in request.stream():
+                        pass
+            headers = {"Connection": "close"}
             headers |= {"Retry-After": str(RETRY_SECONDS)} if error.status == 503 else {}
             return JSONResponse({"error": str(error)}, error.status, headers)
         except ClientDisconnect:
