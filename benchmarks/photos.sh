@@ -18,7 +18,7 @@ for seed in "${seeds[@]:-0}"; do
     --output "$output/run-$seed"
   run=("${evaluate[@]}" --run "$output/run-$seed" --no-baselines)
   "${run[@]}" --output "$output/evaluation-$seed"
-  "${run[@]}" --average-views --output "$output/averaged-$seed"
-  pages+=("$output/evaluation-$seed" "$output/averaged-$seed") titles+=(ALN averaged)
+  "${run[@]}" --accurate --output "$output/accurate-$seed"
+  pages+=("$output/evaluation-$seed" "$output/accurate-$seed") titles+=(ALN accurate)
 done
 .venv/bin/python -m jobs.report "${pages[@]}" --titles "${titles[@]}" --output "$output/report.html"

@@ -181,13 +181,13 @@ def shape_of_nets(path: str | Path, content: Mapping[str, Any], **values: Any) -
         raise _of_another_version(path) from error
 
 
-def load_nets(run: str | Path, *, average_views: bool = False) -> Nets:
+def load_nets(run: str | Path, *, accurate: bool = False) -> Nets:
     """Read RUN/model/ onto the CPU, in evaluation mode. Raises UserError for missing, damaged or
-    foreign files. average_views: of nets over a pretrained network, see FeatureCorruptionNet."""
+    foreign files. accurate: of nets over a pretrained network, see FeatureCorruptionNet.looks."""
     config = read_config(run)
-    if average_views and config.network is None:
+    if accurate and config.network is None:
         raise UserError(
-            f"--average-views is for nets over a pretrained network; {run} has nets from scratch"
+            f"--accurate is for nets over a pretrained network; {run} has nets from scratch"
         )
     with _remedies(run):
         tensors, _ = read_weights(join(run, MODEL_NAME))
@@ -199,7 +199,7 @@ def load_nets(run: str | Path, *, average_views: bool = False) -> Nets:
     except RuntimeError as error:
         raise _of_another_version(join(run, MODEL_NAME)) from error
     if isinstance(nets.corruption, FeatureCorruptionNet):
-        nets.corruption.averaged = average_views
+        nets.corruption.looks = config.rule if accurate else None
     return nets
 
 

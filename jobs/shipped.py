@@ -53,14 +53,14 @@ def nets_hash(run: Path | str | None) -> str:
     return sha256_file(SHIPPED) if run is None else model_hash(run)
 
 
-def open_nets(run: Path | str | None, *, average_views: bool = False) -> Nets:
+def open_nets(run: Path | str | None, *, accurate: bool = False) -> Nets:
     """Return a run's nets, or the shipped ones, as `load_nets`."""
     if run is not None:
-        return load_nets(run, average_views=average_views)
-    return load_shipped(average_views=average_views)
+        return load_nets(run, accurate=accurate)
+    return load_shipped(accurate=accurate)
 
 
-def load_shipped(path: Path = SHIPPED, *, average_views: bool = False) -> Nets:
+def load_shipped(path: Path = SHIPPED, *, accurate: bool = False) -> Nets:
     """Read the shipped decoder over the network of its package, onto the CPU, in evaluation mode.
     Its classifiers are that network. Raises UserError for damaged files or a missing package."""
     tensors, content = _read(path)
@@ -71,7 +71,7 @@ def load_shipped(path: Path = SHIPPED, *, average_views: bool = False) -> Nets:
     nets = new_nets(config, network.classifier)
     assert isinstance(nets.corruption, FeatureCorruptionNet)
     nets.corruption.decoder.load_state_dict(tensors)
-    nets.corruption.averaged = average_views
+    nets.corruption.looks = config.rule if accurate else None
     nets.corruption.eval()
     return nets
 
@@ -144,8 +144,8 @@ def _figures(folder: Path, model_sha256: str) -> dict[str, Any]:
         if (row.row.map, row.row.rule, row.row.classes) == ("aln", metrics["rule"], "clean")
     )
     chosen = {name: row.figures[name] for name in FIGURES}
-    averaged = metrics["configuration"].get("average_views", False)
-    return {"split": metrics["split"], "rule": metrics["rule"], "averaged": averaged, **chosen}
+    accurate = metrics["configuration"].get("accurate", False)
+    return {"split": metrics["split"], "rule": metrics["rule"], "accurate": accurate, **chosen}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,18 +2,23 @@
 not in the paper, whose own corruption net is `model.corruption`."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from model.classifier import GROUPS
 from model.corruption import START_BIAS, bound_logits
+from model.localization import Rule, map_box
 from model.masking import mask_map
 from model.pretrained import PretrainedClassifier
 
+LOOK = 1.2  # sides of the part that is looked at again, over those of the box
+LOOK_LEAST = 32  # pixels
 START_DEVIATION = 0.02  # of the last layer's weights, so that the first masks are nearly level
 
 
@@ -64,7 +69,8 @@ class Decoder(nn.Module):
         last = nn.Conv2d(width // 2, 1, 1)
         nn.init.normal_(last.weight, std=START_DEVIATION)
         nn.init.constant_(last.bias, START_BIAS)  # type: ignore[arg-type]
-        self.output = nn.Sequential(nn.GroupNorm(GROUPS, width // 2), nn.ReLU(), last)
+        # Not a ReLU: where all of its outputs raise the logit, none can fall below the last bias.
+        self.output = nn.Sequential(nn.GroupNorm(GROUPS, width // 2), nn.SiLU(), last)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         fine, middle = self.fine(maps[0]), self.middle(maps[1])
@@ -78,8 +84,8 @@ class FeatureCorruptionNet(nn.Module):
     """Normalized images [B, 3, H, W] -> logits of being masked [B, H, W].
 
     encoder: a pretrained network, of which nothing trains here and nothing is saved with this net.
-    sides: the encoder sees images at the last of them. averaged: logits are averaged over all
-    sides, and over the image and its mirror image.
+    sides: the encoder sees images at the last of them. looks: a box rule, by which `look_closer`
+    follows on logits averaged over all sides and the mirror image; None: one view alone.
     """
 
     def __init__(
@@ -87,12 +93,13 @@ class FeatureCorruptionNet(nn.Module):
     ) -> None:
         super().__init__()
         self.decoder = Decoder(encoder.channels, width, logit_limit)
-        self.sides, self.averaged = tuple(sides), False
+        self.sides = tuple(sides)
+        self.looks: Rule | None = None
         self._encoder = (encoder,)  # in a tuple, into which torch does not look
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self)(self.encoder, self.sides, 16, 0.0)
-        copied.decoder, copied.averaged = copy.deepcopy(self.decoder, memo), self.averaged
+        copied.decoder, copied.looks = copy.deepcopy(self.decoder, memo), self.looks
         return copied
 
     @property
@@ -110,15 +117,53 @@ class FeatureCorruptionNet(nn.Module):
         return resize(logits.unsqueeze(1), size).squeeze(1)
 
     def forward(self, images: Tensor) -> Tensor:
-        size, sides = images.shape[-2:], self.sides if self.averaged else self.sides[-1:]
-        views = [images, images.flip(3)] if self.averaged else [images]
-        total = torch.zeros((len(images), *size), device=images.device)
-        for side in sides:
-            for number, view in enumerate(views):
-                maps = self.encoder.encode(resize(view, (side, side)))
-                logits = resize(self.decoder(maps).unsqueeze(1), size).squeeze(1)
-                total = total + (logits.flip(2) if number else logits)
-        return total / (len(sides) * len(views))
+        if self.looks is None:
+            return self.view(images, self.sides[-1])
+        sides = [self._both_views(images, side) for side in self.sides]
+        return self.look_closer(images, torch.stack(sides).mean(dim=0), self.looks)
+
+    def look_closer(self, images: Tensor, logits: Tensor, rule: Rule) -> Tensor:
+        """Return the logits, those around each image's box averaged with those of that part alone,
+        enlarged to the image's size: small objects get more of the encoder's cells."""
+        height, width = images.shape[-2:]
+        parts = [
+            _around(map_box(values, rule), height, width)
+            for values in logits.detach().cpu().numpy()
+        ]
+        crops = [
+            resize(image[:, rows, columns].unsqueeze(0), (height, width))
+            for image, (rows, columns) in zip(images, parts, strict=True)
+        ]
+        closer = self._both_views(torch.cat(crops), self.sides[-1])
+        logits = logits.clone()
+        for i, (rows, columns) in enumerate(parts):
+            first = logits[i, rows, columns]
+            second = resize(closer[i, None, None], first.shape)[0, 0]
+            logits[i, rows, columns] = (first + second) / 2
+        return logits
+
+    def view(self, images: Tensor, side: int) -> Tensor:
+        """Return the logits of images that the encoder sees at one side."""
+        logits = self.decoder(self.encoder.encode(resize(images, (side, side))))
+        return resize(logits.unsqueeze(1).float(), images.shape[-2:]).squeeze(1)  # of bfloat16
+
+    def _both_views(self, images: Tensor, side: int) -> Tensor:
+        return (self.view(images, side) + self.view(images.flip(3), side).flip(2)) / 2
+
+
+def _around(box: np.ndarray | None, height: int, width: int) -> tuple[slice, slice]:
+    """Return the rows and columns of an image that a box enlarged by LOOK covers; of no box, all.
+
+    At least LOOK_LEAST pixels each way, where the image has them.
+    """
+    if box is None:
+        return slice(0, height), slice(0, width)
+    spans = []
+    for low, high, size in ((box[1], box[3], height), (box[0], box[2], width)):
+        length = max(LOOK * (high + 1 - low), LOOK_LEAST)
+        start = max(math.floor((low + high + 1 - length) / 2), 0)
+        spans.append(slice(start, min(math.ceil((low + high + 1 + length) / 2), size)))
+    return spans[0], spans[1]
 
 
 def object_map(corruption: nn.Module, images: Tensor, segments: Tensor, superpixels: int) -> Tensor:

@@ -113,15 +113,21 @@ def _largest_component(above: np.ndarray) -> np.ndarray:
 
 
 def medoid(boxes: np.ndarray) -> np.ndarray:
-    """Return the box with the largest mean IoU with the others, the first of equal ones. boxes:
-    int64 [N, 4] -> int64 [4]."""
-    first, second = boxes[:, None], boxes[None]
+    """Return the box with the largest mean IoU with the others, the first of equal ones.
+
+    boxes: int64 [N, 4] -> int64 [4].
+    """
+    ious = box_ious(boxes[:, None], boxes[None])
+    return boxes[ious.mean(axis=1).round(12).argmax()]  # rounded: equal means stay equal
+
+
+def box_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the IoU of boxes with each other: int64 [..., 4] each -> float64 [...]."""
     low = np.maximum(first[..., :2], second[..., :2])
     high = np.minimum(first[..., 2:], second[..., 2:])
-    shared = np.maximum(high - low + 1, 0).prod(axis=2)
-    areas = (boxes[:, 2:] - boxes[:, :2] + 1).prod(axis=1)
-    ious = shared / (areas[:, None] + areas - shared)
-    return boxes[ious.mean(axis=1).round(12).argmax()]  # rounded: equal means stay equal
+    shared = np.maximum(high - low + 1, 0).prod(axis=-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2] + 1).prod(axis=-1) for boxes in (first, second)]
+    return shared / (areas[0] + areas[1] - shared)
 
 
 def localize(maps: np.ndarray, rule: Rule = "paper") -> tuple[np.ndarray, np.ndarray]:

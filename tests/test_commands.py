@@ -72,10 +72,7 @@ NEEDED = {
     "train": "--data d --output o",
 }
 TOGETHER = {
-    **{
-        f"evaluate --{name}": "--run r"
-        for name in ("rule", "baselines", "ten-crops", "average-views")
-    },
+    **{f"evaluate --{name}": "--run r" for name in ("rule", "baselines", "ten-crops", "accurate")},
     "train --preset photos": "--network timm:n",
     "train --co-trained last": "--network timm:n",
 }

@@ -31,7 +31,7 @@ NEEDS = {  # a flag: of those that make use of it one is given
     "network_size": ("network",),
     "baselines": ("run",),
     "export": ("run",),
-    "average_views": ("run",),
+    "accurate": ("run",),
     "ten_crops": ("run", "network"),
     "batch_size": ("run", "network"),
     "shards": ("run", "network"),
@@ -98,10 +98,10 @@ class EvaluateConfig:
     baselines: bool = option(
         True, help="beside --run's ALN also maps of its clean classifier: CAM and others"
     )
-    average_views: bool = option(
+    accurate: bool = option(
         False,
-        help="average maps over all of the run's --sides and over mirror images (nets over a "
-        "pretrained network; several times slower)",
+        help="average maps over all of the run's --sides and over mirror images, then look again "
+        "at the part around the box, enlarged (nets over a pretrained network; 5 times slower)",
     )
     ten_crops: bool = option(
         False,

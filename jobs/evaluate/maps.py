@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jobs.locate import computes_bfloat16
 from jobs.networks import Network, prepare
 from jobs.runs import Nets, colour_statistics
 from model.classifier import class_probabilities
@@ -48,7 +49,9 @@ class MapSource:
 
 
 def _aln(nets: Nets, x: Inputs) -> Tensor:
-    with torch.no_grad():
+    device = x.images.device
+    half = nets.config.network is not None and computes_bfloat16(device)  # as jobs.localize
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
         return object_map(nets.corruption, x.images, x.segments, x.superpixels)
 
 

@@ -69,7 +69,7 @@ def load_source(
         network.classifier.to(device)
         return NetworkSource(network=network, superpixels=superpixels, crops=config.ten_crops)
     assert config.run is not None
-    nets = load_nets(config.run, average_views=config.average_views)
+    nets = load_nets(config.run, accurate=config.accurate)
     for net in nets.modules().values():
         net.to(device)
         torch.nn.utils.convert_conv2d_weight_memory_format(net, torch.channels_last)

@@ -253,7 +253,7 @@ def read_nets(config: LocalizeConfig) -> Nets:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not
         torch.use_deterministic_algorithms(True)
-    nets = open_nets(config.run, average_views=config.average_views)
+    nets = open_nets(config.run, accurate=config.accurate)
     for net in (nets.corruption, nets.clean_classifier):
         net.to(device)
     return nets
@@ -280,7 +280,7 @@ def write_boxes(config: LocalizeConfig, output: Path, nets: Nets) -> None:
     model = nets_hash(config.run)
     rule = config.rule or nets.config.rule
     settings = {"format": FORMAT, "model_sha256": model, "rule": rule}
-    settings["average_views"] = config.average_views
+    settings["accurate"] = config.accurate
     with open_progress(output, settings) as (progress, latest):
         jobs = name_results(images, output, latest)
         results = still_valid(latest, jobs, config)

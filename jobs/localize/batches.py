@@ -41,10 +41,10 @@ class LocalizeConfig:
         help="write masks/: a grey PNG per image, of its size, 255 times the probability of being "
         "masked, or as --network's maps (threshold at 128 for what is masked more often than not)",
     )
-    average_views: bool = option(
+    accurate: bool = option(
         False,
-        help="average maps over all of the run's --sides and over mirror images (nets over a "
-        "pretrained network; several times slower)",
+        help="average maps over all of the run's --sides and over mirror images, then look again "
+        "at the part around the box, enlarged (nets over a pretrained network; 5 times slower)",
     )
     rule: Rule | None = option(None, help="how a box follows from a map (default: as the run says)")
     batch_size: int = option(

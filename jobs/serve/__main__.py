@@ -33,7 +33,7 @@ class ServeConfig:
     )
     port: int = cli.option(8000, low=0, high=65535, help="port to bind; 0: a free one")
     replicas: int = cli.option(1, low=1, help="copies of the nets, of one CPU core each")
-    average_views: bool = cli.option(False, help="average maps as jobs.localize does")
+    accurate: bool = cli.option(False, help="look twice, as jobs.localize does")
     max_upload: int = cli.option(20, low=1, help="largest image file, in MiB")
 
     def __post_init__(self) -> None:
@@ -70,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with its flags (`--help` lists them)."""
     config = cli.parse(ServeConfig, argv, __doc__ or "")
     token, run = read_token(config.host), config.run and config.run.resolve()
-    open_nets(run, average_views=config.average_views)  # so that what is wrong is one line here
+    open_nets(run, accurate=config.accurate)  # so that what is wrong is one line here
     with bind(config.host, config.port) as listening:
         cli.connect_ray(dashboard=True)
         from jobs.serve.app import Limits, make_server  # here: they import Ray
         from jobs.serve.replica import ask, deploy, stop
 
-        handle = deploy(run, average_views=config.average_views, replicas=config.replicas)
+        handle = deploy(run, accurate=config.accurate, replicas=config.replicas)
         limits = Limits(image_bytes=config.max_upload * MIB)
         server = make_server(partial(ask, handle), limits, token)
         print(f"ready: http://{config.host}:{listening.getsockname()[1]}", flush=True)

@@ -66,9 +66,9 @@ def answer(nets: Nets, files: Sequence[bytes]) -> list[Answer]:
 class Localizer:
     """A replica: the nets on one CPU core."""
 
-    def __init__(self, run: Path | None, average_views: bool) -> None:
+    def __init__(self, run: Path | None, accurate: bool) -> None:
         torch.set_num_threads(1)
-        self.nets = open_nets(run, average_views=average_views)
+        self.nets = open_nets(run, accurate=accurate)
         size = (self.nets.config.height, self.nets.config.width, 3)
         answer(self.nets, [encode_png(np.zeros(size, np.uint8))])  # kernels are chosen once
 
@@ -77,14 +77,14 @@ class Localizer:
         return await asyncio.to_thread(answer, self.nets, files)
 
 
-def deploy(run: Path | None, *, average_views: bool, replicas: int) -> DeploymentHandle:
+def deploy(run: Path | None, *, accurate: bool, replicas: int) -> DeploymentHandle:
     """Start the replicas on the connected Ray, without a proxy of Serve's own: it would hold
     waiting uploads of any size in memory."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
     options = {"max_ongoing_requests": 2 * BATCH_SIZE, "ray_actor_options": {"num_cpus": 1}}
     replica = serve.deployment(name=NAME, num_replicas=replicas, **options)(Localizer)
-    return serve.run(replica.bind(run, average_views), name=NAME, route_prefix=None)
+    return serve.run(replica.bind(run, accurate), name=NAME, route_prefix=None)
 
 
 async def ask(handle: DeploymentHandle, data: bytes) -> Answer:

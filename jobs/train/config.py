@@ -19,16 +19,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "photos": {
         "sides": (224, 320),
         "co_trained": "last",
-        "rule": "medoid",
         "confusion": "true-logit",
         "imitation_weight": 10.0,
         "evidence_share": 0.35,
         "target_share": 0.22,
         "area_start": 0.5,
+        "area_least": 0.2,
         "gumbel_noise": False,
         "adversary_side": 128,
         "warmup_epochs": 1,
-        "epochs": 2,
+        "epochs": 1,
         "batch_size": 32,
         "controller_rate": 0.012,
         "classifier_rate": 5e-5,
@@ -83,7 +83,11 @@ class NetsConfig(Group):
         help="what of the classifier trains after the warm-up: none (the paper's section 3.4), of "
         "--network the last stages (1/32 of the sides), or all",
     )
-    rule: Rule = option("paper", help="box rule that suits the maps, for jobs.localize and tables")
+    rule: Rule | None = option(
+        None,
+        help="box rule of jobs.localize and of tables (default: the paper's; over a network Otsu's "
+        "or medoid, by how well boxes at the first and the last side agree)",
+    )
     net_width: int = option(24, low=8, multiple_of=8, help="channels of the nets' first layers")
     residual_blocks: int = option(
         0, low=0, help="after each of the classifier's layers but the first (paper: 0)"
@@ -162,6 +166,9 @@ class BalanceConfig(Group):
     )
     area_start: float = option(
         1.0, above=0, help="first weight of the area over the corruption loss without masks"
+    )
+    area_least: float = option(
+        0.0, low=0, high=1, help="least weight of the area, as a share of the first (paper: 0)"
     )
     controller_rate: float = option(
         0.006, above=0, below=1, help="relative change of the area weight per step"

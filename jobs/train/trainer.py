@@ -64,7 +64,7 @@ def model_config(
         std=colours.std,
         superpixels=max(manifest.max_superpixels, superpixels),
         compactness=manifest.configuration["compactness"],
-        **asdict(config.nets),
+        **asdict(config.nets) | {"rule": config.nets.rule or "paper"},
     )
 
 
@@ -229,7 +229,8 @@ class Trainer:
                 "raise --warmup-epochs"
             )
         area_weight = self.config.balance.area_start * loss
-        return ControllerState(area_weight=area_weight, accuracy=accuracy)
+        least = self.config.balance.area_least * area_weight
+        return ControllerState(area_weight=area_weight, least=least, accuracy=accuracy)
 
     def take_warmup(self, run: str | Path) -> None:
         """Begin with the clean classifier of another run on the same set. Raises TrainingError

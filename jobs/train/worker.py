@@ -1,5 +1,6 @@
 """The function that every Ray Train worker runs: from the last checkpoint to the trained nets."""
 
+from dataclasses import replace
 from typing import Any
 
 import ray.train
@@ -8,6 +9,7 @@ import torch
 
 from jobs.pictures import encode_png
 from jobs.runs import save_nets
+from jobs.train.box_rule import agreement, choose_rule, training_images
 from jobs.train.checkpoints import FAULT_NAME, REQUEST_NAME, read_checkpoint, write_checkpoint
 from jobs.train.cluster import Notices
 from jobs.train.collectives import check_ranks, on_first_rank
@@ -98,8 +100,16 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
             notices.done()
     if trainer.log is not None:
         trainer.log.close()
-    nets = finished_nets(trainer.state, trainer.model)
-    on_first_rank(lambda: save_nets(config.output, nets, record), "the trained nets")
+
+    def save() -> None:
+        nets, content = finished_nets(trainer.state, trainer.model), record
+        if config.nets.network is not None and config.nets.rule is None:
+            agreements = agreement(nets, training_images(loading, manifest, device))
+            nets = replace(nets, config=replace(nets.config, rule=choose_rule(agreements)))
+            content = record | {"rule_agreement": agreements}
+        save_nets(config.output, nets, content)
+
+    on_first_rank(save, "the trained nets")
 
 
 def train_worker(config: TrainConfig, record: dict[str, Any]) -> str | None:

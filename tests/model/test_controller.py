@@ -51,3 +51,11 @@ def test_control_settles_where_a_falling_response_meets_the_target() -> None:
 def test_relative_target_lies_between_chance_and_the_clean_accuracy() -> None:
     assert relative_target(0.125, 0.925, 0.5) == pytest.approx(0.525)
     assert relative_target(0.2, 0.9, 0.0) == pytest.approx(0.2)
+
+
+def test_lambda_falls_to_its_least_and_no_further() -> None:
+    state = ControllerState(area_weight=1.0, least=0.1, accuracy=1.0)
+    for _ in range(300):
+        state = update(state, 10, 10, **BALANCE)
+    assert state.area_weight == state.least == 0.1
+    assert update(state, 0, 10, **BALANCE | {"target": 0.99}).area_weight == pytest.approx(0.101)

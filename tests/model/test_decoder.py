@@ -2,12 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from model.decoder import Decoder, FeatureCorruptionNet, object_map, resize
+from model.localization import map_box
 from model.losses import Objective
 from model.masking import paint, superpixel_mean
 from model.pretrained import PretrainedClassifier
@@ -70,7 +72,7 @@ def test_the_encoder_is_neither_saved_nor_trained_nor_copied_with_the_net(
     torch.testing.assert_close(copied(images), corruption(images), rtol=0, atol=0)
 
 
-def test_averaged_logits_are_the_mean_over_sides_and_mirror_images(nets: TrainingNets) -> None:
+def test_accurate_logits_are_a_mean_of_views_seen_again_around_the_box(nets: TrainingNets) -> None:
     corruption, images = nets.corruption, torch.randn(2, 3, 64, 64)
     assert isinstance(corruption, FeatureCorruptionNet)
 
@@ -79,14 +81,23 @@ def test_averaged_logits_are_the_mean_over_sides_and_mirror_images(nets: Trainin
         small = corruption.decoder(maps).unsqueeze(1)
         return functional.interpolate(small, (64, 64), mode="bilinear")[:, 0]
 
+    def both(views: Tensor, side: int) -> Tensor:
+        return (logits_of(views, side) + logits_of(views.flip(3), side).flip(2)).detach() / 2
+
     torch.testing.assert_close(corruption(images), logits_of(images, SIDE))
-    corruption.averaged = True
-    expected = sum(
-        (logits_of(images, side) + logits_of(images.flip(3), side).flip(2)) / 4
-        for side in (64, SIDE)
-    )
+    corruption.looks = "mean"
+    expected = ((both(images, 64) + both(images, SIDE)) / 2).detach()
+    for i, image in enumerate(images):
+        box = map_box(expected[i].numpy(), "mean")
+        assert box is not None
+        margins = 0.1 * np.array([*(box[:2] - box[2:] - 1), *(box[2:] + 1 - box[:2])])
+        # inclusive corners, enlarged to 1.2 times the sides and outward to whole pixels
+        x0, y0 = np.maximum(np.floor(box[:2] + margins[:2]), 0).astype(int)
+        x1, y1 = np.minimum(np.ceil(box[2:] + 1 + margins[2:]), 64).astype(int)
+        part = functional.interpolate(image[None, :, y0:y1, x0:x1], (64, 64), mode="bilinear")
+        expected[i, y0:y1, x0:x1] /= 2
+        expected[i, y0:y1, x0:x1] += resize(both(part, SIDE)[None], (y1 - y0, x1 - x0))[0, 0] / 2
     torch.testing.assert_close(corruption(images), expected)
-    torch.testing.assert_close(corruption(images.flip(3)).flip(2), corruption(images))
 
 
 def test_the_object_map_is_the_logit_of_each_pixel_in_0_to_1(

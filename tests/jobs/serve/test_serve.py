@@ -164,7 +164,7 @@ def test_replicas_answer_as_jobs_localize_does(ray_local: None) -> None:
         encode_png(draw_image(SyntheticConfig(min_side=200, max_side=300), "val", i)[0])
         for i in range(6)
     ]
-    handle = deploy(None, average_views=False, replicas=1)
+    handle = deploy(None, accurate=False, replicas=1)
     try:
         limits = Limits(image_bytes=2**20)
         with server(partial(ask, handle), limits) as port, ThreadPoolExecutor(7) as pool:
