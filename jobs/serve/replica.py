@@ -22,6 +22,7 @@ from pipeline.shards.images import ImageError
 
 NAME = "localize"
 BATCH_SIZE = 8  # images that the nets see at once, at most
+MOST_WAITING = 1000  # images at a replica; the HTTP side admits fewer
 BATCH_SECONDS = 0.01  # that an image waits for others
 Answer = dict[str, Any]
 
@@ -80,9 +81,10 @@ class Localizer:
 def deploy(run: Path | None, *, accurate: bool, replicas: int) -> DeploymentHandle:
     """Start the replicas on the connected Ray, without a proxy of Serve's own: it would hold
     waiting uploads of any size in memory."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
-    options = {"max_ongoing_requests": 2 * BATCH_SIZE, "ray_actor_options": {"num_cpus": 1}}
+    # All wait for a batch within the replica: a router that finds it full asks again and again.
+    options = {"max_ongoing_requests": MOST_WAITING, "ray_actor_options": {"num_cpus": 1}}
     replica = serve.deployment(name=NAME, num_replicas=replicas, **options)(Localizer)
     return serve.run(replica.bind(run, accurate), name=NAME, route_prefix=None)
 
