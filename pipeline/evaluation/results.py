@@ -142,8 +142,12 @@ def read_evaluation(folder: Path | str) -> Evaluation:
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not as it was written ({error!r}); evaluate again.") from error
     for name, sha256 in content.pop("sha256", {}).items():  # absent from older ones
-        file = folder / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+        file = join(folder, name)
+        try:
+            as_written = hashlib.sha256(read_bytes(file)).hexdigest() == sha256
+        except MissingError:
+            as_written = False
+        if not as_written:
             raise UserError(
                 f"{file} is not what was written with {METRICS_NAME}; copy the whole folder again, "
                 "or evaluate again."

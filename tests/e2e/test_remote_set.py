@@ -82,9 +82,9 @@ def test_evaluation_batches_are_the_same_bytes_and_fetch_their_shards_alone(
 def test_inspecting_a_remote_set_draws_the_same_pictures(
     small_set: Path, remote_set: str, tmp_path: Path
 ) -> None:
-    for data, name in ((remote_set, "remote"), (str(small_set), "local")):
-        flags = words(data=data, output=tmp_path / name, cache=tmp_path / "cache")
-        main([*flags, "--seconds=0.1"])
+    cache = words(cache=tmp_path / "cache")
+    for data, name, more in ((remote_set, "remote", cache), (str(small_set), "local", [])):
+        main([*words(data=data, output=tmp_path / name), *more, "--seconds=0.1"])
     for picture in ("train-batch-0.png", "train-batch-1.png"):
         found, expected = ((tmp_path / x / picture).read_bytes() for x in ("remote", "local"))
         assert found == expected
