@@ -18,7 +18,7 @@ import torch
 from benchmarks.machine import hardware, quiet, write_result
 from benchmarks.training import CPU_TIME, PHASES, in_turns, make_steps
 from jobs import cli
-from jobs.train.config import TrainConfig
+from jobs.train.config import PRESETS, TrainConfig
 from jobs.train.graphs import autocast, net_inputs
 from jobs.train.trainer import Trainer
 from model.decoder import FeatureCorruptionNet
@@ -65,7 +65,7 @@ def new_trainer(config: BenchConfig, folder: Path) -> tuple[Trainer, Batch]:
     flags = ("--data", shards, "--output", str(folder / "run"), "--network", config.network)
     endless = ("--warmup-epochs", "10000", "--epochs", "10000", "--log-interval", "1000000")
     given = (*flags, *endless, "--batch-size", str(config.batch_size), "--target", "0.999999")
-    training = cli.parse(TrainConfig, given, "")
+    training = cli.parse(TrainConfig, given, "", PRESETS, {"network": "photos"})
     manifest, device = read_manifest(shards), torch.device(config.device)
     batch = next(Loader(shards, manifest, device).evaluation("train", config.batch_size))
     return Trainer(training, manifest, device, 1), batch
