@@ -1,7 +1,6 @@
 """The page of jobs.serve in a real browser: desktop and phone, light and dark, no mouse."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -13,7 +12,7 @@ from jobs.pictures import encode_png
 from jobs.serve.app import Limits
 from model.localization import RULES, map_box
 from pipeline.evaluation.protocols import scale_boxes
-from tests.e2e.test_report_page import CONTRASTS, LEAST_CONTRAST
+from tests.e2e.test_report_page import CONTRASTS, LEAST_CONTRAST, Visit
 from tests.jobs.serve.serving import BOXES, MASK, canned, server
 
 pytestmark = pytest.mark.slow
@@ -23,16 +22,6 @@ PASTE = """data => {
     files.items.add(new File([new Uint8Array(data)], "a.png", {type: "image/png"}));
     dispatchEvent(new ClipboardEvent("paste", {clipboardData: files}));
 }"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Visit:
-    """The page with a photograph in it, and what went wrong meanwhile."""
-
-    page: Page
-    width: int
-    scheme: str
-    errors: list[str] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
