@@ -70,14 +70,14 @@ class Decoder(nn.Module):
         nn.init.normal_(last.weight, std=START_DEVIATION)
         nn.init.constant_(last.bias, START_BIAS)  # type: ignore[arg-type]
         # Not a ReLU: where all of its outputs raise the logit, none can fall below the last bias.
-        self.output = nn.Sequential(nn.GroupNorm(GROUPS, width // 2), nn.SiLU(), last)
+        self.logit = nn.Sequential(nn.GroupNorm(GROUPS, width // 2), nn.SiLU(), last)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         fine, middle = self.fine(maps[0]), self.middle(maps[1])
         x = self.refine[0](self.coarse(maps[2]))
         x = self.refine[1](middle + resize(x, middle.shape[-2:]))
         x = self.refine[2](fine + resize(self.narrow(x), fine.shape[-2:]))
-        return bound_logits(self.output(x).squeeze(1), self.logit_limit)
+        return bound_logits(self.logit(x).squeeze(1), self.logit_limit)
 
 
 class FeatureCorruptionNet(nn.Module):
