@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from jobs.cli import check_bounds, option
 from pipeline.errors import UserError
-from pipeline.loading.augmentation import Augmentation
 from pipeline.loading.cache import DEFAULT_LIMIT, GIB, CacheConfig, cached_bytes, check_use
 from pipeline.loading.order import shuffle_window
 from pipeline.shards.format import Manifest, split_of
 from pipeline.storage import is_remote
+
+if TYPE_CHECKING:  # a command's flags are read without torch, which takes seconds to load
+    import torch
+
+    from pipeline.loading.augmentation import Augmentation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,10 @@ class LoadingConfig:
         check_bounds(self)
         check_use(self.data, self.cache, self.cache_limit)
 
-    def augmentation(self) -> Augmentation:
+    def augmentation(self) -> "Augmentation":
         """Return how images are augmented."""
+        from pipeline.loading.augmentation import Augmentation
+
         return Augmentation(
             min_area=self.min_crop_area,
             max_aspect=self.max_crop_aspect,
@@ -60,9 +65,11 @@ class LoadingConfig:
         return shuffle_window(sizes, self.cache_config().limit_bytes)
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> "torch.device":
     """Return the device named `cpu`, `cuda` or `auto`, which is cuda where there is one. Raises
     UserError for cuda where there is none."""
+    import torch
+
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu or auto.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from jobs.networks import untrained_network
 from model.classifier import Classifier
-from model.corruption import LOGIT_LIMIT, CorruptionNet
+from model.corruption import CorruptionNet
 from model.decoder import FeatureCorruptionNet
 from model.localization import Rule
 from model.pretrained import Part, PretrainedClassifier
 from model.saliency import AnyClassifier
+from model.settings import LOGIT_LIMIT
 from pipeline.errors import UserError
 from pipeline.storage import (
     MissingError,

@@ -8,31 +8,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from jobs import cli
-from jobs.networks import ILSVRC, load_network
-from jobs.runs import (
-    MODEL_FORMAT,
-    MODEL_NAME,
-    RUN_NAME,
-    DamagedError,
-    Nets,
-    load_nets,
-    model_hash,
-    new_nets,
-    read_content,
-    read_weights,
-    shape_of_nets,
-    write_weights,
-)
-from model.decoder import FeatureCorruptionNet
 from pipeline.errors import UserError
 from pipeline.evaluation.results import read_evaluation
 from pipeline.shards.format import sha256_file
 from pipeline.sources.labels import class_lines
+
+if TYPE_CHECKING:  # the flags are read without torch, which takes seconds to load
+    from torch import Tensor
+
+    from jobs.runs import Nets
 
 SHIPPED = cli.ROOT / "shipped" / "decoder.json"  # beside it decoder.safetensors
 FIGURES = ("n", "gt_known", "mean_iou", "top1_loc", "top1_cls")
@@ -50,19 +37,27 @@ class ShipConfig:
 
 def nets_hash(run: Path | str | None) -> str:
     """Return the SHA-256 that tells a run's nets, or the shipped ones, from others."""
+    from jobs.runs import model_hash
+
     return sha256_file(SHIPPED) if run is None else model_hash(run)
 
 
-def open_nets(run: Path | str | None, *, accurate: bool = False) -> Nets:
+def open_nets(run: Path | str | None, *, accurate: bool = False) -> "Nets":
     """Return a run's nets, or the shipped ones, as `load_nets`."""
+    from jobs.runs import load_nets
+
     if run is not None:
         return load_nets(run, accurate=accurate)
     return load_shipped(accurate=accurate)
 
 
-def load_shipped(path: Path = SHIPPED, *, accurate: bool = False) -> Nets:
+def load_shipped(path: Path = SHIPPED, *, accurate: bool = False) -> "Nets":
     """Read the shipped decoder over the network of its package, onto the CPU, in evaluation mode.
     Its classifiers are that network. Raises UserError for damaged files or a missing package."""
+    from jobs.networks import load_network
+    from jobs.runs import new_nets, shape_of_nets
+    from model.decoder import FeatureCorruptionNet
+
     tensors, content = _read(path)
     classes, names = _classes()
     config = shape_of_nets(path, content, classes=classes, class_names=names)
@@ -76,7 +71,7 @@ def load_shipped(path: Path = SHIPPED, *, accurate: bool = False) -> Nets:
     return nets
 
 
-def shipped_decoder(network: str | None, width: int) -> dict[str, Tensor]:
+def shipped_decoder(network: str | None, width: int) -> "dict[str, Tensor]":
     """Return the shipped decoder's weights, for a training to begin with. Raises UserError where
     they are of another network or width."""
     tensors, content = _read(SHIPPED)
@@ -87,7 +82,9 @@ def shipped_decoder(network: str | None, width: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path) -> "tuple[dict[str, Tensor], dict[str, Any]]":
+    from jobs.runs import DamagedError, read_weights
+
     try:
         return read_weights(path)
     except DamagedError as error:
@@ -96,6 +93,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the wnids of ILSVRC's classes, and the first name of each."""
+    from jobs.networks import ILSVRC
+
     lines = list(class_lines(ILSVRC.read_text()))
     names = [(text or wnid).split(",")[0] for _, wnid, text in lines]
     return tuple(wnid for _, wnid, _ in lines), tuple(names)
@@ -104,6 +103,16 @@ def _classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
 def ship(config: ShipConfig) -> dict[str, Any]:
     """Write the decoder of a run and its record. Returns the record. Raises UserError for nets
     that are over no pretrained network, and for an evaluation of another run."""
+    from jobs.runs import (
+        MODEL_FORMAT,
+        MODEL_NAME,
+        RUN_NAME,
+        load_nets,
+        read_content,
+        write_weights,
+    )
+    from model.decoder import FeatureCorruptionNet
+
     nets, source = load_nets(config.run), config.run / MODEL_NAME
     if not isinstance(nets.corruption, FeatureCorruptionNet):
         raise UserError(f"{config.run} has nets from scratch; give a run of jobs.train --network")

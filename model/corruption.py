@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from model.classifier import GROUPS, Classifier, convolution
+from model.settings import LOGIT_LIMIT
 
 STRIDE = 16  # of the bottleneck: image sides must be multiples of it
 START_BIAS = -1.0  # the first masks cover about a quarter of the image
 GUIDED_LAYER = 2  # of the encoder: its map has the size of the classifier's last
-LOGIT_LIMIT = 8.0  # bound of the logits: probabilities from 0.00034 to 0.99966
 
 
 class _Projection(torch.autograd.Function):

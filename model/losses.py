@@ -1,36 +1,14 @@
-"""The losses (paper, section 2.3), one value per image so that any sharding can sum them, and the
-settings that say which of them a training adds up."""
+"""The losses (paper, section 2.3), one value per image so that any sharding can sum them."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from model.settings import Confusion, Objective
+
 SMALLEST_PROBABILITY = 1e-6
-
-Confusion = Literal["top", "true-logit", "true-log-probability"]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What the two nets minimize. The corruption net: `confusion_loss`, plus lambda times the
-    masked area to the power `area_power`, plus `imitation_weight` times `imitation_loss`
-    (probability `evidence_share` at average evidence, a logit greater by `evidence_sharpness` a
-    deviation). The classifier: cross-entropy on masked images, plus `clean_weight` times that on
-    clean ones. soft: masks are not sampled. adversary_side: of the images that the classifier sees,
-    or None. The paper has top, power 1 and neither weight."""
-
-    confusion: Confusion = "top"
-    area_power: int = 2
-    clean_weight: float = 1.0
-    imitation_weight: float = 0.0
-    evidence_sharpness: float = 2.0
-    evidence_share: float = 0.25
-    soft: bool = False
-    adversary_side: int | None = None
 
 
 def corruption_loss(logits: Tensor) -> Tensor:

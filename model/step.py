@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from model.decoder import FeatureCorruptionNet, resize
 from model.evidence import evidence, superpixel_evidence
 from model.losses import (
-    Objective,
     area_penalty,
     classification_loss,
     confusion_loss,
@@ -22,6 +21,7 @@ from model.losses import (
 from model.masking import apply_mask, bernoulli_straight_through, paint, superpixel_mean
 from model.pretrained import PretrainedClassifier
 from model.saliency import AnyClassifier, layer_cams_of
+from model.settings import Objective
 
 Gradients = tuple[Tensor, ...]
 

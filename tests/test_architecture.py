@@ -145,13 +145,21 @@ def test_the_list_of_files_is_the_tree() -> None:
     assert sorted(listed - tree) == [], "not in the tree"
 
 
+def loaded(modules: list[str], heavy: set[str]) -> set[str]:
+    """Which heavy packages a process has loaded that imports these modules."""
+    code = f"import sys, {', '.join(modules)}; print(*{heavy!r} & sys.modules.keys())"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(result.stdout.split())
+
+
 def test_drivers_import_neither_dali_nor_fast_slic() -> None:
-    code = (
-        "import sys, jobs.evaluate.__main__, jobs.inspect.__main__, jobs.preprocess.__main__, "
-        "jobs.train.__main__; "
-        "print([m for m in ('nvidia.dali', 'fast_slic', 'cfast_slic') if m in sys.modules])"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert result.stdout.strip() == "[]"
+    drivers = ["jobs.evaluate.sources", "jobs.inspect.__main__", "jobs.train.launch"]
+    drivers += ["jobs.train.checks", "pipeline.shards.make", "jobs.preprocess.preview"]
+    assert loaded(drivers, {"nvidia.dali", "fast_slic", "cfast_slic"}) == set()
+
+
+def test_flags_are_read_without_packages_that_take_seconds_to_load() -> None:
+    commands = [f"jobs.{command}.__main__" for command in COMMANDS]
+    slow = {"torch", "ray", "pandas", "numba", "matplotlib", "scipy", "nvidia.dali", "fast_slic"}
+    assert loaded([*commands, "jobs.demo", "jobs.shipped"], slow) == set()

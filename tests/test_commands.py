@@ -173,11 +173,14 @@ def test_commands_that_are_given_parse(
 
 def test_training_starts_for_a_user_without_a_home() -> None:
     """Containers run as users whom nothing knows; ray.train asks for their home at import."""
-    code = "import pwd, runpy; pwd.getpwuid = lambda _: {}[_]; "
-    code += "runpy.run_module('jobs.train', run_name='__main__')"
+    code = "import pwd; pwd.getpwuid = lambda _: {}[_]; import jobs.cli, jobs.train.launch"
     environment = {k: v for k, v in os.environ.items() if k != "HOME"}
-    command = [sys.executable, "-c", code, "--help"]
     result = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment,
     )
     assert (result.returncode, result.stderr) == (0, "")

@@ -16,9 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from jobs import cli
 from jobs.loading import choose_device
@@ -30,8 +28,6 @@ from jobs.localize.batches import (
     file_state,
     process_batch,
 )
-from jobs.runs import Nets
-from jobs.shipped import nets_hash, open_nets
 from pipeline.ahead import run_ahead
 from pipeline.errors import SHOWN, UserError
 from pipeline.sources.listing import IMAGE_SUFFIXES
@@ -44,6 +40,9 @@ from pipeline.storage import (
     naming_full_disk,
     working_folder,
 )
+
+if TYPE_CHECKING:  # the flags are read without torch, which takes seconds to load
+    from jobs.runs import Nets
 
 FORMAT = 2
 BOXES_NAME = "boxes.json"
@@ -223,7 +222,7 @@ def report(entries: Sequence[dict[str, Any]], each: bool) -> None:
 
 
 def process(
-    nets: Nets, config: LocalizeConfig, jobs: Sequence[Job], progress: BinaryIO
+    nets: "Nets", config: LocalizeConfig, jobs: Sequence[Job], progress: BinaryIO
 ) -> dict[Path, dict[str, Any]]:
     """Locate the images, append an entry for each to the progress file, and return them.
 
@@ -247,8 +246,13 @@ def process(
     return results
 
 
-def read_nets(config: LocalizeConfig) -> Nets:
+def read_nets(config: LocalizeConfig) -> "Nets":
     """Return the nets on the device of --device; on a GPU, kernels are deterministic ones."""
+    import torch
+
+    from jobs.shipped import open_nets
+
+    torch.set_num_threads(1)  # batches share the cores; and sums depend on the number of threads
     device = choose_device(config.device)
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not
@@ -262,7 +266,6 @@ def read_nets(config: LocalizeConfig) -> Nets:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with its flags (`--help` lists them)."""
     config = cli.parse(LocalizeConfig, argv, __doc__ or "")
-    torch.set_num_threads(1)  # batches share the cores; and sums depend on the number of threads
     nets = read_nets(config)
     if is_file(config.output):
         raise UserError(f"--output {config.output} is a file; give a folder.")
@@ -270,9 +273,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_boxes(config, folder, nets)
 
 
-def write_boxes(config: LocalizeConfig, output: Path, nets: Nets) -> None:
+def write_boxes(config: LocalizeConfig, output: Path, nets: "Nets") -> None:
     """Write a local output folder, and print what came of it. Raises UserError where images
     failed."""
+    from jobs.shipped import nets_hash
+
     location, config = config.output, replace(config, output=output)
     images = find_images(config.images, output)
     started = time.monotonic()

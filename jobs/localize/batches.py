@@ -5,15 +5,17 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.cli import check_bounds, option
-from jobs.locate import Located, Prepared, locate, prepare
 from jobs.pictures import draw_overlay, encode_png, mask_picture
-from jobs.runs import Nets
 from model.localization import Rule
 from pipeline.shards.images import ImageError, read_image
 from pipeline.storage import write_atomically
+
+if TYPE_CHECKING:  # the flags are read without torch, which takes seconds to load
+    from jobs.locate import Located, Prepared
+    from jobs.runs import Nets
 
 MASKS_NAME = "masks"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -81,13 +83,17 @@ def file_state(path: Path) -> dict[str, int]:
     return {"bytes": state.st_size, "modified_ns": state.st_mtime_ns}
 
 
-def process_batch(nets: Nets, config: LocalizeConfig, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+def process_batch(
+    nets: "Nets", config: LocalizeConfig, jobs: Sequence[Job]
+) -> list[dict[str, Any]]:
     """Locate up to `config.batch_size` files, write their pictures, and return an entry of
     boxes.json for each, in order; that of a file that cannot be used says why.
 
     Files are read again to be drawn, rather than kept in memory. Raises what would fail every other
     image too: UserError for nets without finite maps, OSError for the disk of the output.
     """
+    from jobs.locate import locate, prepare
+
     entries: list[dict[str, Any]] = []
     prepared: dict[int, Prepared] = {}
     for i, job in enumerate(jobs):
@@ -134,7 +140,7 @@ def _failure(job: Job, error: Exception) -> dict[str, Any]:
 
 
 def _write_pictures(
-    config: LocalizeConfig, job: Job, image: Prepared, result: Located
+    config: LocalizeConfig, job: Job, image: "Prepared", result: "Located"
 ) -> dict[str, str]:
     """Write the pictures asked for, and return their names within the output folder by kind."""
     pictures: dict[str, tuple[str, bytes]] = {}

@@ -3,18 +3,19 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs import cli
 from jobs.cli import option
-from jobs.preprocess.preview import PREVIEW_NAME, write_previews
 from pipeline.errors import UserError
 from pipeline.shards.format import Manifest
-from pipeline.shards.make import Outcome, Progress, preprocess
 from pipeline.shards.output import PLAN_NAME
 from pipeline.shards.plan import PreprocessConfig
-from pipeline.shards.verify import Verification, verify
 from pipeline.storage import absolute, join
+
+if TYPE_CHECKING:  # the flags are read without Ray
+    from pipeline.shards.make import Outcome, Progress
+    from pipeline.shards.verify import Verification
 
 DESCRIPTION = (
     "Turn a collection of images into shards (--source, --output), or check finished ones "
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.verify:
         check(config)
         return
+    from jobs.preprocess.preview import write_previews
+    from pipeline.shards.make import preprocess
+
     values = {field.name: getattr(config, field.name) for field in fields(PreprocessConfig)}
 
     def connect() -> None:
@@ -63,11 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{outcome.output}: {_counts(outcome)}; look at {', '.join(pages)}")
 
 
-def printer(note: Callable[[Progress], str]) -> Callable[[Progress], None]:
+def printer(note: "Callable[[Progress], str]") -> "Callable[[Progress], None]":
     """Return a printer of progress on standard output, with a note for each line."""
     line = cli.ProgressPrinter(in_place=sys.stdout.isatty())
 
-    def show(progress: Progress) -> None:
+    def show(progress: "Progress") -> None:
         line.show(
             progress.resumed + progress.done,
             progress.total,
@@ -79,13 +83,13 @@ def printer(note: Callable[[Progress], str]) -> Callable[[Progress], None]:
     return show
 
 
-def making(progress: Progress) -> str:
+def making(progress: "Progress") -> str:
     """Return the note of a line while shards are made."""
     unread = f", {progress.unread} files not read" if progress.unread else ""
     return f"{progress.rejected} rejected{unread}{_shards(progress.failed_shards, 'failed')}"
 
 
-def checking(progress: Progress) -> str:
+def checking(progress: "Progress") -> str:
     """Return the note of a line while shards are verified."""
     return f"checked{_shards(progress.failed_shards, 'damaged')}"
 
@@ -98,6 +102,9 @@ def _shards(count: int, verb: str) -> str:
 
 def check(config: JobConfig) -> None:
     """Verify the set in --output and print the result. Raises UserError where it is damaged."""
+    from jobs.preprocess.preview import PREVIEW_NAME
+    from pipeline.shards.verify import verify
+
     verification = verify(config.output, config.workers, printer(checking), cli.connect_ray)
     _check_flags(config, verification.fingerprint["configuration"])
     print(verification_table(verification))
@@ -126,7 +133,7 @@ def _check_flags(config: JobConfig, recorded: dict[str, Any]) -> None:
             )
 
 
-def verification_table(verification: Verification) -> str:
+def verification_table(verification: "Verification") -> str:
     """Return a table of what was checked, a row per split."""
     rows = []
     for split in verification.fingerprint["images"]:
@@ -148,7 +155,7 @@ def verification_table(verification: Verification) -> str:
     return cli.table(headers, rows)
 
 
-def problem_lines(verification: Verification) -> list[str]:
+def problem_lines(verification: "Verification") -> list[str]:
     """Return a line for each problem, at most MOST_LINES of them."""
     lines = [f"{name}: {text}" for name, text in verification.problems.items()]
     for task in verification.damaged:
@@ -158,7 +165,7 @@ def problem_lines(verification: Verification) -> list[str]:
     return lines
 
 
-def summary(outcome: Outcome) -> str:
+def summary(outcome: "Outcome") -> str:
     """Return a table of the set, a row per split; seconds are summed over this run's tasks."""
     rows = []
     for split, total in (outcome.totals or {}).items():
@@ -197,7 +204,7 @@ def unread_lines(manifest: Manifest) -> list[str]:
     ]
 
 
-def _counts(outcome: Outcome) -> str:
+def _counts(outcome: "Outcome") -> str:
     splits = outcome.manifest.splits.items()
     counts = ", ".join(f"{entry.images} {split} images" for split, entry in splits)
     return f"{counts} in {len(outcome.manifest.classes)} classes"

@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
-
 from jobs import cli
 from jobs.report import tables
-from jobs.report.charts import iou_charts
 from jobs.report.compare import Entry, entries_of, pairs
 from pipeline.errors import UserError
 from pipeline.evaluation.results import read_evaluation
@@ -84,6 +81,10 @@ def find_pictures(entries: Sequence[Entry]) -> "tuple[dict[str, list[Picture]], 
 def render(entries: Sequence[Entry], pictures: "dict[str, list[Picture]]", reason: str) -> str:
     """Return the page: HTML that needs no other file and no script. pictures: by group, see
     `report_pictures`; reason: why there are none."""
+    import jinja2  # here, as what follows: the flags are read in half the time
+
+    from jobs.report.charts import iou_charts
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from jobs import cli
-from jobs.shipped import open_nets
 from pipeline.errors import UserError
 
 TOKEN = "ALN_TOKEN"  # environment variable
@@ -69,6 +68,8 @@ def bind(host: str, port: int) -> socket.socket:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with its flags (`--help` lists them)."""
     config = cli.parse(ServeConfig, argv, __doc__ or "")
+    from jobs.shipped import open_nets  # here: it needs torch, which takes seconds to load
+
     token, run = read_token(config.host), config.run and config.run.resolve()
     open_nets(run, accurate=config.accurate)  # so that what is wrong is one line here
     with bind(config.host, config.port) as listening:

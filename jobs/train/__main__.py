@@ -1,202 +1,33 @@
 """`python -m jobs.train`: adversarial training on Ray Train, resumable by the same command."""
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from jobs import cli
 from jobs.loading import choose_device
-from jobs.runs import MODEL_NAME, RUN_NAME, check_training, exclusive_run
-from jobs.shipped import shipped_decoder
-from jobs.train.checkpoints import newest_step, read_warmup
-from jobs.train.config import PRESETS, TrainConfig, by_flag
-from jobs.train.launch import check_resources, launch
-from jobs.train.log import summary, waiting_summary
-from jobs.train.state import TrainingError, pretrained_network
-from model.corruption import STRIDE
-from pipeline.errors import UserError
-from pipeline.loading.cache import ShardCache, check_window
-from pipeline.loading.order import Order, steps_per_epoch
-from pipeline.loading.samples import Samples, verify_shard
-from pipeline.shards.format import (
-    MANIFEST_NAME,
-    Manifest,
-    check_sizes,
-    manifest_hash,
-    read_manifest,
-    split_of,
-)
-from pipeline.storage import absolute, is_file, is_remote, join, read_bytes, write_atomically
-
-RUN_FORMAT = 2
-HASHES = ("data_sha256", "images_sha256", "shuffle_window")
-FREE_TO_CHANGE = ("output", "preset", "resources", "logging", "data", "cache", "cache_limit")
-
-
-def images_hash(manifest: Manifest) -> str:
-    """Return the SHA-256, as hexadecimal digits, of what a clean classifier depends on. Sets that
-    differ in their superpixels alone have the same."""
-    images = split_of(manifest, "train").images
-    parts = (manifest.classes, manifest.height, manifest.width, manifest.mean, manifest.std, images)
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def describe_run(config: TrainConfig, manifest: Manifest, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of run.json: the record and what else a training depends on. Batches,
-    crops and mask samples depend on neither the number of workers nor where the set lies, but on
-    how many shards of a remote one the cache lets be shuffled together."""
-    return {
-        "format": RUN_FORMAT,
-        **record,
-        "data_sha256": manifest_hash(config.loading.data),
-        "images_sha256": images_hash(manifest),
-        "shuffle_window": config.loading.window(manifest),
-    }
-
-
-def read_run(run: str) -> dict[str, Any]:
-    """Read RUN/run.json. Raises UserError for a damaged one, or a run of an earlier version."""
-    path = join(run, RUN_NAME)
-    data = read_bytes(path)
-    try:
-        content = json.loads(data)
-        number = content.get("format", 1)
-        if number == RUN_FORMAT:
-            content["configuration"]["nets"].items()
-            return content | {name: content[name] for name in HASHES}
-    except (ValueError, AttributeError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error!r}); copy it again, or train anew in another --output"
-        ) from error
-    raise UserError(
-        f"{path} is of format {number}; this program reads {RUN_FORMAT}. Train anew in another "
-        "--output"
-    )
-
-
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return in words where two contents of run.json are of different trainings."""
-    old, new = (
-        by_flag({k: v for k, v in run["configuration"].items() if k not in FREE_TO_CHANGE})
-        for run in (before, now)
-    )
-    words = [
-        f"{name} (there {old.get(name)}, now {value})"
-        for name, value in new.items()
-        if name not in FREE_TO_CHANGE and old.get(name) != value
-    ]
-    if before["data_sha256"] != now["data_sha256"]:
-        words.append("the data set (its dataset.json is another)")
-    there, window = (run["shuffle_window"] or "all" for run in (before, now))
-    if there != window:
-        words.append(
-            f"the shards shuffled together (there {there}, now {window}, which follows from "
-            "--cache-limit)"
-        )
-    return words
-
-
-def check_output(output: str, content: dict[str, Any]) -> None:
-    """Raise UserError for an output folder of another training."""
-    if is_file(join(output, RUN_NAME)):
-        changed = changes(read_run(output), content)
-        if changed:
-            raise UserError(
-                f"{output} holds a run of another configuration: {', '.join(changed)}. "
-                "Use a new --output, or the same flags to go on with that run."
-            )
-    elif is_file(output):
-        raise UserError(f"--output {output} is a file; give a folder")
-
-
-@contextmanager
-def claimed_output(output: str, content: dict[str, Any]) -> Iterator[None]:
-    """Keep other trainings from the output folder, and write its run.json where there is none yet.
-    Raises UserError for a folder of another training, or of one at work."""
-    check_output(output, content)
-    with exclusive_run(output):
-        check_output(output, content)
-        path = join(output, RUN_NAME)
-        if not is_file(path):
-            write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-        yield
-
-
-def check_warmup(config: TrainConfig, manifest: Manifest) -> None:
-    """Raise UserError where the run of --warmup-from does not fit: other images, other nets,
-    or no checkpoint past its warm-up."""
-    run = config.optimization.warmup_from
-    if run is None:
-        return
-    if not is_file(join(run, RUN_NAME)):
-        raise UserError(f"--warmup-from {run} holds no {RUN_NAME}: it is no run of jobs.train")
-    other = read_run(run)
-    network = other["configuration"]["nets"].get("network")  # absent from older runs
-    if network is not None:
-        raise UserError(
-            f"--warmup-from {run} has nets over {network}, whose warm-up trains the corruption net "
-            "too. Give a run with nets from scratch, or leave the flag out"
-        )
-    if other["images_sha256"] != images_hash(manifest):
-        raise UserError(
-            f"--warmup-from {run} was trained on other images than {config.loading.data} holds "
-            "(classes, size, mean, deviation or number differ). Warm up on this set"
-        )
-    for name in ("net_width", "residual_blocks"):
-        theirs, ours = other["configuration"]["nets"][name], getattr(config.nets, name)
-        if theirs != ours:
-            raise UserError(
-                f"--warmup-from {run} has {cli.flag(name)} {theirs}, not {ours}; give the same, or "
-                "warm up anew"
-            )
-    if newest_step(config.output) is None:
-        try:
-            read_warmup(run)
-        except TrainingError as error:
-            raise UserError(str(error)) from error
-
-
-def check_data(config: TrainConfig, manifest: Manifest) -> None:
-    """Raise UserError for shards that are damaged or that the nets cannot be trained on. Those of
-    a remote set are checked by their hash as they come."""
-    loading, target, classes = config.loading, config.balance.target, len(manifest.classes)
-    if config.nets.network is None and (manifest.height % STRIDE or manifest.width % STRIDE):
-        raise UserError(
-            f"the shards' images have {manifest.height} x {manifest.width} pixels; the corruption "
-            f"net needs multiples of {STRIDE}. Preprocess again with another --image-size"
-        )
-    if classes < 2:
-        raise UserError(
-            f"the set has {classes} class; a classifier needs at least two to tell apart"
-        )
-    if target is not None and target <= 1 / classes:
-        raise UserError(
-            f"a target accuracy of {target} is not above chance for {classes} classes "
-            f"({1 / classes:.3f}); give a higher --target (the paper's 0.1 is for 1000 classes)"
-        )
-    cache_config = loading.cache_config()
-    order = Order(batch_size=config.optimization.batch_size, window=loading.window(manifest))
-    _, most_workers = config.resources.worker_range
-    images = split_of(manifest, "train").images
-    steps_per_epoch(images, order.batch_size, most_workers)  # raises where a worker goes empty
-    check_window(loading.data, manifest, cache_config.limit_bytes, order, most_workers)
-    check_sizes(loading.data, manifest, "train")
-    if not is_remote(loading.data):
-        cache = ShardCache(loading.data, manifest, "train", cache_config)
-        samples = Samples(manifest, "train", cache)
-        for number, shard in enumerate(samples.shards):
-            if config.resources.verify_shards:
-                verify_shard(cache.path(number), shard)
-            samples.open(number)
+from jobs.train.config import PRESETS, TrainConfig
+from pipeline.shards.format import MANIFEST_NAME, read_manifest
+from pipeline.storage import absolute, is_file, join
 
 
 def train(config: TrainConfig) -> None:
     """Train to the end, from the last checkpoint where there is one. Raises UserError with the
     cause where training cannot go on."""
+    # Here: they need torch and Ray Train, which take seconds to load.
+    from jobs.runs import MODEL_NAME, RUN_NAME, check_training
+    from jobs.shipped import shipped_decoder
+    from jobs.train.checks import (
+        check_data,
+        check_output,
+        check_warmup,
+        claimed_output,
+        describe_run,
+    )
+    from jobs.train.launch import check_resources, launch
+    from jobs.train.log import summary, waiting_summary
+    from jobs.train.state import pretrained_network
+
     loading = replace(config.loading, data=absolute(config.loading.data))
     warmup_from, weights = config.optimization.warmup_from, config.optimization.network_weights
     optimization = replace(

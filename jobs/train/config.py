@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from jobs.cli import check_bounds, option
 from jobs.loading import LoadingConfig
-from model.corruption import LOGIT_LIMIT
 from model.localization import Rule
-from model.losses import Confusion, Objective
+from model.settings import LOGIT_LIMIT, Confusion, Objective
 
 # Of flags that are not given; "small" are the defaults themselves.
 PRESETS: dict[str, dict[str, Any]] = {

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.losses import Objective
 from model.masking import normalize
+from model.settings import Objective
 from model.step import (
     Inputs,
     Step,

@@ -17,8 +17,8 @@ from jobs.train.state import TrainingError, apply_gradients, new_state
 from model.classifier import Classifier
 from model.controller import ControllerState, update
 from model.corruption import CorruptionNet
-from model.losses import Objective
 from model.masking import gumbel_difference
+from model.settings import Objective
 from model.step import Inputs, Step, TrainingNets, adversarial_step, clean_step
 
 pytestmark = pytest.mark.slow

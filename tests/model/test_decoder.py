@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from model.decoder import Decoder, FeatureCorruptionNet, object_map, resize
 from model.localization import map_box
-from model.losses import Objective
 from model.masking import paint, superpixel_mean
 from model.pretrained import PretrainedClassifier
+from model.settings import Objective
 from model.step import Inputs, TrainingNets, adversarial_step, imitation_step, trainable
 
 SIDE, SUPERPIXELS, CLASSES = 96, 16, 3

@@ -6,9 +6,10 @@ from torch import Tensor
 from model.classifier import Classifier
 from model.corruption import CorruptionNet
 from model.evidence import ENLARGEMENT, evidence
-from model.losses import Objective, imitation_loss
+from model.losses import imitation_loss
 from model.masking import mask_probability, paint
 from model.saliency import layer_cams
+from model.settings import Objective
 
 SUPERPIXELS = 20  # of which the last four are absent
 

@@ -7,9 +7,9 @@ from torch.nn.functional import cross_entropy
 
 from model.classifier import Classifier
 from model.controller import ControllerState, update
-from model.corruption import LOGIT_LIMIT, CorruptionNet
+from model.corruption import CorruptionNet
 from model.evidence import evidence
-from model.losses import Objective, confusion_loss, corruption_loss, imitation_loss
+from model.losses import confusion_loss, corruption_loss, imitation_loss
 from model.masking import (
     apply_mask,
     bernoulli_straight_through,
@@ -17,6 +17,7 @@ from model.masking import (
     paint,
     superpixel_mean,
 )
+from model.settings import LOGIT_LIMIT, Objective
 from model.step import (
     Gradients,
     Inputs,

@@ -10,8 +10,9 @@ import torch
 
 from jobs.cli import record
 from jobs.runs import exclusive_run
-from jobs.train.__main__ import check_data, check_warmup, claimed_output, describe_run, train
+from jobs.train.__main__ import train
 from jobs.train.checkpoints import write_checkpoint
+from jobs.train.checks import check_data, check_warmup, claimed_output, describe_run
 from jobs.train.config import ResourcesConfig, TrainConfig
 from jobs.train.launch import check_resources
 from pipeline.errors import UserError

@@ -4,7 +4,7 @@ from jobs.cli import parse
 from jobs.loading import LoadingConfig
 from jobs.train.config import PRESETS, REMEDIES, TrainConfig
 from model.collapse import TEXTS
-from model.losses import Objective
+from model.settings import Objective
 from tests.jobs.train.small import config_for
 
 

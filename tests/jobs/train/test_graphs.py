@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from jobs.train.graphs import Recordings, StepSettings, compute_step
 from jobs.train.trainer import LAG, Trainer
 from model.controller import ControllerState
-from model.losses import Objective
+from model.settings import Objective
 from model.step import Step, trainable
 from pipeline.loading.loader import Batch
 from tests.jobs.train.small import batches_for, config_for, new_trainer
