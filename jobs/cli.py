@@ -3,6 +3,7 @@ and the connection to Ray."""
 
 import argparse
 import dataclasses
+import gc
 import hashlib
 import json
 import logging
@@ -213,6 +214,7 @@ def run(main: Callable[[], None]) -> None:
             signal.signal(number, _interrupt)
     try:
         main()
+        gc.freeze()  # at the exit Python would search all objects of torch: half a second
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

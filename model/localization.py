@@ -1,7 +1,7 @@
 """From a map of probabilities to a box (paper, section 3.2 and figure 3). Boxes are [x0, y0, x1,
 y1] in inclusive integer pixels: a box of one pixel has x0 = x1."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import cv2
@@ -79,11 +79,11 @@ RULE_TEXTS: dict[Rule, str] = {
 }
 
 
-def map_box(values: np.ndarray, rule: Rule = "paper") -> np.ndarray | None:
-    """Return the box of the largest 8-connected component strictly above a rule's threshold, or of
-    the boxes of several thresholds the medoid. values: float [H, W]. Returns int64 [4], None for a
-    flat map. Of equal components the topmost wins, then the leftmost. Raises ValueError for values
-    that are not finite."""
+def map_boxes(values: np.ndarray, rules: Sequence[Rule]) -> list[np.ndarray] | None:
+    """Return, by each rule, the box of the largest 8-connected component strictly above the rule's
+    threshold, or of the boxes of several thresholds the medoid. values: float [H, W]. Boxes are
+    int64 [4]; None for a flat map. Of equal components the topmost wins, then the leftmost. Raises
+    ValueError for values that are not finite."""
     if not np.isfinite(values).all():
         raise ValueError(
             f"a map of {values.shape[0]} x {values.shape[1]} pixels holds NaN or infinite values: "
@@ -93,13 +93,23 @@ def map_box(values: np.ndarray, rule: Rule = "paper") -> np.ndarray | None:
     if float(values.max()) - adaptive_threshold(values) <= FLAT * scale + TINY:
         return None
     boxes: dict[int, np.ndarray] = {}  # by the number of pixels above: equal numbers, equal pixels
-    counts = []
-    for threshold in RULES[rule](values):
-        above = (values > threshold).view(np.uint8)
-        counts.append(cv2.countNonZero(above))
-        if counts[-1] not in boxes:
-            boxes[counts[-1]] = _largest_component(above)
-    return medoid(np.stack([boxes[count] for count in counts]))
+    chosen = []
+    for rule in rules:
+        counts = []
+        for threshold in RULES[rule](values):
+            above = (values > threshold).view(np.uint8)
+            counts.append(cv2.countNonZero(above))
+            if counts[-1] not in boxes:
+                boxes[counts[-1]] = _largest_component(above)
+        several = len(set(counts)) > 1
+        chosen.append(medoid(np.stack([boxes[n] for n in counts])) if several else boxes[counts[0]])
+    return chosen
+
+
+def map_box(values: np.ndarray, rule: Rule = "paper") -> np.ndarray | None:
+    """Return the box, int64 [4], of `map_boxes` by one rule."""
+    boxes = map_boxes(values, (rule,))
+    return None if boxes is None else boxes[0]
 
 
 def _largest_component(above: np.ndarray) -> np.ndarray:
@@ -130,14 +140,22 @@ def box_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return shared / (areas[0] + areas[1] - shared)
 
 
-def localize(maps: np.ndarray, rule: Rule = "paper") -> tuple[np.ndarray, np.ndarray]:
-    """Return `map_box` of each map: float [B, H, W] -> boxes int64 [B, 4], found bool [B]. A flat
-    map says nothing about where the object is: its box is the whole map, `found` False."""
+def localize_by(maps: np.ndarray, rules: Sequence[Rule]) -> tuple[np.ndarray, np.ndarray]:
+    """Return `map_boxes` of each map: float [B, H, W] -> boxes int64 [R, B, 4] by rule, found bool
+    [B]. A flat map says nothing about where the object is: its box is the whole map, `found`
+    False."""
     height, width = maps.shape[1:]
-    boxes = np.tile(np.array([0, 0, width - 1, height - 1], np.int64), (len(maps), 1))
+    whole = np.array([0, 0, width - 1, height - 1], np.int64)
+    boxes = np.tile(whole, (len(rules), len(maps), 1))
     found = np.zeros(len(maps), bool)
     for i, values in enumerate(maps):
-        box = map_box(values, rule)
-        if box is not None:
-            boxes[i], found[i] = box, True
+        own = map_boxes(values, rules)
+        if own is not None:
+            boxes[:, i], found[i] = own, True
+    return boxes, found
+
+
+def localize(maps: np.ndarray, rule: Rule = "paper") -> tuple[np.ndarray, np.ndarray]:
+    """Return the boxes, int64 [B, 4], and found, bool [B], of `localize_by` one rule."""
+    (boxes,), found = localize_by(maps, (rule,))
     return boxes, found

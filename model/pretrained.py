@@ -9,11 +9,10 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy
 from itertools import pairwise
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 Part = Literal["none", "head", "last", "all"]
@@ -32,8 +31,17 @@ class _Tracer(fx.Tracer):
         return any(base.__module__.startswith("torch.nn.") for base in bases)
 
 
+class _Shapes(fx.Interpreter):
+    """Note the shape of what each operation gives. torch's own ShapeProp loads sympy for it."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        n.meta["shape"] = tuple(getattr(result, "shape", ()))
+        return result
+
+
 def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
+    return node.meta.get("shape", ())
 
 
 class _Traced:
@@ -51,7 +59,7 @@ class _Traced:
         self.graph.graph.eliminate_dead_code()
         self._fold_batch_norms()
         with torch.no_grad():
-            ShapeProp(self.graph).propagate(torch.zeros((1, 3, size, size)))
+            _Shapes(self.graph).run(torch.zeros((1, 3, size, size)))
 
     def layer(self, node: fx.Node) -> nn.Module | None:
         """Return the layer that an operation applies; None where it is a function."""

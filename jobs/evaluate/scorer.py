@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.localization import RULES, Rule, localize
+from model.localization import RULES, Rule, localize, localize_by
 from pipeline.evaluation.formats import read_score_map, score_map_path
 from pipeline.evaluation.metrics import Sweep
 from pipeline.evaluation.protocols import (
@@ -199,10 +199,10 @@ def score_maps(
         sweep_image(level_boxes(values), np.array(values.shape), image, truth, counts.sweep)
         aucs.append(image_aucs(values, image, truth))
     auc, auc_other = np.array(aucs).reshape(-1, 2).T
-    by_rule = {rule: localize(maps, rule) for rule in rules}
+    boxes, found = localize_by(maps, rules)
     return ScoredMaps(
-        boxes={rule: boxes for rule, (boxes, _) in by_rule.items()},
-        found={rule: found for rule, (_, found) in by_rule.items()},
+        boxes=dict(zip(rules, boxes, strict=True)),
+        found=dict.fromkeys(rules, found),
         auc=auc,
         auc_other=auc_other,
         counts=replace(counts, levels=levels.sum(axis=0, dtype=np.int64), maps=len(maps)),

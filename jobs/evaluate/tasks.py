@@ -103,7 +103,7 @@ def score_range(
     parts: Part | None = None
     main_levels: list[np.ndarray] = []
     for batch in loader.evaluation(config.split, config.batch_size, first, stop):
-        part, levels = _score_batch(config, source, batch, truth)
+        part, levels = score_batch(config, source, batch, truth)
         parts = part if parts is None else parts + part
         main_levels.append(levels)
     assert parts is not None
@@ -111,7 +111,7 @@ def score_range(
     return replace(parts, file=maps_bytes(source.main_map, images, np.concatenate(main_levels)))
 
 
-def _score_batch(
+def score_batch(
     config: EvaluateConfig, source: RunSource | NetworkSource, batch: "Batch", truth: MapTruth
 ) -> tuple[Part, np.ndarray]:
     """Return what the source makes of a batch, and its main maps: uint8 [B, H, W]."""

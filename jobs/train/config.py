@@ -223,6 +223,11 @@ class ResourcesConfig(Group):
         "auto", help="cpu, cuda, or auto: cuda where the cluster has GPUs"
     )
     graphs: bool = option(True, help="on a GPU: record each kind of step once and replay it")
+    resident: bool | None = option(
+        None,
+        help="keep all train images in the memory of each worker's GPU (default: where they take "
+        "at most half of what is free)",
+    )
     verify_shards: bool = option(
         False, help="first check every byte of a local set's train shards by SHA-256"
     )

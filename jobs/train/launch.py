@@ -116,6 +116,8 @@ def launch(config: TrainConfig, record: dict[str, Any]) -> None:
     gpus = ray.cluster_resources().get("GPU", 0)
     use_gpu = resources.device == "cuda" or (resources.device == "auto" and gpus >= fewest)
     workers = fewest if fewest == most else (fewest, most)
+    if not os.environ.get("RAY_ADDRESS"):  # this machine alone, which nobody drains
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         # Ray Train wants a folder for checkpoints, but these are ours.
         with tempfile.TemporaryDirectory() as empty, following(join(config.output, LOG_NAME)):

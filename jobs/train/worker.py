@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.loading.cache import NoRoomError
 from pipeline.loading.loader import Loader
 from pipeline.loading.order import Order
+from pipeline.loading.resident import Resident, fits
 from pipeline.shards.format import read_manifest
 from pipeline.storage import UnreachableError, is_file, join, read_bytes, write_atomically
 
@@ -86,7 +87,11 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
     order = Order(
         batch_size=optimization.batch_size, seed=optimization.seed, window=loading.window(manifest)
     )
-    batches = Loader(loading.data, manifest, device, loading.cache_config()).train(
+    loader = Loader(loading.data, manifest, device, loading.cache_config())
+    resident = config.resources.resident
+    if resident is None:
+        resident = fits(manifest, device)
+    batches = (Resident.read(loader) if resident else loader).train(
         order, loading.augmentation(), start=trainer.position, rank=rank, ranks=ranks
     )
     notices = Notices(rank, join(config.output, REQUEST_NAME))

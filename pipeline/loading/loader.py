@@ -5,16 +5,15 @@ device, and made ahead of use in a thread."""
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
-from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from pipeline.ahead import run_ahead
@@ -81,8 +80,10 @@ class Loader:
             if not cache.remote:
                 for number in range(len(samples.shards)):
                     samples.open(number)
-            requests = _training_requests(samples, order, augmentation, start, rank, ranks)
-            yield from _ahead(
+            requests = training_requests(
+                self.manifest, order, augmentation, start, rank, ranks, samples.use_only
+            )
+            yield from ahead(
                 _batches(samples, requests, -(-order.batch_size // ranks), self.device)
             )
 
@@ -101,11 +102,11 @@ class Loader:
         with closing(ShardCache(self.data, self.manifest, split, self.cache)) as cache:
             samples = Samples(self.manifest, split, cache)
             requests = _evaluation_requests(samples, batch_size, first, stop)
-            yield from _ahead(_batches(samples, requests, batch_size, self.device))
+            yield from ahead(_batches(samples, requests, batch_size, self.device))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Request:
+class Request:
     """What the next batch is to be. indices: int64 [B], of its samples in the split. drawn: None
     where nothing is augmented. total, offset: see `Batch`."""
 
@@ -115,28 +116,30 @@ class _Request:
     offset: int
 
 
-class _Decoded(NamedTuple):
+class Decoded(NamedTuple):
     """A request's samples, with images uint8 [B, H, W, 3] and segments as stored [B, H, W]."""
 
-    request: _Request
+    request: Request
     raw: RawBatch
     images: Tensor
     segments: Tensor
 
 
-def _training_requests(
-    samples: Samples,
+def training_requests(
+    manifest: Manifest,
     order: Order,
     augmentation: Augmentation,
     start: Position,
     rank: int,
     ranks: int,
-) -> Iterator[_Request]:
-    """Yield endless requests from `start` on; a window's shards are fetched one window ahead."""
-    manifest, total = samples.manifest, len(samples)
-    size = (manifest.height, manifest.width)
+    use_only: Callable[[Sequence[int], Sequence[int]], None] = lambda *_: None,
+) -> Iterator[Request]:
+    """Yield endless requests of the train split from `start` on. use_only: is called with the
+    shards that the next requests need, and with those of the window after them."""
+    split = split_of(manifest, "train")
+    total, size = split.images, (manifest.height, manifest.width)
     steps = steps_per_epoch(total, order.batch_size, ranks)
-    images = [shard.images for shard in samples.shards]
+    images = [shard.images for shard in split.shards]
     if not 0 <= start.step < steps:
         raise UserError(
             f"there is no step {start.step} to start from: an epoch of {total} images in batches "
@@ -154,11 +157,11 @@ def _training_requests(
             if needed != in_use:
                 in_use = needed
                 shards = np.concatenate(windows[needed[0] : needed[1] + 1])
-                samples.use_only(shards.tolist(), windows[needed[1] + 1].tolist())
+                use_only(shards.tolist(), windows[needed[1] + 1].tolist())
             position = Position(epoch=epoch, step=step)
             drawn = draw(stop - first, order.seed, position, size, manifest.mean, augmentation)
             low, high = rank_range(first, stop, rank, ranks)
-            yield _Request(
+            yield Request(
                 indices=now.indices[low:high],
                 drawn=drawn.part(low - first, high - first),
                 total=stop - first,
@@ -169,7 +172,7 @@ def _training_requests(
 
 def _evaluation_requests(
     samples: Samples, batch_size: int, first: int, stop: int
-) -> Iterator[_Request]:
+) -> Iterator[Request]:
     """Yield batches number first..stop-1; a batch's shards are fetched before those after them."""
     in_use: list[int] = []
     last = samples.shard_numbers(np.array([min(stop * batch_size, len(samples)) - 1]))[0]
@@ -179,10 +182,10 @@ def _evaluation_requests(
         if needed != in_use:
             in_use = needed
             samples.use_only(needed, list(range(needed[-1] + 1, last + 1)))
-        yield _Request(indices=indices, drawn=None, total=len(indices), offset=0)
+        yield Request(indices=indices, drawn=None, total=len(indices), offset=0)
 
 
-def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
     """Yield the same batches, AHEAD of them made in a thread while the caller works."""
     calls = itertools.repeat(batches)
     made = run_ahead(lambda each: next(each, None), calls, threads=1, depth=AHEAD + 1)
@@ -193,7 +196,7 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _batches(
-    samples: Samples, requests: Iterator[_Request], max_batch: int, device: torch.device
+    samples: Samples, requests: Iterator[Request], max_batch: int, device: torch.device
 ) -> Iterator[Batch]:
     """Yield the requested batches, complete in the device's memory."""
     if device.type == "cpu":
@@ -202,19 +205,24 @@ def _batches(
         raw = samples.manifest.image_format == "rgb"
         decoded = _raw(samples, requests) if raw else _decoded(samples, requests, max_batch, device)
         for each in decoded:
-            yield _batch(each, memory)
+            yield make_batch(each, memory)
         return
-    stream, consumer = torch.cuda.Stream(device), torch.cuda.default_stream(device)
-    for each in _decoded(samples, requests, max_batch, device):
+    yield from on_device(_decoded(samples, requests, max_batch, device), torch.cuda.Stream(device))
+
+
+def on_device(decoded: Iterator[Decoded], stream: torch.cuda.Stream) -> Iterator[Batch]:
+    """Yield batches that are complete in a GPU's memory. stream: for the work on them."""
+    consumer = torch.cuda.default_stream(stream.device)
+    for each in decoded:
         with torch.cuda.stream(stream):
-            batch = _batch(each)
+            batch = make_batch(each)
         stream.synchronize()  # this thread alone waits; then DALI may have its memory back
         for tensor in (batch.images, batch.segments, batch.labels, batch.rows):
             tensor.record_stream(consumer)  # whose kernels may outlive the tensor
         yield batch
 
 
-def _batch(decoded: _Decoded, memory: "tuple[_Memory, _Memory] | None" = None) -> Batch:
+def make_batch(decoded: Decoded, memory: "tuple[_Memory, _Memory] | None" = None) -> Batch:
     """Make the batch. memory: for images and segments on a CPU; torch keeps that of a GPU."""
     request, raw, images, segments = decoded
     if request.drawn is not None:
@@ -257,26 +265,23 @@ class _Memory:
         return torch.from_numpy(view)
 
 
-def _raw(samples: Samples, requests: Iterator[_Request]) -> Iterator[_Decoded]:
+def _raw(samples: Samples, requests: Iterator[Request]) -> Iterator[Decoded]:
     """Yield raw pixels for a CPU, which need neither decoding nor moving."""
     for request in requests:
         raw = samples.read(request.indices)
         assert isinstance(raw.images, np.ndarray)
         images, segments = torch.from_numpy(raw.images), torch.from_numpy(raw.segments)
-        yield _Decoded(request, raw, images, segments)
+        yield Decoded(request, raw, images, segments)
 
 
 def _decoded(
-    samples: Samples, requests: Iterator[_Request], max_batch: int, device: torch.device
-) -> Iterator[_Decoded]:
+    samples: Samples, requests: Iterator[Request], max_batch: int, device: torch.device
+) -> Iterator[Decoded]:
     """Yield samples that DALI has decoded or moved to the device, up to `max_batch` at a time."""
-    pending: deque[tuple[_Request, RawBatch]] = deque()
+    pending: deque[tuple[Request, RawBatch]] = deque()
     source = _read(samples, requests, pending)
     gpu = device.type == "cuda"
-    graph = _graph(
-        source=source,
-        manifest=samples.manifest,
-        gpu=gpu,
+    graph = _graph(source, samples.manifest, gpu)(
         batch_size=max_batch,
         num_threads=THREADS,
         device_id=(device.index or 0) if gpu else None,
@@ -298,13 +303,13 @@ def _decoded(
             if set(images.shape()) != {(samples.manifest.height, samples.manifest.width, 3)}:
                 _check_images(samples, request, raw)
             tensors = (torch.from_dlpack(each.as_tensor()) for each in (images, segments))
-            yield _Decoded(request, raw, *tensors)
+            yield Decoded(request, raw, *tensors)
     finally:
         source.close()  # or the shards stay mapped until the pipeline, a cycle, is collected
 
 
 def _read(
-    samples: Samples, requests: Iterator[_Request], pending: deque[tuple[_Request, RawBatch]]
+    samples: Samples, requests: Iterator[Request], pending: deque[tuple[Request, RawBatch]]
 ) -> Generator[tuple[object, object], None, None]:
     """Yield what DALI is fed; it reads ahead, so each request and its samples wait in `pending`."""
     for request in requests:
@@ -313,30 +318,37 @@ def _read(
         yield raw.images, raw.segments
 
 
-@pipeline_def
-def _graph(source, manifest: Manifest, gpu: bool):  # type: ignore[no-untyped-def]
+def _graph(source: Iterator[Any], manifest: Manifest, gpu: bool) -> Any:
+    """Return the function that makes DALI's pipeline from its options."""
+    from nvidia.dali import fn, pipeline_def, types  # here: raw pixels for a CPU need none of it
+
     jpeg = manifest.image_format == "jpg"
     segments_type = types.UINT8 if manifest.segments_dtype == "uint8" else types.UINT16
-    images, segments = fn.external_source(
-        source=source,
-        num_outputs=2,
-        batch=True,
-        dtype=[types.UINT8, segments_type],
-        ndim=[1 if jpeg else 3, 2],
-    )
-    if jpeg:
-        images = fn.decoders.image(
-            images,
-            device="mixed" if gpu else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,
+
+    @pipeline_def
+    def graph():  # type: ignore[no-untyped-def]
+        images, segments = fn.external_source(
+            source=source,
+            num_outputs=2,
+            batch=True,
+            dtype=[types.UINT8, segments_type],
+            ndim=[1 if jpeg else 3, 2],
         )
-    elif gpu:
-        images = images.gpu()
-    return images, segments.gpu() if gpu else segments
+        if jpeg:
+            images = fn.decoders.image(
+                images,
+                device="mixed" if gpu else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=False,
+            )
+        elif gpu:
+            images = images.gpu()
+        return images, segments.gpu() if gpu else segments
+
+    return graph
 
 
-def _check_images(samples: Samples, request: _Request, raw: RawBatch) -> None:
+def _check_images(samples: Samples, request: Request, raw: RawBatch) -> None:
     """Raise UserError for the first JPEG file that is damaged or of another size."""
     size = (samples.manifest.height, samples.manifest.width, 3)
     for index, file in zip(request.indices, raw.images, strict=True):

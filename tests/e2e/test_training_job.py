@@ -95,7 +95,8 @@ def killed(small_set: Path, ray_local: None, tmp_path_factory: pytest.TempPathFa
 def test_a_killed_run_resumes_loses_a_worker_and_ends_with_the_same_bits(
     finished: Path, killed: Path, small_set: Path, tmp_path: Path
 ) -> None:
-    """The same command goes on, and once a worker has died it does so by itself."""
+    """The same command goes on, here with its images in memory; after the death of a worker by
+    itself."""
     output = shutil.copytree(killed, tmp_path / "run")
     request = output / REQUEST_NAME
 
@@ -106,7 +107,7 @@ def test_a_killed_run_resumes_loses_a_worker_and_ends_with_the_same_bits(
         return False
 
     with workers_killed(WORKER, when=past_step_14) as dead:
-        main(flags(small_set, output, "--checkpoint-interval=3"))
+        main(flags(small_set, output, "--checkpoint-interval=3", "--resident"))
     assert dead
     assert not request.exists()
     notes = [note for values in metrics(output) for note in values.get("notes", [])]

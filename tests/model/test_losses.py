@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from model.losses import (
-    Objective,
     area_penalty,
     classification_loss,
     confusion_loss,
@@ -13,6 +12,7 @@ from model.losses import (
     corruption_loss,
     imitation_loss,
 )
+from model.settings import Objective
 
 OBJECTIVE = Objective(evidence_sharpness=2.0, evidence_share=0.25)
 

@@ -129,7 +129,7 @@ def test_raw_pixels_through_dali_are_those_that_go_around_it(
     manifest = write_set(tmp_path, make_samples(segments_dtype=segments_dtype))
     samples = Samples(manifest, "train", ShardCache(tmp_path, manifest, "train", CacheConfig()))
 
-    def requests() -> Iterator[loader._Request]:
+    def requests() -> Iterator[loader.Request]:
         return loader._evaluation_requests(samples, 10, 0, 6)
 
     through = list(loader._decoded(samples, requests(), 10, CPU))
