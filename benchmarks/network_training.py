@@ -1,4 +1,5 @@
-"""`python -m benchmarks.network_training`: steps over a pretrained network beside its bare passes.
+"""`python -m benchmarks.network_training`: steps over a pretrained network, and maps and classes
+by it, beside its bare passes.
 
 Bare passes are the same nets' forward and backward passes on the same batch, without masks,
 superpixels, losses, optimizers and sums. Both take turns in one process of --threads threads.
@@ -21,7 +22,8 @@ from jobs import cli
 from jobs.train.config import PRESETS, TrainConfig
 from jobs.train.graphs import autocast, net_inputs
 from jobs.train.trainer import Trainer
-from model.decoder import FeatureCorruptionNet
+from model.classifier import class_probabilities
+from model.decoder import FeatureCorruptionNet, object_map
 from model.pretrained import PretrainedClassifier
 from model.saliency import layer_cams_of
 from model.step import adversary_view, trainable
@@ -30,6 +32,8 @@ from pipeline.shards.format import read_manifest
 from pipeline.shards.make import preprocess
 from pipeline.shards.plan import PreprocessConfig
 from pipeline.synthetic import SyntheticConfig, write_synthetic
+
+INFERENCE = "inference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class BenchConfig:
     image_size: int = cli.option(224, help="side of the images")
     batch_size: int = cli.option(32, help="images per step")
     steps: int = cli.option(2, help="steps in a turn")
+    turns: int = cli.option(5, low=1, help="how often each of the compared is measured")
     threads: int = cli.option(1, help="threads of torch")
     device: str = cli.option("cpu", help="cpu or cuda")
     output: Path = cli.option(Path("benchmarks/results"), help="folder for the dated JSON")
@@ -96,25 +101,57 @@ def bare_passes(trainer: Trainer, batch: Batch, phase: str, steps: int) -> None:
             torch.autograd.grad(logits.sum(), trainable(corruption))
 
 
+def infer(trainer: Trainer, batch: Batch, steps: int) -> None:
+    """Make maps and classes of a batch, as an evaluation does."""
+    nets = trainer.nets
+    for _ in range(steps):
+        with torch.no_grad(), autocast(trainer.device, trainer.half):
+            images = net_inputs(batch.images, trainer.colours)
+            object_map(nets.corruption, images, batch.segments, trainer.model.superpixels)
+            class_probabilities(nets.clean_classifier, images, crops=False)
+
+
+def bare_inference(trainer: Trainer, batch: Batch, steps: int) -> None:
+    """Make the passes of it."""
+    corruption, clean = trainer.nets.corruption, trainer.nets.clean_classifier
+    assert isinstance(corruption, FeatureCorruptionNet)
+    for _ in range(steps):
+        with torch.inference_mode(), autocast(trainer.device, trainer.half):
+            images = net_inputs(batch.images, trainer.colours)
+            corruption.decoder(corruption.encoder.encode(images))
+            clean(images)
+
+
+def measure(config: BenchConfig, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Return images per second of the steps, of inference and of their bare passes, and their
+    ratios."""
+    trainer, batch = new_trainer(config, folder)
+    rates: dict[str, float] = {}
+    for phase in (*PHASES, INFERENCE):
+        if phase != "warm-up":
+            trainer.warmup_steps = 0
+            trainer.choose_trained()
+        works: dict[str, Callable[[], Any]] = {
+            phase: partial(make_steps, trainer, phase, repeat(batch), config.steps),
+            f"{phase}, bare": partial(bare_passes, trainer, batch, phase, config.steps),
+        }
+        if phase == INFERENCE:
+            works[phase] = partial(infer, trainer, batch, config.steps)
+            works[f"{phase}, bare"] = partial(bare_inference, trainer, batch, config.steps)
+        rates |= in_turns(works, config.steps * config.batch_size, config.turns)
+    ratios = {
+        what + kind: rates[what + kind] / rates[f"{what}, bare{kind}"]
+        for what in (*PHASES, INFERENCE)
+        for kind in ("", CPU_TIME)
+    }
+    return rates, ratios
+
+
 def main() -> None:
     config = cli.parse(BenchConfig, None, __doc__ or "")
     torch.set_num_threads(config.threads)
     with tempfile.TemporaryDirectory() as name:
-        trainer, batch = new_trainer(config, Path(name))
-        rates: dict[str, float] = {}
-        for phase in PHASES:
-            if phase != "warm-up":
-                trainer.warmup_steps = 0
-                trainer.choose_trained()
-            works: dict[str, Callable[[], Any]] = {
-                phase: partial(make_steps, trainer, phase, repeat(batch), config.steps),
-                f"{phase}, bare": partial(bare_passes, trainer, batch, phase, config.steps),
-            }
-            rates |= in_turns(works, config.steps * config.batch_size)
-    kinds = ("", CPU_TIME)
-    ratios = {
-        p + kind: rates[p + kind] / rates[f"{p}, bare{kind}"] for p in PHASES for kind in kinds
-    }
+        rates, ratios = measure(config, Path(name))
     print(cli.table(["what", "images/s"], [[k, f"{v:.1f}"] for k, v in rates.items()]))
     print(cli.table(["step / bare passes", ""], [[k, f"{v:.3f}"] for k, v in ratios.items()]))
     settings = {"network": config.network, "image_size": config.image_size, "hardware": hardware()}

@@ -54,6 +54,7 @@ from model.masking import (
 )
 from pipeline.loading.loader import Batch, Loader
 from pipeline.loading.order import Order
+from pipeline.loading.resident import Resident
 from pipeline.shards.format import read_manifest
 from pipeline.shards.make import preprocess
 from pipeline.shards.plan import PreprocessConfig
@@ -61,7 +62,6 @@ from pipeline.shards.superpixels import superpixels
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 SUPERPIXELS = 196
-ROUNDS = 5  # turns that each of the compared takes
 CPU_TIME = ", by CPU time"
 PHASES = ("warm-up", "corruption only", "joint")
 
@@ -73,6 +73,7 @@ class BenchConfig:
     images: int = cli.option(1024, help="generated train images, a multiple of the batch size")
     steps: int = cli.option(4, help="steps in a turn")
     batch_size: int = cli.option(64, help="images per step over all workers")
+    turns: int = cli.option(5, low=1, help="how often each of the compared is measured")
     device: str = cli.option("cpu", help="cpu or cuda")
     output: Path = cli.option(Path("benchmarks/results"), help="folder for the dated JSON")
 
@@ -103,22 +104,22 @@ class Setting:
         config = cli.parse(TrainConfig, [*given, *flags], "")
         return Trainer(config, read_manifest(config.loading.data), self.device, ranks)
 
-    def batches(self, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """Return the loader's batches."""
+    def batches(self, rank: int = 0, ranks: int = 1, *, resident: bool = False) -> Iterator[Batch]:
+        """Return the loader's batches, or the same from a set that stays in the device's memory."""
         trainer = self.trainer(ranks=ranks)
         loading = trainer.config.loading
         loader = Loader(loading.data, read_manifest(loading.data), self.device)
         order = Order(batch_size=self.config.batch_size)
-        return loader.train(
+        return (Resident.read(loader) if resident else loader).train(
             order, loading.augmentation(), start=trainer.position, rank=rank, ranks=ranks
         )
 
 
-def in_turns(works: Mapping[str, Callable[[], Any]], images: int) -> dict[str, float]:
-    """Return the images per second of each work, which handles `images`: the median over rounds in
-    which all take turns, after one that is not counted; under NAME + CPU_TIME by processor time."""
+def in_turns(works: Mapping[str, Callable[[], Any]], images: int, turns: int) -> dict[str, float]:
+    """Return the images per second of each work, which handles `images`: the median over
+    `turns`, after one that is not counted; under NAME + CPU_TIME by processor time."""
     seconds: dict[str, list[float]] = {name + kind: [] for name in works for kind in ("", CPU_TIME)}
-    for round_number in range(ROUNDS + 1):
+    for turn in range(turns + 1):
         for name, work in works.items():
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -126,7 +127,7 @@ def in_turns(works: Mapping[str, Callable[[], Any]], images: int) -> dict[str, f
             work()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if round_number:
+            if turn:
                 seconds[name].append(time.perf_counter() - start)
                 seconds[name + CPU_TIME].append(time.process_time() - used)
     return {name: images / statistics.median(values) for name, values in seconds.items()}
@@ -150,14 +151,15 @@ def make_steps(trainer: Trainer, phase: str, batches: Iterator[Batch], steps: in
         state.pending.popleft().read()
 
 
-def fed_and_unfed(setting: Setting) -> dict[str, float]:
-    """Measure each phase with one batch that lies on the device, and with batches from the loader,
-    which shares the core. On a GPU in bfloat16, also with kernels launched one by one."""
+def fed_and_unfed(setting: Setting, *flags: str) -> dict[str, float]:
+    """Measure each phase with one batch that lies on the device, with batches from the loader,
+    which shares the core, and with those of a set in the device's memory. On a GPU also with
+    kernels launched one by one. flags: of jobs.train."""
     batches = setting.batches()
     same = repeat(next(batches))
     gpu = setting.device.type == "cuda"
-    flags = ("--precision", "bfloat16") if gpu else ()
     kinds = {"unfed": (flags, same), "fed": (flags, batches)}
+    kinds["resident"] = (flags, setting.batches(resident=True))
     if gpu:
         kinds["unfed, one by one"] = ((*flags, "--no-graphs"), same)
 
@@ -168,7 +170,7 @@ def fed_and_unfed(setting: Setting) -> dict[str, float]:
             f"{phase}, {name}": partial(make_steps, setting.trainer(*given), phase, source, steps)
             for name, (given, source) in kinds.items()
         }
-        rates |= in_turns(works, steps * setting.config.batch_size)
+        rates |= in_turns(works, steps * setting.config.batch_size, setting.config.turns)
     return rates
 
 
@@ -298,7 +300,7 @@ def _enter(rank: int, ranks: int, setting: Setting) -> None:
         dist.barrier()
 
     works = {name: partial(together, work) for name, work in one_step.items()}
-    rates = in_turns(works, steps * batch_size)
+    rates = in_turns(works, steps * batch_size, setting.config.turns)
     if rank == 0:
         (folder / f"rates-{ranks}.json").write_text(json.dumps(rates))
     dist.destroy_process_group()
@@ -333,6 +335,7 @@ def ratios(rates: dict[str, float]) -> dict[str, float]:
     for phase in PHASES:
         unfed = f"{phase}, unfed"
         pairs[f"{phase}: fed / unfed"] = (f"{phase}, fed", unfed)
+        pairs[f"{phase}: resident / unfed"] = (f"{phase}, resident", unfed)
         pairs[f"{phase}: replayed / one by one"] = (unfed, f"{unfed}, one by one")
     for name in ("ours, warm-up", "ours, joint", "DDP, joint", "plain, joint"):
         pairs[f"{name}: 2 workers / 1"] = (f"{name}, workers: 2", f"{name}, workers: 1")
@@ -359,7 +362,7 @@ def main() -> None:
         if not gpu:
             os.sched_setaffinity(0, {min(cores)})  # the loader's thread too
             torch.set_num_threads(1)
-        rates |= fed_and_unfed(setting)
+        rates |= fed_and_unfed(setting, *(("--precision", "bfloat16") if gpu else ()))
     compared = ratios(rates)
     print(cli.table(["what", "images/s"], [[k, f"{v:.0f}"] for k, v in rates.items()]))
     print(cli.table(["ratio", ""], [[k, f"{v:.3f}"] for k, v in compared.items()]))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # importing it needs DALI, which tasks alone do
     from pipeline.loading.loader import Batch
 
 TASKS_PER_WORKER = 4  # so that the progress line moves
-GPU_SHARE = 0.25  # tasks share a GPU: while one finds boxes on its core, another's nets run
+GPU_SHARE = 0.25  # at most: while one task finds boxes on its core, the nets of others run
 
 
 def set_up_process(use_gpu: bool) -> torch.device:
@@ -169,7 +169,7 @@ def shard_parts(config: EvaluateConfig, truth: MapTruth) -> Iterator[Part]:
         ranges(batches, config.shards or TASKS_PER_WORKER * workers),
         lambda part: (config, shared, *part, gpus > 0),
         workers,
-        gpus=GPU_SHARE if gpus else 0.0,
+        gpus=min(GPU_SHARE, gpus / workers),
     )
     with closing(results):
         for _, result in results:
