@@ -120,17 +120,20 @@ def adversary_view(images: Tensor, objective: Objective) -> Tensor:
 
 
 def imitation_step(nets: TrainingNets, batch: Inputs, objective: Objective) -> Step:
-    """Warm-up over a pretrained network: the corruption net imitates the evidence, and a new head
-    of the classifier, if it has one, learns the classes from clean images."""
-    masks = masks_of(nets.corruption, batch, objective)
-    assert masks.maps is not None
-    imitated = imitation(nets.classifier, masks, batch, objective)
-    gradients = torch.autograd.grad(imitated.sum() / batch.total, trainable(nets.corruption))
+    """Warm-up over a pretrained network: the corruption net imitates the evidence, unless imitation
+    has no weight, and a new head of the classifier, if it has one, learns the classes from clean
+    images."""
     logits = nets.classifier(adversary_view(batch.images, objective)).to(batch.images.dtype)
     loss = classification_loss(logits, batch.labels)
+    sums = {"classifier_loss": loss, "correct": correct(logits, batch.labels)}
+    gradients = None
+    if objective.imitation_weight:
+        imitated = imitation(
+            nets.classifier, masks_of(nets.corruption, batch, objective), batch, objective
+        )
+        gradients = torch.autograd.grad(imitated.sum() / batch.total, trainable(nets.corruption))
+        sums["imitation_loss"] = imitated
     head = trainable(nets.classifier)
-    sums = {"imitation_loss": imitated, "classifier_loss": loss}
-    sums["correct"] = correct(logits, batch.labels)
     return Step(
         corruption_gradients=gradients,
         classifier_gradients=torch.autograd.grad(loss.sum() / batch.total, head) if head else None,

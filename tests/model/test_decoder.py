@@ -141,12 +141,12 @@ def test_a_step_over_a_network_trains_the_decoder_and_the_last_stages(
 
 
 def test_the_warm_up_imitates_and_trains_a_new_head(nets: TrainingNets, batch: Inputs) -> None:
-    known = imitation_step(
-        TrainingNets(nets.corruption, network(), nets.clean_classifier), batch, Objective()
-    )
-    assert known.classifier_gradients is None
+    imitating = Objective(imitation_weight=10)
+    known = TrainingNets(nets.corruption, network(), nets.clean_classifier)
+    assert imitation_step(known, batch, imitating).classifier_gradients is None
+    assert imitation_step(nets, batch, Objective()).corruption_gradients is None
     nets.classifier.train_only("head")  # type: ignore[operator]
-    step = imitation_step(nets, batch, Objective())
+    step = imitation_step(nets, batch, imitating)
     assert step.classifier_gradients is not None
     head = nets.classifier.head
     logits = nets.classifier(batch.images)
@@ -156,7 +156,7 @@ def test_the_warm_up_imitates_and_trains_a_new_head(nets: TrainingNets, batch: I
     optimizer = torch.optim.Adam(nets.corruption.parameters(), 0.01)
     losses = []
     for _ in range(60):
-        step = imitation_step(nets, batch, Objective())
+        step = imitation_step(nets, batch, imitating)
         losses.append(float(step.sums["imitation_loss"]))
         assert step.corruption_gradients is not None
         for parameter, gradient in zip(
