@@ -31,8 +31,9 @@ demo: env
 localize: env
 	$(BIN)/python -m jobs.localize $(IMAGES)
 
-# Two processes, each with the tests of a file; in either, tests that need Ray share one.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# Two processes, each with the tests of a file; in either, tests that need Ray share one. The long
+# files come first, so that neither process waits for the other.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Before each commit: linters, types and the fast tests.
 check: lint

@@ -23,21 +23,18 @@ from typing import Any
 
 import cv2
 import numpy as np
-import ray
 import simplejpeg
 import torch
 import webdataset
 from nvidia.dali import fn, pipeline_def, types
 
-from benchmarks.machine import hardware, quiet, write_result
+from benchmarks.machine import hardware, make_shards, write_result
 from jobs import cli
 from pipeline.loading.augmentation import Augmentation, draw
 from pipeline.loading.loader import Loader
 from pipeline.loading.order import Order, Position
 from pipeline.shards.format import Manifest, read_index, read_manifest
-from pipeline.shards.make import preprocess
-from pipeline.shards.plan import PreprocessConfig
-from pipeline.synthetic import SyntheticConfig, write_synthetic
+from pipeline.synthetic import SyntheticConfig
 
 BATCH = 64
 CROP = Augmentation()
@@ -79,21 +76,12 @@ class Stored:
 def make_sets(folder: Path, side: int, images: int) -> None:
     """Generated images at `side` pixels as raw and JPEG shards: folder/rgb and folder/jpg."""
     low = max(112, side)
-    synthetic = SyntheticConfig(
+    drawing = SyntheticConfig(
         train_images=images, val_images=0, min_side=low, max_side=low * 9 // 7
     )
-    write_synthetic(folder / "images", synthetic)
-    for image_format in ("rgb", "jpg"):
-        config = PreprocessConfig(
-            source=str(folder / "images"),
-            output=str(folder / image_format),
-            image_size=side,
-            image_format=image_format,
-            superpixels=196,
-            samples_per_shard=250,
-        )
-        preprocess(config, quiet, cli.connect_ray)
-    ray.shutdown()  # whose processes would share the core
+    for kind in ("rgb", "jpg"):
+        flags = {"image_size": side, "image_format": kind, "samples_per_shard": 250}
+        make_shards(folder, drawing, kind, **flags)
 
 
 def ours(stored: Stored) -> Batches:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine they ran on, silent progress, and their result's file."""
+"""What the benchmarks share: the machine they ran on, generated shards, and their result's file."""
 
 import json
 import os
@@ -10,7 +10,10 @@ from typing import Any
 import ray
 import torch
 
-from pipeline.shards.make import Progress
+from jobs import cli
+from pipeline.shards.make import Progress, preprocess
+from pipeline.shards.plan import PreprocessConfig
+from pipeline.synthetic import SyntheticConfig, write_synthetic
 
 
 def hardware() -> dict[str, str | int]:
@@ -29,6 +32,20 @@ def hardware() -> dict[str, str | int]:
 
 def quiet(progress: Progress) -> None:
     """Show nothing: printing is not measured."""
+
+
+def make_shards(folder: Path, images: SyntheticConfig, name: str = "shards", **flags: Any) -> Path:
+    """Write generated images and their shards below the folder, by a Ray that ends with it. Returns
+    the set's folder. flags: of jobs.preprocess."""
+    write_synthetic(folder / "images", images)
+    settings = {"superpixels": 196, **flags}
+    source, output = folder / "images", folder / name
+    ray.init(address="local", include_dashboard=False, logging_level="warning")
+    preprocess(
+        PreprocessConfig(source=str(source), output=str(output), **settings), quiet, cli.connect_ray
+    )
+    ray.shutdown()  # its processes would share the cores
+    return output
 
 
 def write_result(folder: Path, name: str, content: dict[str, Any]) -> None:

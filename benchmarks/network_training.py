@@ -13,13 +13,11 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
-from benchmarks.machine import hardware, quiet, write_result
-from benchmarks.training import CPU_TIME, PHASES, in_turns, make_steps
+from benchmarks.machine import hardware, make_shards, write_result
+from benchmarks.training import CPU_TIME, PHASES, endless, in_turns, make_steps
 from jobs import cli
-from jobs.train.config import PRESETS, TrainConfig
 from jobs.train.graphs import autocast, net_inputs
 from jobs.train.trainer import Trainer
 from model.classifier import class_probabilities
@@ -29,9 +27,7 @@ from model.saliency import layer_cams_of
 from model.step import adversary_view, trainable
 from pipeline.loading.loader import Batch, Loader
 from pipeline.shards.format import read_manifest
-from pipeline.shards.make import preprocess
-from pipeline.shards.plan import PreprocessConfig
-from pipeline.synthetic import SyntheticConfig, write_synthetic
+from pipeline.synthetic import SyntheticConfig
 
 INFERENCE = "inference"
 
@@ -52,28 +48,14 @@ class BenchConfig:
 
 def new_trainer(config: BenchConfig, folder: Path) -> tuple[Trainer, Batch]:
     """Return a trainer over the network that trains in any phase for ever, and a batch."""
-    images = SyntheticConfig(
+    drawing = SyntheticConfig(
         train_images=config.batch_size, val_images=0, min_side=256, max_side=256
     )
-    write_synthetic(folder / "images", images)
-    shards = str(folder / "shards")
-    source = str(folder / "images")
-    ray.init(address="local", include_dashboard=False, logging_level="warning")
-    preprocess(
-        PreprocessConfig(
-            source=source, output=shards, superpixels=196, image_size=config.image_size
-        ),
-        quiet,
-        cli.connect_ray,
-    )
-    ray.shutdown()
-    flags = ("--data", shards, "--output", str(folder / "run"), "--network", config.network)
-    endless = ("--warmup-epochs", "10000", "--epochs", "10000", "--log-interval", "1000000")
-    given = (*flags, *endless, "--batch-size", str(config.batch_size), "--target", "0.999999")
-    training = cli.parse(TrainConfig, given, "", PRESETS, {"network": "photos"})
-    manifest, device = read_manifest(shards), torch.device(config.device)
-    batch = next(Loader(shards, manifest, device).evaluation("train", config.batch_size))
-    return Trainer(training, manifest, device, 1), batch
+    data = make_shards(folder, drawing, image_size=config.image_size)
+    flags = ("--network", config.network, "--batch-size", str(config.batch_size))
+    manifest, device = read_manifest(data), torch.device(config.device)
+    batch = next(Loader(data, manifest, device).evaluation("train", config.batch_size))
+    return Trainer(endless(data, *flags), manifest, device, 1), batch
 
 
 def bare_passes(trainer: Trainer, batch: Batch, phase: str, steps: int) -> None:

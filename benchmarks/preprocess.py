@@ -1,10 +1,9 @@
-"""Preprocessing: the job, one process, a naive script and Ray Data, side by side.
+"""Preprocessing: the job, one process and Ray Data, side by side.
 
 `python -m benchmarks.preprocess --data FOLDER`, where FOLDER holds imagenet-samples.tar and
 tiny-imagenet-20.tar.gz, or one of them; with neither, images are generated. Each way of doing the
 work is timed in turn, several rounds, and its fastest round counts; ratios within a run are what
-to compare. The naive script is left out where scikit-image, which is no dependency, is not
-installed.
+to compare.
 """
 
 import os
@@ -14,8 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +32,6 @@ ARCHIVES = {
     "Tiny ImageNet-20": "tiny-imagenet-20.tar.gz",
 }
 CORES = 2
-NAIVE_SHARE = 4  # the naive script, the slowest by far, makes one image in so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,26 +113,6 @@ def job(work: Work, output: Path) -> float:
     return preprocess(work.config(output, None), quiet, cli.connect_ray).progress.seconds
 
 
-def naive(work: Work, output: Path) -> float:
-    """Seconds of the script that anybody would write first (PIL, scikit-image and tarfile), in
-    proportion to its share of the images."""
-    from PIL import Image
-    from skimage.segmentation import slic  # type: ignore[import-not-found, unused-ignore]
-
-    output.mkdir(parents=True)
-    started = time.perf_counter()
-    with tarfile.open(output / "shard.tar", "w") as tar:
-        for path in sorted(work.folder.rglob("*.jpg"))[::NAIVE_SHARE]:
-            image = Image.open(path).convert("RGB").resize((work.size, work.size))
-            pixels = np.asarray(image)
-            segments = slic(pixels, work.superpixels, start_label=0).astype(np.uint16)
-            for suffix, data in (("rgb", pixels.tobytes()), ("seg", segments.tobytes())):
-                info = tarfile.TarInfo(f"{path.stem}.{suffix}")
-                info.size = len(data)
-                tar.addfile(info, BytesIO(data))
-    return NAIVE_SHARE * (time.perf_counter() - started)
-
-
 def _ray_data_batch(batch: dict[str, Any], count: int) -> dict[str, Any]:
     found = [superpixels(np.ascontiguousarray(image), count) for image in batch["image"]]
     return {"image": batch["image"], "segments": np.stack(found)}
@@ -160,8 +136,6 @@ def measure(work: Work, scratch: Path, rounds: int) -> dict[str, float]:
         "one process without Ray": one_process,
         "Ray Data": ray_data,
     }
-    if find_spec("skimage"):
-        ways["naive script"] = naive
     best = dict.fromkeys(ways, 0.0)
     for round_number in range(rounds):
         for name, way in ways.items():

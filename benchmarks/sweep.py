@@ -5,20 +5,18 @@ and MaxBoxAccV2), and the functions of the checkout, which give the two in separ
 """
 
 import importlib
-import json
 import sys
 import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from benchmarks.machine import hardware
+from benchmarks.machine import hardware, write_result
 from jobs import cli
 from pipeline.evaluation import sweep
 from pipeline.evaluation.protocols import thresholds
@@ -33,7 +31,7 @@ class SweepBenchConfig:
     """What to compare with, and where the result goes."""
 
     reference: Path = cli.option(help="checkout of wsolevaluation to compare with")
-    output: Path | None = cli.option(None, help="JSON file for the figures, with the hardware")
+    output: Path = cli.option(Path("benchmarks/results"), help="folder for the dated JSON")
 
 
 def score_map(kind: str, side: int, rng: np.random.Generator) -> np.ndarray:
@@ -110,13 +108,8 @@ def main() -> None:
     rows = [[x if isinstance(x, str) else f"{x:.4g}" for x in row.values()] for row in results]
     print(cli.table(list(results[0]), rows))
     print("milliseconds of CPU time per map on one thread")
-    if config.output is not None:
-        content = {
-            "date": date.today().isoformat(),
-            "hardware": {**hardware(), "opencv": cv2.__version__},
-            "milliseconds_per_map": results,
-        }
-        config.output.write_text(json.dumps(content, indent=1) + "\n")
+    machine = {**hardware(), "opencv": cv2.__version__}
+    write_result(config.output, "sweep", {"hardware": machine, "milliseconds_per_map": results})
 
 
 if __name__ == "__main__":

@@ -14,28 +14,29 @@ from model.masking import normalize
 from model.step import clean_step
 from pipeline.synthetic import CLASS_NAMES, SyntheticConfig, draw_image
 
-SIZE = 64
 BATCH = 64
 WIDTH = 16
 RATE = 2e-3
 
 
-def draw_split(split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw the first `count` images at 64 px with objects and without: uint8 [2, count, 3, 64, 64].
+def draw_split(split: str, count: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw the first `count` images with objects and without: uint8 [2, count, 3, side, side].
     Returns them and their labels, int64 [count]."""
-    pictures, labels = np.empty((2, count, SIZE, SIZE, 3), np.uint8), []
+    pictures, labels = np.empty((2, count, side, side, 3), np.uint8), []
     for index in range(count):
         *both, label, _ = draw_image(SyntheticConfig(), split, index)
         for kind, image in enumerate(both):
-            pictures[kind, index] = cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+            pictures[kind, index] = cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
         labels.append(label)
     return torch.from_numpy(pictures).permute(0, 1, 4, 2, 3), torch.tensor(labels)
 
 
-def learned_accuracies(*, train_images: int, val_images: int, epochs: int) -> list[float]:
+def learned_accuracies(
+    *, train_images: int, val_images: int, epochs: int, side: int = 64
+) -> list[float]:
     """Return the val accuracy of a classifier trained on images with objects, and without."""
-    pictures, labels = draw_split("train", train_images)
-    val_pictures, val_labels = draw_split("val", val_images)
+    pictures, labels = draw_split("train", train_images, side)
+    val_pictures, val_labels = draw_split("val", val_images, side)
     colours = (torch.full((3,), 120.0), torch.full((3,), 60.0))
     accuracies = []
     for images, shown in zip(pictures, val_pictures, strict=True):

@@ -1,16 +1,13 @@
 """`python -m benchmarks.training`: what a training step costs, alone, fed, and on two workers.
 
 Every comparison is made side by side in one run, in turns, each process pinned to one core, and
-reported as a ratio of medians, by the clock and by processor time. The latter leaves out waiting,
-also that of one worker for another, and the processes of the plain peer's loader.
+reported as a ratio of medians, by the clock and by processor time, which leaves out waiting, also
+that of one worker for another.
 
 Default nets at 64 px, 196 superpixels, --batch-size images a step over all workers; adversarial
-steps joint with clean images, the dearest, unless named otherwise. The peers are:
-
-- DDP: both nets wrapped, the same method and loader; the classifier must be run a second time,
-  outside the corruption net's graph, so that each wrapper sees one backward pass;
-- plain: as this method is usually written at first. A forward and a backward pass over both nets
-  for either loss, a DataLoader that decodes JPEG files and cuts superpixels on the fly.
+steps joint with clean images, the dearest, unless named otherwise. The peer is DDP: both nets
+wrapped, the same method and loader; the classifier must be run a second time, outside the
+corruption net's graph, so that each wrapper sees one backward pass.
 
 On a machine with a GPU, `--device cuda` measures one process in bfloat16: the step alone and fed,
 its kernels replayed or launched one by one. Nothing is pinned there.
@@ -29,18 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
-import ray
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from benchmarks.machine import hardware, quiet, write_result
+from benchmarks.machine import hardware, make_shards, write_result
 from jobs import cli
-from jobs.train.config import TrainConfig
+from jobs.train.config import PRESETS, TrainConfig
 from jobs.train.trainer import Trainer
 from model.controller import ControllerState
 from model.losses import area_penalty, classification_loss, correct, corruption_loss
@@ -56,12 +50,8 @@ from pipeline.loading.loader import Batch, Loader
 from pipeline.loading.order import Order
 from pipeline.loading.resident import Resident
 from pipeline.shards.format import read_manifest
-from pipeline.shards.make import preprocess
-from pipeline.shards.plan import PreprocessConfig
-from pipeline.shards.superpixels import superpixels
-from pipeline.synthetic import SyntheticConfig, write_synthetic
+from pipeline.synthetic import SyntheticConfig
 
-SUPERPIXELS = 196
 CPU_TIME = ", by CPU time"
 PHASES = ("warm-up", "corruption only", "joint")
 
@@ -78,6 +68,20 @@ class BenchConfig:
     output: Path = cli.option(Path("benchmarks/results"), help="folder for the dated JSON")
 
 
+def endless(data: Path, *flags: str) -> TrainConfig:
+    """Return the configuration of a training that stays in either phase for ever."""
+    fixed = {
+        "data": data,
+        "output": data.with_name("run"),
+        "warmup_epochs": 10_000,
+        "epochs": 10_000,
+        "log_interval": 10**6,
+        "target": 1 - 1e-9,
+    }
+    given = [text for name, value in fixed.items() for text in (cli.flag(name), str(value))]
+    return cli.parse(TrainConfig, [*given, *flags], "", PRESETS, {"network": "photos"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What all measurements share."""
@@ -91,18 +95,9 @@ class Setting:
 
     def trainer(self, *flags: str, ranks: int = 1) -> Trainer:
         """Return a trainer that stays in either phase for ever. flags: of jobs.train."""
-        fixed = {
-            "data": self.folder / "shards",
-            "output": self.folder / "no-run",
-            "batch_size": self.config.batch_size,
-            "warmup_epochs": 10_000,
-            "epochs": 10_000,
-            "log_interval": 10**6,
-            "target": 1 - 1e-9,
-        }
-        given = [text for name, value in fixed.items() for text in (cli.flag(name), str(value))]
-        config = cli.parse(TrainConfig, [*given, *flags], "")
-        return Trainer(config, read_manifest(config.loading.data), self.device, ranks)
+        data = self.folder / "shards"
+        config = endless(data, "--batch-size", str(self.config.batch_size), *flags)
+        return Trainer(config, read_manifest(data), self.device, ranks)
 
     def batches(self, rank: int = 0, ranks: int = 1, *, resident: bool = False) -> Iterator[Batch]:
         """Return the loader's batches, or the same from a set that stays in the device's memory."""
@@ -174,38 +169,6 @@ def fed_and_unfed(setting: Setting, *flags: str) -> dict[str, float]:
     return rates
 
 
-class Photos(Dataset[tuple[Tensor, Tensor, int]]):
-    """The plain peer's data: an image file, decoded, cropped, flipped, cut into superpixels."""
-
-    def __init__(self, folder: Path) -> None:
-        self.paths = sorted(folder.glob("*/*.JPEG"))
-        classes = sorted({path.parent.name for path in self.paths})
-        self.labels = [classes.index(path.parent.name) for path in self.paths]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        image = cv2.imread(str(self.paths[index]))
-        assert image is not None
-        image, random = image[..., ::-1], np.random.default_rng()
-        side = min(image.shape[:2])
-        cut = int(side * random.uniform(0.84, 1))
-        y, x = (random.integers(0, size - cut + 1) for size in image.shape[:2])
-        image = cv2.resize(image[y : y + cut, x : x + cut], (64, 64), interpolation=cv2.INTER_AREA)
-        if random.random() < 0.5:
-            image = image[:, ::-1]
-        image = np.ascontiguousarray(image)
-        segments = superpixels(image, SUPERPIXELS, 10.0).astype(np.int64)
-        pixels = torch.from_numpy(image).permute(2, 0, 1)
-        return pixels, torch.from_numpy(segments), self.labels[index]
-
-
-def endless(loader: DataLoader[Any]) -> Iterator[list[Tensor]]:
-    while True:
-        yield from loader
-
-
 class Peer:
     """Both nets in DDP wrappers with optimizers of their own."""
 
@@ -252,28 +215,9 @@ class Peer:
         dist.all_reduce(right)
         return right
 
-    def plain_step(self, images: Tensor, segments: Tensor, labels: Tensor) -> float:
-        """Take a step with a forward and a backward pass over everything for either loss."""
-        x = self.inputs(images)
-        for number in range(2):
-            mask = self.mask(x, segments)
-            masked = apply_mask(x, mask)
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
-            if number == 0:
-                logits = self.classifier(masked)
-                loss = (corruption_loss(logits) + area_penalty(mask, 2)).mean()
-            else:
-                loss = self.classifier_loss(masked, x, labels)
-            loss.backward()
-            self.optimizers[number].step()
-        right = correct(logits, labels).sum()
-        dist.all_reduce(right)
-        return float(right)
-
 
 def _enter(rank: int, ranks: int, setting: Setting) -> None:
-    """Be one worker on one core: ours, DDP and plain in turns; rank 0 writes down the rates."""
+    """Be one worker on one core: ours and DDP in turns; rank 0 writes down the rates."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -281,17 +225,12 @@ def _enter(rank: int, ranks: int, setting: Setting) -> None:
     meet = f"file://{folder}/meet-{ranks}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
     ours = setting.trainer(ranks=ranks)
-    wrapped, plain = (Peer(setting.trainer(ranks=ranks)) for _ in range(2))
+    wrapped = Peer(setting.trainer(ranks=ranks))
     batches = setting.batches(rank, ranks)
-    photos = Photos(folder / "images" / "train")
-    sampler: DistributedSampler[Any] = DistributedSampler(photos, ranks, rank)
-    each = batch_size // ranks
-    stream = endless(DataLoader(photos, each, sampler=sampler, num_workers=1, drop_last=True))
     one_step: dict[str, Callable[[], Any]] = {
         "ours, warm-up": lambda: make_steps(ours, "warm-up", batches, steps),
         "ours, joint": lambda: make_steps(ours, "joint", batches, steps),
         "DDP, joint": lambda: [wrapped.wrapped_step(next(batches)) for _ in range(steps)],
-        "plain, joint": lambda: [plain.plain_step(*next(stream)) for _ in range(steps)],
     }
 
     def together(work: Callable[[], Any]) -> None:
@@ -307,7 +246,7 @@ def _enter(rank: int, ranks: int, setting: Setting) -> None:
 
 
 def worker_rates(setting: Setting) -> dict[str, float]:
-    """Measure ours, DDP and plain on one and two workers of one core each, of one global batch."""
+    """Measure ours and DDP on one and two workers of one core each, of one global batch."""
     rates: dict[str, float] = {}
     for ranks in (1, 2):
         mp.start_processes(_enter, (ranks, setting), nprocs=ranks, start_method="spawn")
@@ -318,17 +257,6 @@ def worker_rates(setting: Setting) -> dict[str, float]:
     return rates
 
 
-def make_data(folder: Path, images: int) -> None:
-    """Write generated images and their shards."""
-    write_synthetic(folder / "images", SyntheticConfig(train_images=images, val_images=0))
-    config = PreprocessConfig(
-        source=str(folder / "images"), output=str(folder / "shards"), superpixels=SUPERPIXELS
-    )
-    ray.init(address="local", include_dashboard=False, logging_level="warning")
-    preprocess(config, quiet, cli.connect_ray)
-    ray.shutdown()
-
-
 def ratios(rates: dict[str, float]) -> dict[str, float]:
     """Return the ratios that docs/results.md names, by the clock and by processor time."""
     pairs = {}
@@ -337,12 +265,11 @@ def ratios(rates: dict[str, float]) -> dict[str, float]:
         pairs[f"{phase}: fed / unfed"] = (f"{phase}, fed", unfed)
         pairs[f"{phase}: resident / unfed"] = (f"{phase}, resident", unfed)
         pairs[f"{phase}: replayed / one by one"] = (unfed, f"{unfed}, one by one")
-    for name in ("ours, warm-up", "ours, joint", "DDP, joint", "plain, joint"):
+    for name in ("ours, warm-up", "ours, joint", "DDP, joint"):
         pairs[f"{name}: 2 workers / 1"] = (f"{name}, workers: 2", f"{name}, workers: 1")
     for ranks in (1, 2):
-        for peer in ("DDP", "plain"):
-            ours, theirs = (f"{name}, joint, workers: {ranks}" for name in ("ours", peer))
-            pairs[f"ours / {peer}, workers: {ranks}"] = (ours, theirs)
+        ours, theirs = (f"{name}, joint, workers: {ranks}" for name in ("ours", "DDP"))
+        pairs[f"ours / DDP, workers: {ranks}"] = (ours, theirs)
     return {
         name + kind: rates[above + kind] / rates[below + kind]
         for kind in ("", CPU_TIME)
@@ -357,7 +284,7 @@ def main() -> None:
     gpu = config.device == "cuda"
     with tempfile.TemporaryDirectory() as name:
         setting = Setting(config=config, folder=Path(name))
-        make_data(setting.folder, config.images)
+        make_shards(setting.folder, SyntheticConfig(train_images=config.images, val_images=0))
         rates = {} if gpu else worker_rates(setting)
         if not gpu:
             os.sched_setaffinity(0, {min(cores)})  # the loader's thread too

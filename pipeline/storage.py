@@ -382,18 +382,6 @@ def download(location: str, folder: Path) -> None:
 
 
 @contextmanager
-def local_copy(location: str) -> Iterator[Path]:
-    """Give a local folder with the content of a location: its own, or until the block ends a copy
-    of a remote one."""
-    if not is_remote(location):
-        yield local_path(location)
-        return
-    with tempfile.TemporaryDirectory() as name:
-        download(location, Path(name))
-        yield Path(name)
-
-
-@contextmanager
 def working_folder(
     location: str, last: str, *, replaced: str = "", resumes: bool = False
 ) -> Iterator[Path]:

@@ -6,15 +6,20 @@ from unittest.mock import Mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: two cores are shared with Ray's workers
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pipeline.evaluation.results import read_evaluation
+from pipeline.evaluation.truth import ground_truth_of
 from pipeline.shards import make
 from pipeline.shards.format import read_manifest
+from pipeline.shards.ledger import read_ledger
 from pipeline.shards.plan import PreprocessConfig
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 from tests import remote
-from tests.e2e.commands import words
+from tests.pipeline.evaluation.files import write_metadata
 
 settings.register_profile(
     "tests",
@@ -79,22 +84,43 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def evaluations(small_set: Path, ray_local: None) -> tuple[Path, Path, Path]:
+def evaluations(small_set: Path) -> tuple[Path, Path, Path]:
     """Evaluations of the small set's val images: of two runs of random nets, and of the boxes of
     the second one's ALN as a file, without shards."""
-    from jobs.evaluate.__main__ import main as evaluate  # here: most tests need no nets
+    import torch  # here, as the others: most tests need no nets
+
+    from jobs.evaluate import tasks
+    from jobs.evaluate.__main__ import evaluate
+    from jobs.evaluate.config import EvaluateConfig
     from tests.jobs.conftest import write_random_run
 
-    folder = small_set.parent
+    folder, manifest = small_set.parent, read_manifest(small_set)
     first, second, boxes = (folder / f"evaluation-{name}" for name in ("0", "1", "boxes"))
-    export, classes = folder / "export", folder / "classes.txt"
-    for seed, output in enumerate((first, second)):
-        run = folder / f"run-{seed}"
-        write_random_run(run, small_set, seed)
-        evaluate(words(data=small_set, run=run, output=output, export=export))
-    classes.write_text("\n".join(read_manifest(small_set).classes))
-    files = {"ground_truth": export / "metadata", "predictions": export / "boxes/aln.parquet"}
-    evaluate(words(**files, classes=classes, output=boxes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "run_tasks", run_here)
+        patch.setattr(tasks, "set_up_process", lambda use_gpu: torch.device("cpu"))
+        patch.setattr(tasks, "check_hosts", Mock())
+        patch.setattr(tasks, "connect_ray", Mock())
+        patch.setattr(tasks, "ray", Mock(put=lambda x: x, cluster_resources=lambda: {"CPU": 1}))
+        for seed, output in enumerate((first, second)):
+            run = folder / f"run-{seed}"
+            write_random_run(run, small_set, seed)
+            evaluate(EvaluateConfig(data=str(small_set), run=run, output=output), lambda *_: None)
+    images = read_evaluation(second).images()
+    found = read_evaluation(second).predictions("aln", "paper")["box"].to_pylist()
+    labels = [classes["co-trained"] for classes in images["classes"].to_pylist()]
+    guesses = {"id": images["id"], "labels": labels, "boxes": [[box] * 5 for box in found]}
+    pq.write_table(pa.table(guesses), folder / "boxes.parquet")
+    (folder / "classes.txt").write_text("\n".join(manifest.classes))
+    ledger = read_ledger(small_set, "val")
+    truth = ground_truth_of(ledger, manifest.classes, manifest.class_names)
+    config = EvaluateConfig(
+        ground_truth=write_metadata(folder / "metadata", truth),
+        predictions=folder / "boxes.parquet",
+        classes=folder / "classes.txt",
+        output=boxes,
+    )
+    evaluate(config, lambda *_: None)
     return first, second, boxes
 
 

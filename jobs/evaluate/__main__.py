@@ -8,7 +8,7 @@ evaluations are compared by jobs.report.
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,9 @@ from jobs.evaluate.inputs import NO_SIZES, Inputs, centred_shares, class_names, 
 from jobs.evaluate.sources import Source, constant_boxes, read_source
 from model.localization import RULE_TEXTS
 from pipeline.errors import UserError
-from pipeline.evaluation.formats import Guesses, write_guesses
 from pipeline.evaluation.lines import MissingClassesError
 from pipeline.evaluation.metrics import SUBSETS
-from pipeline.evaluation.protocols import PROTOCOLS, TOP
+from pipeline.evaluation.protocols import PROTOCOLS
 from pipeline.evaluation.results import (
     MAPS_NAME,
     METRICS_NAME,
@@ -35,14 +34,11 @@ from pipeline.evaluation.results import (
     write_evaluation,
 )
 from pipeline.evaluation.scoring import (
-    Localization,
     class_lists,
     classifier_figures,
-    original_boxes,
     score,
     truth_lists,
 )
-from pipeline.evaluation.truth import GroundTruth, write_metadata
 from pipeline.shards.format import split_of
 from pipeline.storage import absolute, is_file, join, locked_folder, working_folder
 
@@ -98,8 +94,6 @@ def _evaluate(
     rows, predictions = score(
         localizations, source.classes, truth, protocol=config.protocol, seed=config.seed
     )
-    if config.export is not None:
-        export(config.export, localizations, source.classes, truth)
     metrics = {
         **described(config, inputs, source),
         "centred_box": centred,
@@ -198,28 +192,6 @@ def images_table(inputs: Inputs, source: Source) -> pa.Table:
     return pa.table(columns)
 
 
-def export(
-    folder: Path,
-    localizations: Sequence[Localization],
-    classes: Mapping[str, np.ndarray],
-    truth: GroundTruth,
-) -> None:
-    """Write the ground truth as wsolevaluation metadata, and the boxes of each map and rule, with
-    the classes of its first row, as Parquet."""
-    write_metadata(folder / "metadata", truth)
-    for localization in localizations:
-        best = classes[localization.classes[0] or ""]
-        labels = np.full((len(truth.ids), TOP), -1)
-        labels[:, : best.shape[1]] = best
-        boxes = np.repeat(original_boxes(localization, truth)[:, None], TOP, axis=1)
-        boxes[labels < 0] = -1
-        words = [localization.map, localization.rule or "paper"]
-        name = "_".join(words).replace(" ", "_").removesuffix("_paper")
-        path = folder / "boxes" / f"{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_guesses(path, truth, Guesses(labels=labels, boxes=boxes))
-
-
 def _figure(name: str, value: float | None) -> str:
     if value is None:
         return "-"
@@ -291,8 +263,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluation = evaluate(config, cli.ProgressPrinter().show)
     print(figures_table(evaluation, evaluation.metrics["rule"]))
     print("\n".join(notes(evaluation, evaluation.metrics["rule"])))
-    if config.export is not None:
-        print(f"score maps and boxes in the formats of others: {config.export}")
     print(f"report: {write_page(config.output)}", flush=True)
 
 

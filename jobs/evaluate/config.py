@@ -30,7 +30,6 @@ NEEDS = {  # a flag: of those that make use of it one is given
     "network_classes": ("network",),
     "network_size": ("network",),
     "baselines": ("run",),
-    "export": ("run",),
     "accurate": ("run",),
     "ten_crops": ("run", "network"),
     "batch_size": ("run", "network"),
@@ -39,10 +38,7 @@ NEEDS = {  # a flag: of those that make use of it one is given
     "rule": ("run", "network", "score_maps"),
 }
 WRITTEN = (METRICS_NAME, PREDICTIONS_NAME, IMAGES_NAME, MAPS_NAME, NEW_MAPS_NAME)
-PATHS = (
-    *("score_maps", "export"),
-    *("network_weights", "network_classes", "cache"),
-)
+PATHS = ("score_maps", "network_weights", "network_classes", "cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +122,6 @@ class EvaluateConfig:
         high=1,
         help="height and width of the centred box as shares (default: best on train boxes)",
     )
-    export: Path | None = option(
-        None, help="folder for --run's score maps and boxes in the formats of others"
-    )
     batch_size: int = option(100, low=1, help="images the nets see at once")
     workers: int | None = option(
         None,
@@ -172,7 +165,7 @@ class EvaluateConfig:
         if self.centred_box is not None and len(self.centred_box) not in (1, 2):
             raise ValueError(f"--centred-box {self.centred_box} must be one or two shares")
         written = {Path(absolute(self.output), name) for name in WRITTEN}
-        for name in ("ground_truth", "score_maps", "predictions", "classifier", "export"):
+        for name in ("ground_truth", "score_maps", "predictions", "classifier"):
             path = getattr(self, name)
             if path and written & {path.resolve(), *path.resolve().parents}:
                 raise ValueError(

@@ -21,7 +21,6 @@ from jobs.networks import load_network
 from jobs.runs import MODEL_NAME, load_nets
 from model.localization import RULES
 from pipeline.errors import NAMED, UserError
-from pipeline.evaluation.formats import write_score_map
 from pipeline.evaluation.protocols import TOP
 from pipeline.evaluation.results import maps_bytes
 from pipeline.evaluation.sweep import quantize, stretch
@@ -122,8 +121,7 @@ def score_batch(
     scored = {}
     for name, values in maps:
         try:
-            stretched = stretch(values)
-            levels = quantize(stretched)
+            levels = quantize(stretch(values))
             scored[name] = score_maps(values, levels, images, truth, tuple(RULES))
         except ValueError as error:
             raise UserError(
@@ -131,9 +129,6 @@ def score_batch(
             ) from None
         if name == source.main_map:  # pictures show a mask's probabilities as they are
             main_levels = quantize(values.clip(0, 1)) if name == "aln" else levels
-        if config.export is not None:
-            for image, shares in zip(images.tolist(), stretched, strict=True):
-                write_score_map(config.export / "score_maps" / name, truth.ids[image], shares)
     part = Part(
         rows=rows,
         maps=scored,

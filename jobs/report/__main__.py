@@ -112,7 +112,6 @@ def render(entries: Sequence[Entry], pictures: "dict[str, list[Picture]]", reaso
         columns=tables.shown_figures(lines),
         pairs=pairs(entries, metrics["seed"]),
         iou_charts=iou_charts(lines),
-        class_rows=tables.class_rows(lines, metrics["class_names"]),
         tables=tables,
         pictures=pictures,
         reason=reason,

@@ -23,7 +23,7 @@ MAIN_MAPS = {  # by kind of source
     "constant boxes": "centred box",
 }
 SAME = "compare evaluations of the same ground truth by one protocol"
-AVERAGED = ("figures", "curves", "subsets", "by_class")
+AVERAGED = ("figures", "curves", "subsets")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from jobs.report.compare import Entry, Pair, combined
 from pipeline.evaluation.results import CLASSES, RowFigures
 
 CONSTANT = ("whole image", "centred box", "mean map")  # the same box for every image
-CLASS_ROWS = 25  # worst and best classes shown, where there are more than twice as many
 
 
 class Figure(NamedTuple):
@@ -174,44 +173,6 @@ def best_values(parts: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[st
         key: max((part[key] for part in parts if part.get(key) is not None), default=None)
         for key in keys
     }
-
-
-def comparisons(lines: Sequence[Line]) -> list[dict[str, str]]:
-    """Return GT-known localization of the page's main map against the constant boxes and the other
-    maps: title, difference in points, both figures. The best row of either side counts."""
-    scored = [line for line in lines if line.r.figures["gt_known"] is not None]
-    main = {line.r.row.map for line in scored if line.own}
-    sides = {
-        "Best rule against the best box that ignores the image": [x for x in scored if x.constant],
-        "Best rule against the best other method": [
-            x for x in scored if not x.constant and x.r.row.map not in main
-        ],
-    }
-    result = []
-    for title, others in sides.items():
-        if main and others:
-            own = max((x for x in scored if x.r.row.map in main), key=_gt_known)
-            best = max(others, key=_gt_known)
-            text = "; ".join(f"{x.name}: {percent(_gt_known(x))} %" for x in (own, best))
-            value = points(_gt_known(own) - _gt_known(best))
-            result.append({"title": title, "value": value, "text": text})
-    return result
-
-
-def _gt_known(line: Line) -> float:
-    return line.r.figures["gt_known"]
-
-
-def class_rows(lines: Sequence[Line], names: dict[str, str]) -> list[dict[str, Any]]:
-    """Return each class's figures of the first main row, worst first; classes without known boxes
-    last. names: by wnid."""
-    own = next(line for line in lines if line.own)
-    rows = [
-        {"wnid": wnid, "name": names.get(wnid, wnid), **part}
-        for wnid, part in own.r.by_class.items()
-    ]
-    rows.sort(key=lambda r: (r["gt_known"] is None, r["gt_known"], r["mean_iou"] or 0.0, r["wnid"]))
-    return rows
 
 
 def paired_figures(pairs: Sequence[Pair]) -> list[Figure]:

@@ -1,14 +1,12 @@
-"""Results of other programs, read and written: boxes, classes and score maps (docs/formats.md).
+"""Results of other programs: boxes, classes and score maps (docs/formats.md).
 Rows are matched to the images of a ground truth by id, or by file name where that is unique; each
 image has to come exactly once."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,13 +27,10 @@ from pipeline.evaluation.lines import (
     slots,
 )
 from pipeline.evaluation.protocols import TOP
-from pipeline.evaluation.results import parquet_bytes
 from pipeline.evaluation.truth import GroundTruth
 from pipeline.sources.labels import WNID
-from pipeline.storage import write_atomically
 
 ROUNDING = 1e-5  # by which values of a score map may leave [0, 1]
-MAP_SIZE = 224  # side of a written score map, in pixels
 NUMBER = r"^[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?$"
 INDEX = "^[0-9]{1,9}$"
 GUESS_COLUMNS = "id, labels, boxes"
@@ -87,22 +82,6 @@ def read_guesses(path: Path, truth: GroundTruth) -> Guesses:
     boxes = np.full((len(images), TOP, 4), -1, np.int64 if whole else np.float64)
     boxes[owners, slot] = rows.boxes
     return Guesses(labels=labels, boxes=boxes)
-
-
-def write_guesses(path: Path, truth: GroundTruth, guesses: Guesses) -> None:
-    """Write guesses as Parquet (see `read_guesses`), atomically."""
-    present = (guesses.boxes != -1).any(axis=2)
-    labels, boxes = (
-        [own[some].tolist() for own, some in zip(values, present, strict=True)]
-        for values in (guesses.labels, guesses.boxes)
-    )
-    corners = pa.list_(pa.list_(pa.from_numpy_dtype(guesses.boxes.dtype)))
-    table = {
-        "id": pa.array(truth.ids, pa.string()),
-        "labels": pa.array(labels, pa.list_(pa.int64())),
-        "boxes": pa.array(boxes, corners),
-    }
-    write_atomically(path, parquet_bytes(pa.table(table)))
 
 
 def read_top_classes(path: Path, truth: GroundTruth) -> np.ndarray:
@@ -170,20 +149,6 @@ def read_score_map(path: Path, size: tuple[int, int] | None) -> np.ndarray:
         )
     values = np.array(stored, np.float64 if stored.dtype.itemsize >= 8 else np.float32)
     return _within_0_and_1(str(path), values)
-
-
-def write_score_map(root: Path, image_id: str, values: np.ndarray) -> None:
-    """Write a map [H, W] in [0, 1] as wsolevaluation reads it: float32 [224, 224], atomically.
-    Resized bilinearly, pixel centres aligned. Raises UserError for other values."""
-    values = _within_0_and_1(f"the map of {image_id}", values)
-    resized = cv2.resize(
-        values.astype(np.float32), (MAP_SIZE, MAP_SIZE), interpolation=cv2.INTER_LINEAR
-    )
-    buffer = io.BytesIO()
-    np.save(buffer, np.clip(resized, 0, 1))  # interpolation rounds
-    path = score_map_path(root, image_id)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())
 
 
 def _within_0_and_1(name: str, values: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 share is an integer count over an integer number of images; sums of fractions (mean IoU, AUC) are
 rounded once. docs/formats.md says in words what each figure means."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,60 +124,43 @@ def with_classes(errors: np.ndarray, class_right: np.ndarray) -> np.ndarray:
     return np.where((errors == RIGHT) & ~class_right, CLASS_WRONG, errors)
 
 
-def figures(outcomes: Outcomes) -> Figures:
-    """Return the figures of one row on all images, as docs/formats.md defines them; None for a
-    share of no images and for what is not known. n: images with known boxes; counts: the integers
-    behind the shares; errors: how many of the n fall to each of ERRORS."""
-    return figures_by_group(outcomes, np.zeros(len(outcomes.ious), np.int64), 1)[0]
-
-
-def figures_by_group(outcomes: Outcomes, groups: np.ndarray, count: int) -> list[Figures]:
-    """Return `figures` of the images of each group. groups: int64 [N], the group of each image from
-    0 to count - 1, or -1 for none."""
-    known = ~np.isnan(outcomes.ious)
+def figures(outcomes: Outcomes, among: np.ndarray | None = None) -> Figures:
+    """Return the figures of one row on the images `among`, bool [N], all by default, as
+    docs/formats.md defines them; None for a share of no images and for what is not known. n: images
+    with known boxes; counts: the integers behind the shares; errors: how many of the n fall to each
+    of ERRORS."""
+    every = np.ones(len(outcomes.ious), bool) if among is None else among
+    known = every & ~np.isnan(outcomes.ious)
     right = known & (np.nan_to_num(outcomes.ious) >= IOU_THRESHOLD)
-
-    def counts_of(flags: np.ndarray | None, among: np.ndarray) -> list[int] | None:
-        if flags is None:
-            return None
-        return np.bincount(groups[flags & among], minlength=count).tolist()
-
-    every = groups >= 0
+    flags = {
+        "images": (every, every),
+        "with_boxes": (known, known),
+        "gt_known": (right, known),
+        "top1_loc": (outcomes.top1, right),
+        "top5_loc": (outcomes.top5_right, known),
+        "top1_cls": (outcomes.top1, every),
+        "top5_cls": (outcomes.top5, every),
+    }
     counts = {
-        "images": counts_of(every, every),
-        "with_boxes": counts_of(known, every),
-        "gt_known": counts_of(right, every),
-        "top1_loc": counts_of(outcomes.top1, every & right),
-        "top5_loc": counts_of(outcomes.top5_right, every & known),
-        "top1_cls": counts_of(outcomes.top1, every),
-        "top5_cls": counts_of(outcomes.top5, every),
+        name: int((own & counted).sum())
+        for name, (own, counted) in flags.items()
+        if own is not None
     }
-    scored = every & known
-    kinds = np.zeros((count, len(ERRORS)), np.int64)
-    np.add.at(kinds, (groups[scored], outcomes.errors[scored]), 1)
-    means = {
-        "mean_iou": _means(outcomes.ious, groups, count),
-        "auc": _means(outcomes.auc, groups, count),
-        "auc_other": _means(outcomes.auc_other, groups, count),
-        "auc_gap": _means(_gap(outcomes), groups, count),
+    shares: Figures = {}
+    for name in SHARES:
+        total = counts["images" if name in CLASS_SHARES else "with_boxes"]
+        shares[name] = counts[name] / total if total and name in counts else None
+    errors = np.bincount(outcomes.errors[known], minlength=len(ERRORS)).tolist()
+    return {
+        **shares,
+        "mean_iou": _mean(outcomes.ious, every),
+        "auc": _mean(outcomes.auc, every),
+        "auc_other": _mean(outcomes.auc_other, every),
+        "auc_gap": _mean(_gap(outcomes), every),
+        "n": counts["with_boxes"],
+        "counts": counts,
+        "errors": dict(zip(ERRORS, errors, strict=True)),
     }
-    parts = []
-    for i in range(count):
-        numbers = {name: values[i] for name, values in counts.items() if values is not None}
-        shares: Figures = {}
-        for name in SHARES:
-            total = numbers["images" if name in CLASS_SHARES else "with_boxes"]
-            shares[name] = numbers[name] / total if total and name in numbers else None
-        parts.append(
-            {
-                **shares,
-                **{name: values[i] for name, values in means.items()},
-                "n": numbers["with_boxes"],
-                "counts": numbers,
-                "errors": dict(zip(ERRORS, kinds[i].tolist(), strict=True)),
-            }
-        )
-    return parts
 
 
 def _gap(outcomes: Outcomes) -> np.ndarray | None:
@@ -187,19 +169,12 @@ def _gap(outcomes: Outcomes) -> np.ndarray | None:
     return outcomes.auc - outcomes.auc_other
 
 
-def _means(values: np.ndarray | None, groups: np.ndarray, count: int) -> Sequence[float | None]:
-    """Return the mean of each group's defined values, rounded once; None without any."""
+def _mean(values: np.ndarray | None, among: np.ndarray) -> float | None:
+    """Return the mean of the defined values of these images, rounded once; None without any."""
     if values is None:
-        return [None] * count
-    defined = ~np.isnan(values) & (groups >= 0)
-    groups, values = groups[defined], values[defined]
-    order = np.argsort(groups, kind="stable")
-    edges = np.searchsorted(groups[order], np.arange(count + 1)).tolist()
-    listed = values[order].tolist()
-    return [
-        math.fsum(listed[first:stop]) / (stop - first) if stop > first else None
-        for first, stop in itertools.pairwise(edges)
-    ]
+        return None
+    defined = values[~np.isnan(values) & among]
+    return math.fsum(defined.tolist()) / len(defined) if len(defined) else None
 
 
 def sweep_figures(outcomes: Outcomes) -> Figures:
@@ -239,14 +214,6 @@ def max_box_acc_v2(counts: np.ndarray, images: int) -> float:
     """Return the mean over IoU 0.3, 0.5, 0.7 of each one's best share over thresholds. counts:
     int64 [T, 20] of the best of all contours."""
     return sum(int(_right(counts, iou).max()) for iou in V2_IOUS) / (len(V2_IOUS) * images)
-
-
-def subset_figures(outcomes: Outcomes, masks: dict[str, np.ndarray]) -> dict[str, Figures]:
-    """Return `figures` of each subset; masks: see `subset_masks`."""
-    return {
-        name: figures_by_group(outcomes, mask.astype(np.int64) - 1, 1)[0]
-        for name, mask in masks.items()
-    }
 
 
 def curves(outcomes: Outcomes) -> dict[str, list[float]]:

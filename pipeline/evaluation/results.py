@@ -59,8 +59,8 @@ CLASSES = {
 @dataclass(frozen=True, kw_only=True)
 class RowFigures:
     """The figures of one row. paper: "metric1" and "metric2" of the paper's Table 1, or None.
-    figures: over all images. interval: [low, high] by figure. curves: see metrics.curves. subsets,
-    by_class: figures of each of metrics.SUBSETS, of each wnid."""
+    figures: over all images. interval: [low, high] by figure. curves: see metrics.curves. subsets:
+    figures of each of metrics.SUBSETS."""
 
     row: Row
     title: str
@@ -69,7 +69,6 @@ class RowFigures:
     interval: dict[str, list[float] | None]
     curves: dict[str, Any]
     subsets: dict[str, Figures]
-    by_class: dict[str, Figures]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,7 @@ from pipeline.evaluation.metrics import (
     curves,
     error_kinds,
     figures,
-    figures_by_group,
     intervals,
-    subset_figures,
     subset_masks,
     sweep_figures,
     top_k,
@@ -146,7 +144,7 @@ def score(
         for source in localization.classes:
             named = None if source is None else classes[source]
             outcomes.append(class_outcomes(boxes, named, localization.guesses, truth, protocol))
-            rows.append(_row_figures(localization, source, outcomes[-1], truth, subsets))
+            rows.append(_row_figures(localization, source, outcomes[-1], subsets))
     bounds = intervals(outcomes, [row.figures for row in rows], seed)
     rows = [replace(row, interval=bound) for row, bound in zip(rows, bounds, strict=True)]
     return rows, pa.concat_tables(lines)
@@ -156,7 +154,6 @@ def _row_figures(
     localization: Localization,
     source: str | None,
     outcomes: Outcomes,
-    truth: GroundTruth,
     subsets: dict[str, np.ndarray],
 ) -> RowFigures:
     """Return one row, but for its intervals. subsets: see `subset_masks`; none where sizes are
@@ -165,10 +162,6 @@ def _row_figures(
     if localization.found is not None:
         whole["counts"]["nothing_found"] = int((~localization.found).sum())
     paper = localization.paper if source == localization.classes[0] else None
-    by_class = {}
-    if truth.classes:
-        parts = figures_by_group(outcomes, truth.labels, len(truth.classes))
-        by_class = dict(zip(truth.classes, parts, strict=True))
     return RowFigures(
         row=Row(map=localization.map, rule=localization.rule, classes=source),
         title=localization.title,
@@ -176,8 +169,7 @@ def _row_figures(
         figures=whole,
         interval={},
         curves=curves(outcomes),
-        subsets=subset_figures(outcomes, subsets),
-        by_class=by_class,
+        subsets={name: figures(outcomes, among) for name, among in subsets.items()},
     )
 
 

@@ -29,7 +29,6 @@ from pipeline.evaluation.lines import (
 )
 from pipeline.sources.annotations import Annotation, fit_boxes, read_annotation
 from pipeline.sources.labels import WNID, class_lines, parse_prediction
-from pipeline.storage import write_atomically
 
 NUMBER = "[0-9]{1,9}"
 METADATA = {  # wsolevaluation's files: a line as a pattern, and in words
@@ -124,31 +123,6 @@ def ground_truth_of(
         classes=classes,
         class_names=class_names,
     )
-
-
-def write_metadata(folder: Path, truth: GroundTruth) -> None:
-    """Write wsolevaluation's four files, localization.txt last, each atomically. An image without
-    boxes is in every file but the last. Raises UserError where sizes are unknown or an id holds
-    what the format cannot."""
-    if truth.sizes is None:
-        raise UserError("image_sizes.txt cannot be written: the sizes of the images are unknown.")
-    for name in truth.ids:
-        if "," in name or name != name.strip() or len(name.splitlines()) != 1:
-            raise UserError(
-                f"id {name!r} holds a comma, a line break or outer blanks, which metadata files "
-                "have no way to tell; rename the image."
-            )
-    owners = np.repeat(np.arange(len(truth.ids)), np.diff(truth.starts)).tolist()
-    columns: dict[str, list[Sequence[object]]] = {
-        "image_ids.txt": [truth.ids],
-        "class_labels.txt": [truth.ids, truth.labels.tolist()],
-        "image_sizes.txt": [truth.ids, *truth.sizes.T[::-1].tolist()],
-        "localization.txt": [[truth.ids[i] for i in owners], *truth.boxes.T.tolist()],
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, parts in columns.items():
-        lines = (",".join(map(str, row)) + "\n" for row in zip(*parts, strict=True))
-        write_atomically(folder / name, "".join(lines).encode())
 
 
 def read_classes(path: Path) -> Classes:

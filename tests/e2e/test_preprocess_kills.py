@@ -8,15 +8,11 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from jobs import cli
 from jobs.preprocess.__main__ import main
-from pipeline.errors import UserError
-from pipeline.shards.make import Progress, preprocess
-from pipeline.shards.plan import PreprocessConfig
 from pipeline.synthetic import SyntheticConfig, write_synthetic
 from tests import remote
 from tests.e2e.commands import ROOT, environment
-from tests.jobs.kills import kill_driver_when, workers_killed
+from tests.jobs.kills import kill_driver_when
 
 pytestmark = pytest.mark.slow
 TRAIN, VAL, PER_SHARD = 1500, 100, 25
@@ -53,10 +49,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def quiet(progress: Progress) -> None:
-    assert progress.resumed + progress.done <= progress.total
-
-
 @pytest.fixture(scope="module")
 def whole(images: Path, ray_local: None) -> dict[str, bytes]:
     """The files of a set that nobody interrupted."""
@@ -79,15 +71,13 @@ def records(output: Path) -> int:
     return len(list(output.glob("*/*.parquet")))
 
 
-def test_a_driver_killed_at_many_moments_goes_on_with_the_same_bytes(
+def test_a_driver_killed_at_any_moment_goes_on_with_the_same_bytes(
     images: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     output = tmp_path / "shards"
     moments: list[Callable[[], bool]] = [
         lambda: (output / "plan.json").exists(),
-        lambda: records(output) >= 1,
-        lambda: records(output) >= 20,
-        lambda: any(output.glob("*/.*.tmp")) and records(output) >= 35,
+        lambda: any(output.glob("*/.*.tmp")) and records(output) >= 30,
         lambda: (output / "ledger.parquet").exists() or any(output.glob(".ledger*.tmp")),
     ]
     for moment in moments:
@@ -100,15 +90,6 @@ def test_a_driver_killed_at_many_moments_goes_on_with_the_same_bytes(
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     main(flags(images, output))
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
-
-
-def test_workers_killed_within_a_shard_are_replaced(
-    images: Path, whole: dict[str, bytes], tmp_path: Path
-) -> None:
-    with workers_killed("make_shard", count=3, pause=0.3) as killed:  # four attempts at a shard
-        main(flags(images, tmp_path / "shards"))
-    assert killed
-    assert contents(tmp_path / "shards") == whole
 
 
 def test_a_killed_node_s_shards_are_made_on_another(
@@ -126,21 +107,6 @@ def test_a_killed_node_s_shards_are_made_on_another(
     )
     assert result.returncode == 0, result.stderr
     assert contents(output) == {k: v for k, v in whole.items() if not k.endswith(".jpg")}
-
-
-def test_a_second_driver_on_the_same_output_is_refused(images: Path, tmp_path: Path) -> None:
-    output = str(tmp_path / "shards")
-    config = PreprocessConfig(source=str(images), output=output, samples_per_shard=PER_SHARD)
-    refused: list[int] = []
-
-    def show(progress: Progress) -> None:
-        if not refused:
-            with pytest.raises(UserError, match=r"another process is at work on"):
-                preprocess(config, quiet, cli.connect_ray)
-            refused.append(progress.done)
-
-    preprocess(config, show, cli.connect_ray)
-    assert refused
 
 
 def test_a_set_is_made_on_object_storage_whoever_is_killed(

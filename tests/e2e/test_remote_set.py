@@ -13,7 +13,7 @@ from pipeline.loading.loader import Batch, Loader
 from pipeline.loading.order import Order, Position, shuffle_window
 from pipeline.shards.format import read_manifest
 from tests import remote
-from tests.e2e.commands import run, words
+from tests.e2e.commands import words
 from tests.pipeline.made_set import assert_same
 from tests.remote import Proxy
 
@@ -88,11 +88,3 @@ def test_inspecting_a_remote_set_draws_the_same_pictures(
     for picture in ("train-batch-0.png", "train-batch-1.png"):
         found, expected = ((tmp_path / x / picture).read_bytes() for x in ("remote", "local"))
         assert found == expected
-
-
-def test_a_set_that_is_not_there_is_one_line(s3_endpoint: str, tmp_path: Path) -> None:
-    data = remote.uri(s3_endpoint, "nothing")
-    result = run("-m", "jobs.inspect", "--data", data, "--output", str(tmp_path / "out"))
-    assert result.returncode == 1
-    assert "no finished set of shards lies there" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1

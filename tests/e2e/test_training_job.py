@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.runs import load_nets
+from jobs.cli import parse
+from jobs.runs import Nets, load_nets
 from jobs.train.__main__ import main
 from jobs.train.checkpoints import REQUEST_NAME
+from jobs.train.config import PRESETS, TrainConfig
+from jobs.train.state import finished_nets
+from jobs.train.worker import resume
 from pipeline.errors import UserError
 from tests.e2e.commands import run
-from tests.jobs.kills import kill_driver_when, workers, workers_killed
+from tests.jobs.kills import kill_driver_when, worker_killed, workers
+from tests.jobs.train.small import new_trainer, train_logged
 
 pytestmark = pytest.mark.slow
 SMALL = (
@@ -38,10 +43,8 @@ def past(output: Path, step: int) -> bool:
     return any(values["step"] >= step for values in metrics(output))
 
 
-def weights(run_folder: Path) -> torch.Tensor:
-    nets = load_nets(run_folder)
-    parts = (nets.corruption, nets.classifier, nets.clean_classifier)
-    return torch.cat([p.flatten() for net in parts for p in net.parameters()])
+def weights(nets: Nets) -> torch.Tensor:
+    return torch.cat([p.flatten() for net in nets.modules().values() for p in net.parameters()])
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def test_a_run_logs_every_step_and_leaves_what_evaluation_needs(
     record = json.loads((finished / "run.json").read_text())
     assert record["configuration"]["optimization"]["batch_size"] == 16
     assert record["versions"]["ray"]
-    assert torch.isfinite(weights(finished)).all()
+    assert torch.isfinite(weights(load_nets(finished))).all()
     main(flags(small_set, finished))
     assert "nothing left to train" in capsys.readouterr().out
 
@@ -106,7 +109,7 @@ def test_a_killed_run_resumes_loses_a_worker_and_ends_with_the_same_bits(
             return True
         return False
 
-    with workers_killed(WORKER, when=past_step_14) as dead:
+    with worker_killed(WORKER, past_step_14) as dead:
         main(flags(small_set, output, "--checkpoint-interval=3", "--resident"))
     assert dead
     assert not request.exists()
@@ -114,7 +117,7 @@ def test_a_killed_run_resumes_loses_a_worker_and_ends_with_the_same_bits(
     resumed = [note for note in notes if note.startswith("went on from the checkpoint of step ")]
     assert len(resumed) == 2
     assert [values["step"] for values in metrics(output)] == list(range(1, 21))
-    assert torch.equal(weights(output), weights(finished))
+    assert torch.equal(weights(load_nets(output)), weights(load_nets(finished)))
 
 
 def test_a_run_goes_on_with_another_number_of_workers(
@@ -122,17 +125,20 @@ def test_a_run_goes_on_with_another_number_of_workers(
 ) -> None:
     """Batches, crops and mask samples are the same, so only the rounding of sums may differ."""
     output = shutil.copytree(killed, tmp_path / "run")
-    main(flags(small_set, output, "--workers=1"))
-    for now, together in zip(metrics(output)[8:12], metrics(finished)[8:12], strict=True):
+    alone = new_trainer(parse(TrainConfig, flags(small_set, output), "", PRESETS))
+    resume(alone)
+    lines = train_logged(alone, output, alone.steps - alone.state.step)
+    for now, together in zip(lines[8:12], metrics(finished)[8:12], strict=True):
         assert now["classifier_loss"] == pytest.approx(together["classifier_loss"], rel=1e-3)
         assert now["accuracy"] == pytest.approx(together["accuracy"], abs=0.07)
-    torch.testing.assert_close(weights(output), weights(finished), rtol=0.2, atol=0.02)
+    ends = weights(finished_nets(alone.state, alone.model)), weights(load_nets(finished))
+    torch.testing.assert_close(*ends, rtol=0.2, atol=0.02)
 
 
 @pytest.mark.usefixtures("ray_local")
 def test_not_a_number_ends_a_run_in_one_attempt(small_set: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="became NaN or infinite"):
-        main(flags(small_set, tmp_path / "run", "--warmup-rate=1e30"))
+        main(flags(small_set, tmp_path / "run", "--warmup-rate=1e30", "--workers=1"))
     assert not (tmp_path / "run" / "model").exists()
     steps = [values["step"] for values in metrics(tmp_path / "run")]
     assert len(steps) == len(set(steps)) < 10  # another attempt would end the same way

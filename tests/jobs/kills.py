@@ -27,16 +27,14 @@ def workers(task: str) -> list[psutil.Process]:
 
 
 @contextmanager
-def workers_killed(
-    task: str, count: int = 1, pause: float = 0.002, when: Callable[[], bool] = lambda: True
-) -> Iterator[list[int]]:
-    """Kill a worker in a task of this name with SIGKILL once `when` holds, and after each pause
-    another, up to `count`. Yields the list that their process ids are put into."""
+def worker_killed(task: str, when: Callable[[], bool]) -> Iterator[list[int]]:
+    """Kill a worker in a task of this name with SIGKILL once `when` holds. Yields the list that its
+    process id is put into."""
     killed: list[int] = []
     done = threading.Event()
 
     def kill() -> None:
-        while len(killed) < count and not done.wait(pause):
+        while not killed and not done.wait(0.002):
             for process in workers(task)[:1] if when() else ():
                 process.kill()
                 killed.append(process.pid)

@@ -99,7 +99,7 @@ def test_no_constant_box_scores() -> None:
 
 @pytest.mark.slow
 def test_backgrounds_say_nothing_about_the_class_while_objects_do() -> None:
-    """The script that this calls shows the same with all images and 25 epochs."""
-    objects, backgrounds = learned_accuracies(train_images=1600, val_images=800, epochs=8)
-    assert objects > 0.4
+    """The script that this calls shows the same with all images, at 64 px, in 25 epochs."""
+    objects, backgrounds = learned_accuracies(train_images=1200, val_images=500, epochs=8, side=32)
+    assert objects > 0.25
     assert abs(backgrounds - 1 / 8) < 0.05

@@ -24,7 +24,6 @@ from pipeline.evaluation.results import Evaluation, Row, RowFigures, read_evalua
 from pipeline.loading.loader import Batch
 from pipeline.shards.format import Sample, read_manifest
 from pipeline.shards.ledger import read_ledger
-from tests.jobs.kills import workers_killed
 from tests.pipeline.made_set import stored_samples
 
 VAL_IMAGES = 24
@@ -131,16 +130,6 @@ def test_any_number_of_tasks_gives_the_same_figures_to_the_last_digit(
     assert len(progress) == 7  # 24 images are 8 batches
     assert progress[-1] == (VAL_IMAGES, VAL_IMAGES)
     assert progress == sorted(progress)
-
-
-@pytest.mark.slow
-def test_a_killed_worker_changes_no_figure(
-    small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path
-) -> None:
-    with workers_killed("score_range") as killed:
-        again = job.evaluate(config_for(small_set, random_run, tmp_path, shards=8), quiet)
-    assert len(killed) == 1
-    assert_same_files(again, evaluation)
 
 
 def test_ten_crops_change_classes_and_neither_maps_nor_boxes(
@@ -257,7 +246,6 @@ def test_metrics_follow_from_the_predictions(evaluation: Evaluation) -> None:
         assert figures["top1_cls"] == sum(right) / VAL_IMAGES
         assert figures["mean_iou"] == pytest.approx(sum(ious) / VAL_IMAGES, rel=1e-12)
         assert figures["n"] == VAL_IMAGES
-        assert sum(part["n"] for part in row.by_class.values()) == VAL_IMAGES
         assert sum(figures["errors"].values()) == VAL_IMAGES
         assert figures["errors"]["right"] == sum(both)
         low, high = row.interval["gt_known"] or (1, 0)
@@ -394,28 +382,14 @@ def test_the_job_prints_a_line_per_map_and_writes_files_and_page(
     assert table[2].split()[-2:] == ["41.0", "34.3"]  # the paper's
 
 
-def test_exported_boxes_read_back_give_the_same_figures(
-    small_set: Path, random_run: Path, evaluation: Evaluation, tmp_path: Path
+def test_boxes_as_a_file_have_the_figures_of_the_run_that_found_them(
+    evaluations: tuple[Path, Path, Path],
 ) -> None:
-    folder = tmp_path / "exported"
-    config = config_for(small_set, random_run, tmp_path / "a", export=folder, baselines=False)
-    job.evaluate(config, quiet)
-    (tmp_path / "classes.txt").write_text("\n".join(read_manifest(small_set).classes) + "\n")
-    for rule, name in (("paper", "aln.parquet"), ("quantile", "aln_quantile.parquet")):
-        ours = row_of(evaluation, map="aln", rule=rule, classes="co-trained")
-        config = EvaluateConfig(
-            ground_truth=folder / "metadata",
-            predictions=folder / "boxes" / name,
-            classes=tmp_path / "classes.txt",
-            output=tmp_path / name,
-        )
-        theirs = job.evaluate(config, quiet).rows[-1]
-        assert theirs.row == Row(map="given", rule=None, classes="boxes")
-        for figure in ("gt_known", "top1_loc", "top5_loc", "top1_cls", "mean_iou"):
-            assert theirs.figures[figure] == ours.figures[figure]
-    maps = sorted((folder / "score_maps" / "aln").rglob("*.npy"))
-    assert len(maps) == VAL_IMAGES
-    assert np.load(maps[0]).shape == (224, 224)
+    run, boxes = (read_evaluation(folder) for folder in evaluations[1:])
+    ours = row_of(run, map="aln", rule="paper", classes="co-trained").figures
+    theirs = row_of(boxes, map="given", rule=None, classes="boxes").figures
+    for figure in ("gt_known", "top1_loc", "top5_loc", "top1_cls", "mean_iou"):
+        assert theirs[figure] == ours[figure]
 
 
 def test_another_classifiers_labels_give_alns_boxes_a_row(

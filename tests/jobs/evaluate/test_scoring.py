@@ -7,6 +7,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.evaluate import __main__ as job
@@ -14,7 +16,6 @@ from jobs.evaluate import scorer
 from jobs.evaluate.config import EvaluateConfig
 from model.localization import RULES
 from pipeline.errors import UserError
-from pipeline.evaluation.formats import Guesses, write_guesses, write_score_map
 from pipeline.evaluation.results import (
     Evaluation,
     Row,
@@ -22,8 +23,9 @@ from pipeline.evaluation.results import (
     read_evaluation,
     write_maps,
 )
-from pipeline.evaluation.truth import GroundTruth, write_metadata
+from pipeline.evaluation.truth import GroundTruth
 from pipeline.storage import locked_folder
+from tests.pipeline.evaluation.files import write_metadata
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT.parent / "shared" / "data" / "ilsvrc-val-boxes"
@@ -41,6 +43,15 @@ def scored(ground_truth: Path, output: Path, **options: object) -> Evaluation:
 
 def row_of(evaluation: Evaluation, map: str) -> RowFigures:
     return next(row for row in evaluation.rows if row.row.map == map)
+
+
+def write_boxes(
+    folder: Path, truth: GroundTruth, boxes: list[list[list[int]]], labels: list[list[int]]
+) -> Path:
+    """Write guesses of each image, best first, as Parquet."""
+    path = folder / "boxes.parquet"
+    pq.write_table(pa.table({"id": truth.ids, "boxes": boxes, "labels": labels}), path)
+    return path
 
 
 def write_map(folder: Path, image_id: str, values: np.ndarray) -> None:
@@ -84,27 +95,14 @@ def four(tmp_path: Path) -> GroundTruth:
     return truth
 
 
-def guesses_of(labels: list[list[int]], boxes: list[list[list[int]]]) -> Guesses:
-    full_labels = np.full((len(labels), 5), -1)
-    full_boxes = np.full((len(labels), 5, 4), -1)
-    for i, (names, found) in enumerate(zip(labels, boxes, strict=True)):
-        full_labels[i, : len(names)] = names
-        full_boxes[i, : len(found)] = found
-    return Guesses(labels=full_labels, boxes=full_boxes)
-
-
 def test_given_predictions_by_the_official_rule(four: GroundTruth, tmp_path: Path) -> None:
-    guesses = guesses_of(
-        [[0], [0, 1], [2], [1, 1]],
-        [
-            [[0, 0, 49, 39]],  # right
-            [[10, 10, 29, 29], [10, 10, 29, 29]],  # the second guess has the class: top-5 only
-            [[0, 0, 49, 39]],  # a quarter of the box: wrong
-            [[20, 20, 30, 30], [60, 40, 99, 79]],  # the second guess has the box: top-5 only
-        ],
-    )
-    path = tmp_path / "boxes.parquet"
-    write_guesses(path, four, guesses)
+    boxes = [
+        [[0, 0, 49, 39]],  # right
+        [[10, 10, 29, 29], [10, 10, 29, 29]],  # the second guess has the class: top-5 only
+        [[0, 0, 49, 39]],  # a quarter of the box: wrong
+        [[20, 20, 30, 30], [60, 40, 99, 79]],  # the second guess has the box: top-5 only
+    ]
+    path = write_boxes(tmp_path, four, boxes, [[0], [0, 1], [2], [1, 1]])
     evaluation = scored(
         tmp_path / "meta", tmp_path, predictions=path, classes=tmp_path / "classes.txt"
     )
@@ -254,8 +252,7 @@ def test_classes_in_another_order_are_refused(
 def test_boxes_that_look_misread_are_noted(
     forty: GroundTruth, tmp_path: Path, boxes: list[list[int]], doubt: str | None
 ) -> None:
-    path = tmp_path / "boxes.parquet"
-    write_guesses(path, forty, guesses_of([[0]] * 40, [[box] for box in boxes]))
+    path = write_boxes(tmp_path, forty, [[box] for box in boxes], [[0]] * 40)
     evaluation = scored(tmp_path / "meta", tmp_path, predictions=path)
     doubts = evaluation.metrics["doubts"]
     assert [f"{path}: " in text and (doubt or "") in text for text in doubts] == [True] * bool(
@@ -281,7 +278,7 @@ def test_any_number_of_threads_scores_maps_alike(
     monkeypatch.setattr(scorer, "IMAGES_PER_PART", 1)
     rng = np.random.default_rng(0)
     for image_id in four.ids:
-        write_score_map(tmp_path / "maps", image_id, rng.random((20, 20)) ** 3)
+        write_map(tmp_path / "maps", image_id, rng.random((224, 224)) ** 3)
     evaluations = []
     progress: list[tuple[int, int]] = []
     for workers in (1, 3):
@@ -301,7 +298,7 @@ def test_any_number_of_threads_scores_maps_alike(
 
 def test_a_missing_score_map_is_one_line_that_names_it(four: GroundTruth, tmp_path: Path) -> None:
     for image_id in four.ids[:3]:
-        write_score_map(tmp_path / "maps", image_id, np.eye(10))
+        write_map(tmp_path / "maps", image_id, np.eye(10))
     with pytest.raises(UserError, match=r"image_3\.JPEG\.npy") as caught:
         scored(tmp_path / "meta", tmp_path, score_maps=tmp_path / "maps")
     assert "\n" not in str(caught.value)
@@ -345,10 +342,9 @@ job.evaluate(job.EvaluateConfig(**{
 @pytest.mark.parametrize("source", ["predictions", "score_maps"])
 def test_files_are_scored_with_few_packages(four: GroundTruth, tmp_path: Path, source: str) -> None:
     """Others are made unimportable, as where they are not installed."""
-    boxes = tmp_path / "boxes.parquet"
-    write_guesses(boxes, four, guesses_of([[0]] * 4, [[[0, 0, 9, 9]]] * 4))
+    boxes = write_boxes(tmp_path, four, [[[0, 0, 9, 9]]] * 4, [[0]] * 4)
     for image_id in four.ids:
-        write_score_map(tmp_path / "maps", image_id, np.eye(10))
+        write_map(tmp_path / "maps", image_id, np.eye(10))
     given = {"predictions": boxes, "score_maps": tmp_path / "maps"}[source]
     options = {"ground_truth": tmp_path / "meta", "output": tmp_path / "out", source: given}
     blocked = sorted(packages_distributions().keys() - NEEDED)
@@ -374,7 +370,7 @@ UNUSED: list[tuple[dict, str, dict]] = [  # of no use beside the first flags, wi
         "--network",
         {"network_weights": NONE, "network_classes": NONE, "network_size": 9},
     ),
-    (FILES, "--run", {"baselines": False, "export": NONE}),
+    (FILES, "--run", {"baselines": False}),
     (FILES, "--run or --network", {"ten_crops": True, "batch_size": 9, "shards": 9}),
     (
         FILES | {"predictions": NONE},

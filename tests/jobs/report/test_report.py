@@ -330,22 +330,6 @@ def test_other_tables_show_the_rows_figures(evaluations: Evaluations, run_page: 
     errors = own.figures["errors"]
     shares = [percent(errors[k] / own.figures["n"]) if errors[k] else "0" for k in tables.ERRORS]
     assert run_page.row("Where boxes fail", name)[1:] == shares
-    classes = run_page.tables["All classes, worst first"][1:]
-    known = [part["gt_known"] for part in own.by_class.values() if part["n"]]
-    assert [row[1].strip() for row in classes][: len(known)] == [percent(v) for v in sorted(known)]
-
-
-def test_the_tiles_compare_the_best_row_of_either_side(evaluations: Evaluations) -> None:
-    rows = read_evaluation(evaluations[1]).rows
-    lines = tables.page_lines(entries(evaluations[1]))
-
-    def best(chosen: Callable[[str], bool]) -> float:
-        return max(row.figures["gt_known"] for row in rows if chosen(row.row.map))
-
-    aln, constant = best(lambda name: name == "aln"), best(lambda name: name in tables.CONSTANT)
-    other = best(lambda name: name not in (*tables.CONSTANT, "aln"))
-    shown = [tile["value"] for tile in tables.comparisons(lines)]
-    assert shown == [tables.points(aln - constant), tables.points(aln - other)]
 
 
 def test_seeds_are_shown_by_mean_and_range(evaluations: Evaluations) -> None:
@@ -508,18 +492,6 @@ def test_rows_with_the_same_boxes_are_drawn_once_and_all_others_are(
     assert {curve.line.r.row.map for curve in rules.curves} == {"aln"}
 
 
-def test_worst_and_best_classes_are_shown_where_there_are_many(
-    evaluations: Evaluations, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tables, "CLASS_ROWS", 3)
-    shown = page(evaluations[1])
-    worst = shown.tables["The 3 worst classes of 8, worst first"][1:]
-    best = shown.tables["The 3 best classes, best first; metrics.json has all"][1:]
-    assert len(worst) == len(best) == 3
-    assert float(worst[0][1]) <= float(worst[2][1]) <= float(best[2][1]) <= float(best[0][1])
-    assert "All classes, worst first" not in shown.tables
-
-
 def test_names_from_the_data_cannot_become_markup(evaluations: Evaluations, tmp_path: Path) -> None:
     def edit(metrics: dict[str, Any]) -> None:
         metrics["class_names"] = dict.fromkeys(metrics["class_names"], HOSTILE)
@@ -545,7 +517,7 @@ def test_a_set_without_known_boxes_still_has_a_page(
     def edit(metrics: dict[str, Any]) -> None:
         metrics["with_boxes"] = 0
         for row in metrics["rows"]:
-            for part in ("figures", "interval", "subsets", "by_class"):
+            for part in ("figures", "interval", "subsets"):
                 row[part] = unknown(row[part])
             row["interval"] = dict.fromkeys(row["interval"])
             row["figures"]["errors"] = dict.fromkeys(row["figures"]["errors"], 0)

@@ -38,7 +38,7 @@ def uninterrupted(small_set: Path) -> State:
     return state_of(trainer)
 
 
-@pytest.mark.parametrize("stop", range(1, 15))
+@pytest.mark.parametrize("stop", [1, 4, 6, 8, 9, 12, 14])  # epochs have 4 steps, the warm-up 8
 def test_a_training_stopped_at_any_step_and_resumed_equals_the_uninterrupted_one_to_the_last_bit(
     uninterrupted: State, small_set: Path, tmp_path: Path, stop: int
 ) -> None:

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
+from pipeline.evaluation.truth import GroundTruth
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -24,6 +26,21 @@ def write_all(folder: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         write(folder / name, text)
     return folder
+
+
+def write_metadata(folder: Path, truth: GroundTruth) -> Path:
+    """Write the ground truth as wsolevaluation's metadata."""
+    assert truth.sizes is not None
+    owners = np.repeat(np.arange(len(truth.ids)), np.diff(truth.starts))
+    tables = {
+        "class_labels.txt": [truth.ids, truth.labels],
+        "image_sizes.txt": [truth.ids, *truth.sizes.T[::-1]],
+        "localization.txt": [np.array(truth.ids)[owners], *truth.boxes.T],
+    }
+    lines = {
+        k: [",".join(map(str, row)) for row in zip(*v, strict=True)] for k, v in tables.items()
+    }
+    return write_all(folder, {name: "\n".join(rows) for name, rows in lines.items()})
 
 
 def assert_refused(

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,8 +23,6 @@ from pipeline.evaluation.formats import (
     read_score_map,
     read_top_classes,
     score_map_path,
-    write_guesses,
-    write_score_map,
 )
 from pipeline.evaluation.truth import GroundTruth
 from tests.pipeline.evaluation.files import assert_refused, content, write
@@ -106,16 +103,6 @@ def test_a_parquet_file_without_labels_names_no_class(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "guesses.parquet", {k: PARQUET[k] for k in ("id", "boxes")})
     expected = Guesses(labels=np.full((3, 5), -1), boxes=GUESSES.boxes)
     assert_equal(read_guesses(path, TRUTH), expected)
-
-
-@pytest.mark.parametrize("divisor", [1, 7])
-def test_guesses_written_and_read_again_are_equal(tmp_path: Path, divisor: int) -> None:
-    boxes = GUESSES.boxes if divisor == 1 else GUESSES.boxes / divisor
-    guesses = Guesses(labels=GUESSES.labels, boxes=np.where(GUESSES.boxes < 0, -1, boxes))
-    path = tmp_path / "guesses.parquet"
-    write_guesses(path, TRUTH, guesses)
-    assert_equal(read_guesses(path, TRUTH), guesses)
-    assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
 
 
 # Guesses, each fault
@@ -312,30 +299,7 @@ def test_top_classes_that_are_missing_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../../x", "a\0b"])
 def test_an_id_that_leads_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
-    root = tmp_path / "maps"
-    assert_refused(repr(name), "", write_score_map, root, name, np.zeros((2, 2)))
-    assert not root.exists()
-
-
-def test_a_map_of_224_pixels_is_kept_to_the_bit(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).random((224, 224), np.float32)
-    write_score_map(tmp_path, "val/a.JPEG", values)
-    path = score_map_path(tmp_path, "val/a.JPEG")
-    read = read_score_map(path, (224, 224))
-    np.testing.assert_array_equal(read, values)
-    assert read.dtype == np.load(path).dtype == np.float32
-    assert [x.name for x in path.parent.iterdir()] == ["a.JPEG.npy"]
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (7, 14), (224, 100), (1, 1)])
-def test_smaller_maps_are_resized_bilinearly(tmp_path: Path, shape: tuple[int, int]) -> None:
-    values = np.random.default_rng(1).random(shape)
-    write_score_map(tmp_path, "a", values)
-    expected = torch.nn.functional.interpolate(
-        torch.tensor(values)[None, None], (224, 224), mode="bilinear", align_corners=False
-    )[0, 0].numpy()
-    written = read_score_map(score_map_path(tmp_path, "a"), (224, 224))
-    np.testing.assert_allclose(written, expected, atol=1e-5)
+    assert_refused(repr(name), "", score_map_path, tmp_path, name)
 
 
 @pytest.mark.parametrize(
@@ -382,8 +346,6 @@ def test_rounding_may_leave_0_and_1(tmp_path: Path) -> None:
     values = np.array([[-1e-7, 0.5, 1 + 1e-7]])
     np.save(tmp_path / "a.npy", values)
     assert read_score_map(tmp_path / "a.npy", None).tolist() == [[0, 0.5, 1]]
-    write_score_map(tmp_path, "b", values)
-    assert read_score_map(tmp_path / "b.npy", None).max() == 1
 
 
 def npy_header(header: str) -> bytes:
@@ -417,13 +379,6 @@ def test_a_damaged_or_pickled_score_map_is_refused_and_not_run(
     assert_refused(path, " is missing", read_score_map, path, None)
     write(path, HEADER + bytes(24))  # the same header is good with all its numbers
     assert read_score_map(path, (2, 3)).sum() == 0
-
-
-@pytest.mark.parametrize("value", [np.nan, -0.1, 1.1])
-def test_a_faulty_map_is_not_written(tmp_path: Path, value: float) -> None:
-    values = np.full((4, 4), value)
-    assert_refused("val/a.JPEG", " has ", write_score_map, tmp_path, "val/a.JPEG", values)
-    assert list(tmp_path.iterdir()) == []
 
 
 # Whatever comes

@@ -12,7 +12,6 @@ from pipeline.evaluation.metrics import (
     curves,
     error_kinds,
     figures,
-    figures_by_group,
     intervals,
     largest_shares,
     subset_masks,
@@ -86,19 +85,13 @@ def test_figures_do_not_depend_on_the_order_of_the_images() -> None:
     assert first == figures(again)
 
 
-def test_class_counts_add_up_to_the_whole() -> None:
+def test_figures_of_a_part_are_those_of_its_images_alone() -> None:
     rng = np.random.default_rng(2)
-    labels = rng.integers(0, 5, 300)
-    labels[labels == 3] = 4  # a class without images
+    part = rng.random(300) < 0.3
     one = outcomes(rng.random(300), rng.random(300) < 0.5)
-    parts = figures_by_group(one, labels, 5)
-    assert [part["n"] for part in parts] == np.bincount(labels, minlength=5).tolist()
-    assert parts[3]["gt_known"] is None
-    for name, count in figures(one)["counts"].items():
-        assert sum(part["counts"][name] for part in parts) == count
-    second = labels == 2
     assert one.top1 is not None
-    assert parts[2] == figures(outcomes(one.ious[second], one.top1[second]))
+    assert figures(one, part) == figures(outcomes(one.ious[part], one.top1[part]))
+    assert figures(one, np.zeros(300, bool))["gt_known"] is None
 
 
 def boxes_and_starts(truths: list[list[list[int]]]) -> tuple[np.ndarray, np.ndarray]:
@@ -164,9 +157,6 @@ def test_error_counts_split_the_images_with_boxes_as_the_figures_do() -> None:
     assert counts["right"] == all_figures["counts"]["top1_loc"]
     assert counts["right"] + counts["class_wrong"] == all_figures["counts"]["gt_known"]
     assert min(counts.values()) > 0 or counts["several_instances"] == 0  # one box an image
-    labels = rng.integers(0, 3, 400)
-    parts = [part["errors"] for part in figures_by_group(one, labels, 3)]
-    assert {kind: sum(part[kind] for part in parts) for kind in ERRORS} == counts
 
 
 def made_sweep(largest: np.ndarray) -> Sweep:

@@ -29,7 +29,6 @@ def row_figures(map: str, rule: str | None, gt_known: float) -> RowFigures:
         interval={"gt_known": [0.0, 1.0], "auc": None},
         curves={"iou": [0.05, 0.1]},
         subsets={"small_boxes": {"gt_known": None}},
-        by_class={"n01": {"gt_known": gt_known}},
     )
 
 

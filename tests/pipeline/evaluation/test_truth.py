@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from pipeline.evaluation.truth import (
     ground_truth_of,
     read_classes,
     read_ground_truth,
-    write_metadata,
 )
 from pipeline.shards.format import read_manifest
 from pipeline.shards.ledger import read_ledger
@@ -179,25 +177,6 @@ def test_damaged_gzip_is_refused(meta: Path) -> None:
     for data in (packed[:-9], packed[:20] + b"\xff" * 20, b"not gzip", b""):
         path = write(meta / "class_labels.txt.gz", data)
         assert_refused(path, " (cannot be read|is empty)", read_ground_truth, meta)
-
-
-def test_metadata_written_and_read_again_is_equal(meta: Path, tmp_path: Path) -> None:
-    truth = read_ground_truth(meta)
-    write_metadata(tmp_path / "again", truth)
-    assert_equal(truth, read_ground_truth(tmp_path / "again"))
-    written = {path.name: path.read_text() for path in (tmp_path / "again").iterdir()}
-    assert written["image_sizes.txt"] == "val/b.JPEG,30,20\nval/a.JPEG,50,40\nval/c.JPEG,9,8\n"
-    assert sorted(written) == sorted(METADATA)  # no temporary file is left
-
-
-def test_what_metadata_cannot_tell_is_not_written(meta: Path, tmp_path: Path) -> None:
-    truth, out = read_ground_truth(meta), tmp_path / "out"
-    for name in ("a,b", "a\nb", " a"):
-        odd = replace(truth, ids=(name, "c", "d"))
-        assert_refused(repr(name), "", write_metadata, out, odd)
-    sizeless = replace(truth, sizes=None)
-    assert_refused("image_sizes.txt", " .*unknown", write_metadata, out, sizeless)
-    assert not out.exists()
 
 
 @pytest.mark.parametrize(("label", "fits"), [(65, True), (489, False), (490, False)])
@@ -462,11 +441,3 @@ def test_the_ilsvrc_val_set_is_whole(ilsvrc: GroundTruth) -> None:
     assert ilsvrc.labels[0] == 65  # by sorted wnids; 490 would be the devkit's number
     row = ilsvrc.ids.index("val/ILSVRC2012_val_00048981.JPEG")
     assert boxes_of(ilsvrc)[ilsvrc.ids[row]] == [[85, 1, 499, 272]]
-
-
-def test_the_ilsvrc_val_set_survives_writing(ilsvrc: GroundTruth, tmp_path: Path) -> None:
-    write_metadata(tmp_path / "meta", ilsvrc)
-    assert_equal(ilsvrc, read_ground_truth(tmp_path / "meta"))
-    for original in ILSVRC.glob("*.txt.gz"):
-        written = (tmp_path / "meta" / original.stem).read_text()
-        assert written.strip() == gzip.decompress(original.read_bytes()).decode().strip()

@@ -22,10 +22,9 @@ from pipeline.errors import UserError
 from pipeline.shards.format import read_manifest
 from pipeline.shards.ledger import read_ledger
 from pipeline.shards.make import Outcome, Progress, preprocess
-from pipeline.shards.output import claim_output
+from pipeline.shards.output import claim_output, exclusive_output
 from pipeline.shards.plan import Plan, PreprocessConfig, make_plan
 from pipeline.shards.shard import make_shard
-from tests.e2e.commands import run as run_process
 from tests.pipeline.made_set import stored_samples
 from tests.pipeline.sources.miniature import xml
 
@@ -254,6 +253,15 @@ def test_a_changed_source_on_the_same_output_is_refused(tmp_path: Path) -> None:
         claim_output(make_plan(configured(source, tmp_path / "out")))
 
 
+def test_a_second_driver_on_the_same_output_is_refused(source: Path, tmp_path: Path) -> None:
+    claim_output(make_plan(configured(source, tmp_path / "out")))
+    with (
+        exclusive_output(str(tmp_path / "out")),
+        pytest.raises(UserError, match="another process is at work on"),
+    ):
+        run(source, tmp_path / "out")
+
+
 def test_outputs_that_are_not_ours_are_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "letters").write_text("mine")
     with pytest.raises(UserError, match=r"is not empty and holds no plan\.json"):
@@ -337,18 +345,6 @@ def test_a_shard_of_nothing_but_rejected_images_leaves_only_its_ledger(tmp_path:
 def test_parameters_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configured(Path("a"), Path("b"), **changes)
-
-
-@pytest.mark.slow
-def test_a_bad_source_gets_one_line_and_exit_code_one(tmp_path: Path) -> None:
-    for source, message in ((tmp_path / "no", "does not exist"), (tmp_path, "is an empty folder")):
-        flags = ("--source", str(source), "--output", str(tmp_path.parent / "output-never-made"))
-        result = run_process("-m", "jobs.preprocess", *flags)
-        assert result.returncode == 1
-        assert result.stdout == ""
-        (line,) = result.stderr.splitlines()
-        assert line.startswith(f"error: source {source}")
-        assert message in line
 
 
 @pytest.mark.slow

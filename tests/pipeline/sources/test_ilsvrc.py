@@ -319,6 +319,10 @@ LISTS = {
     "val.txt": b"ILSVRC2012_val_00000001.JPEG 0\nILSVRC2012_val_00000002.JPEG 1\n",
     "devkit/ILSVRC2012_validation_ground_truth.txt": b"3\n2\n",
     "devkit/meta.mat": drawn_miniature().meta(),
+    "LOC_val_solution.csv": "".join(
+        f"{labels.VAL_ID.format(i)},{wnid} 1 2 3 4 \n"
+        for i, wnid in enumerate(("n00000005", "n00000017"), 1)
+    ).encode(),
 }
 
 
