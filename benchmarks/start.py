@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import cv2
+import ray
 
 from benchmarks.machine import hardware, quiet, write_result
 from jobs import cli
@@ -33,6 +34,8 @@ COMMANDS = (
     *("demo", "shipped"),
 )
 PROCESSES = 2  # of a training
+RAY_NAME = "Ray, started and ended"
+RAY_TRAIN_NAME = "Ray Train, workers that do nothing"
 RAY = "from jobs import cli; cli.connect_ray()"
 RAY_TRAIN = f"""
 from ray.train import ScalingConfig
@@ -49,30 +52,22 @@ class BenchConfig:
 
     before: Path | None = cli.option(None, help="another checkout of the project")
     turns: int = cli.option(5, low=1, help="how often each is started")
-    trainings: int = cli.option(5, low=0, help="how often what needs Ray is")
     output: Path = cli.option(Path("benchmarks/results"), help="folder for the dated JSON")
 
 
-def run(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a checkout. Raises UserError where it fails."""
-    command = [sys.executable, *words]
+def ended(checkout: Path, words: Sequence[str]) -> float:
+    """Return the seconds that Python takes in a checkout. Raises UserError where it fails."""
+    started, command = time.perf_counter(), [sys.executable, *words]
     result = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
     if result.returncode:
         raise UserError(f"{words} in {checkout} failed: {result.stderr[-500:]}")
-    return result
-
-
-def ended(checkout: Path, *words: str) -> float:
-    """Return the seconds that a process takes."""
-    started = time.perf_counter()
-    run(checkout, *words)
     return time.perf_counter() - started
 
 
 def localized(checkout: Path, photo: Path, folders: Any) -> float:
     """Return the seconds that the box of a photograph takes."""
     output = photo.with_name(f"boxes-{next(folders)}")
-    return ended(checkout, "-m", "jobs.localize", str(photo), "--output", str(output))
+    return ended(checkout, ("-m", "jobs.localize", str(photo), "--output", str(output)))
 
 
 def first_step(checkout: Path, data: Path, folders: Any) -> float:
@@ -92,66 +87,53 @@ def first_step(checkout: Path, data: Path, folders: Any) -> float:
         return time.perf_counter() - started
 
 
-def measure(config: BenchConfig, folder: Path) -> dict[str, list[float]]:
-    """Return the seconds of each start in each turn; those of the other checkout under NAME,
-    before."""
+def works_of(folder: Path) -> dict[str, Callable[[Path], float]]:
+    """Return what is measured, by name: functions of a checkout."""
     write_synthetic(folder / "images", SyntheticConfig(train_images=64, val_images=1))
     source, data = folder / "images", folder / "shards"
     asked = PreprocessConfig(source=str(source), output=str(data), superpixels=196)
     preprocess(asked, quiet, cli.connect_ray)
-    import ray  # here: the imports above are those of the commands
-
     ray.shutdown()
     photo = folder / "photo.jpg"
     image = cv2.imread(str(next(source.rglob("*.JPEG"))))
     assert image is not None
     cv2.imwrite(str(photo), cv2.resize(image, (500, 375)))
-    works: dict[str, Callable[[Path], float]] = {
-        f"jobs.{name} --help": lambda checkout, name=name: ended(  # type: ignore[misc]
-            checkout, "-m", f"jobs.{name}", "--help"
-        )
-        for name in COMMANDS
-    }
     folders = count()
-    works["a photograph by jobs.localize"] = partial(localized, photo=photo, folders=folders)
-    trained: dict[str, Callable[[Path], float]] = {
-        "Ray, started and ended": lambda checkout: ended(checkout, "-c", RAY),
-        "Ray Train, workers that do nothing": lambda checkout: ended(checkout, "-c", RAY_TRAIN),
+    helps = {f"jobs.{name} --help": ("-m", f"jobs.{name}", "--help") for name in COMMANDS}
+    return {
+        **{name: partial(ended, words=words) for name, words in helps.items()},
+        "a photograph by jobs.localize": partial(localized, photo=photo, folders=folders),
         "jobs.train to its first step": partial(first_step, data=data, folders=folders),
+        RAY_NAME: partial(ended, words=("-c", RAY)),
+        RAY_TRAIN_NAME: partial(ended, words=("-c", RAY_TRAIN)),
     }
-    checkouts = {"": cli.ROOT}
-    if config.before is not None:
-        checkouts[", before"] = config.before.resolve()
+
+
+def measure(
+    config: BenchConfig, works: Mapping[str, Callable[[Path], float]]
+) -> Iterator[dict[str, list[float]]]:
+    """Yield the seconds of each start in the turns so far, by name and checkout (now, before)."""
     seconds: dict[str, list[float]] = {}
-    for turns, group in ((config.turns, works), (config.trainings, trained)):
-        for _ in range(turns):
-            for name, work in group.items():
-                for label, checkout in checkouts.items():
-                    seconds.setdefault(name + label, []).append(work(checkout))
-    return seconds
+    for _ in range(config.turns):
+        for name, work in works.items():
+            if config.before is not None and name not in (RAY_NAME, RAY_TRAIN_NAME):
+                seconds.setdefault(f"{name}, before", []).append(work(config.before.resolve()))
+            seconds.setdefault(f"{name}, now", []).append(work(cli.ROOT))
+        yield seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print and write the results."""
+    """Measure, print and write the results, after each turn."""
     config = cli.parse(BenchConfig, argv, __doc__ or "")
-    load = os.getloadavg()[0]
+    content: dict[str, Any] = {"hardware": hardware(), "load_average_before": os.getloadavg()[0]}
     with TemporaryDirectory() as name:
-        seconds = measure(config, Path(name))
-    rows = []
-    for name, own in seconds.items():
-        if name.endswith(", before"):
-            continue
-        row = [name]
-        for values in (seconds.get(f"{name}, before"), own):
-            row += (
-                ["-", "-"]
-                if values is None
-                else [f"{statistics.median(values):.2f}", f"{min(values):.2f} to {max(values):.2f}"]
-            )
-        rows.append(row)
-    print(cli.table(["seconds, median and range", "before", "", "now", ""], rows))
-    content = {"hardware": hardware(), "load_average_before": load, "seconds": seconds}
-    write_result(config.output, "start", content)
+        for seconds in measure(config, works_of(Path(name))):
+            rows = [
+                [key, f"{statistics.median(own):.2f}", f"{min(own):.2f} to {max(own):.2f}"]
+                for key, own in seconds.items()
+            ]
+            print(cli.table(["seconds", "median", "range"], rows), flush=True)
+            write_result(config.output, "start", content | {"seconds": seconds})
 
 
 if __name__ == "__main__":
