@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: env browser demo localize check test lint bench gpu clean
+.PHONY: env browser demo localize check test hosts lint bench gpu clean
 
 env: .venv/installed
 
@@ -37,11 +37,15 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscop
 
 # Before each commit: linters, types and the fast tests.
 check: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not hosts"
 
-# Before a merge: every test.
+# Before a merge: every test but those of `hosts`.
 test: env
-	$(PYTEST)
+	$(PYTEST) -m "not hosts"
+
+# Hosts that die and lose their network during the jobs; needs root and network namespaces.
+hosts: env
+	$(BIN)/python -m pytest -m hosts tests/e2e/test_host_faults.py
 
 lint: env
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@
 #SBATCH --job-name=aln
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
@@ -24,19 +24,21 @@ ray start --head --node-ip-address="$address" --port="${RAY_ADDRESS##*:}" \
     --include-dashboard=false --temp-dir="/tmp/aln-$SLURM_JOB_ID" "${own[@]}" &
 until ray health-check > /dev/null 2>&1; do sleep 1; done
 if ((SLURM_JOB_NUM_NODES > 1)); then
-    srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks-per-node=1 --exclude="$(hostname -s)" \
+    others=$((SLURM_JOB_NUM_NODES - 1))
+    srun --nodes=$others --ntasks=$others --ntasks-per-node=1 --exclude="$(hostname -s)" \
         ray start --address="$RAY_ADDRESS" "${own[@]}" &
 fi
 
 "$@" &
 command=$!
-trap 'kill -TERM $command' TERM
-code=0
+stopped= code=0
+trap 'stopped=time; kill -TERM $command' USR1  # the time limit is near
+trap 'stopped=user; kill -TERM $command' TERM  # scancel
 wait $command || code=$?
-if ((code == 143)) && kill -0 $command 2> /dev/null; then  # the trap ended the wait
+if [[ $stopped ]]; then  # which ended the wait
     code=0
     wait $command || code=$?
-    ((code == 143)) && scontrol requeue "$SLURM_JOB_ID"
 fi
-kill $(jobs -p) 2> /dev/null
+if [[ $stopped == time ]] && ((code > 128)); then scontrol requeue "$SLURM_JOB_ID"; fi
+kill $(jobs -p) 2> /dev/null || true
 exit $code

@@ -201,7 +201,11 @@ def _add_flag(
     parser.add_argument(flag(field.name), type=annotation, **options)
 
 
+_received: list[int] = []  # signals, whose numbers are lost where Ray raises in our place
+
+
 def _interrupt(number: int, _: types.FrameType | None) -> None:
+    _received.append(number)
     os.write(2, b"\nstopping; this can take some seconds\n")  # print may be what was interrupted
     raise KeyboardInterrupt(number)
 
@@ -220,7 +224,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(1)
     except KeyboardInterrupt as error:
         print("interrupted; the same command finishes the work", file=sys.stderr)
-        sys.exit(128 + (error.args or (signal.SIGINT,))[0])
+        sys.exit(128 + (error.args or _received[-1:] or [signal.SIGINT])[0])
 
 
 def record(config: Any) -> dict[str, Any]:

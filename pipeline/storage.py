@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import secrets
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -274,12 +275,13 @@ def atomic_file(location: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming_full_disk(path: str | Path) -> Iterator[None]:
-    """Add the path to the error of a full disk, which the system raises without one."""
+    """Add host and path to the error of a full disk, which the system raises without them."""
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno in FULL:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            text = f"{error.strerror} on host {socket.gethostname()}"
+            raise OSError(error.errno, text, str(path)) from error
         raise
 
 

@@ -3,12 +3,13 @@
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ class Host:
 
     def __init__(self, number: int, token: str) -> None:
         self.name, self.address = f"aln{number}-{os.getpid()}", f"{NETWORK}.{number}"
+        self.cable = f"aln{number}v{os.getpid()}"  # its end outside of the host
         self.processes: list[subprocess.Popen] = []
         self.environment = environment(
             RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_ADDRESS=f"{HEAD}:{PORT}"
@@ -56,14 +58,25 @@ class Host:
                     node = self.start(RAY, "start", "--block", *where, stdout=log, stderr=log)
                 time.sleep(0.5)
 
-    def kill(self) -> None:
-        """End all processes of the host at once, as a power cut does."""
+    def kill(self, but: subprocess.Popen | None = None) -> None:
+        """End all processes of the host at once, as a power cut does; not the group of `but`."""
         pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
-        for pid in pids.stdout.split():
-            subprocess.run(["kill", "-9", pid], check=False, capture_output=True)
+        for pid in map(int, pids.stdout.split()):
+            with suppress(ProcessLookupError):
+                if but is None or os.getpgid(pid) != but.pid:
+                    os.kill(pid, signal.SIGKILL)
         for process in self.processes:
-            process.wait()
-        self.processes.clear()
+            if process is not but:
+                process.wait()
+        self.processes = [but] if but else []
+
+    def cut(self) -> None:
+        """Take the host off the network."""
+        _ip("link", "set", self.cable, "down")
+
+    def restore(self) -> None:
+        """Put the host back on the network."""
+        _ip("link", "set", self.cable, "up")
 
 
 def _ip(*words: str) -> None:
@@ -96,9 +109,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         _ip(*f"address add {OUTSIDE}/24 dev {bridge}".split())
         _ip("link", "set", bridge, "up")
         for host in hosts:
-            cable = f"{host.name[:4]}v{os.getpid()}"
-            _ip(*f"link add {cable} type veth peer name eth0 netns {host.name}".split())
-            _ip(*f"link set {cable} master {bridge} up".split())
+            _ip(*f"link add {host.cable} type veth peer name eth0 netns {host.name}".split())
+            _ip(*f"link set {host.cable} master {bridge} up".split())
             _ip(*f"-n {host.name} address add {host.address}/24 dev eth0".split())
             for device in ("lo", "eth0"):
                 _ip("-n", host.name, "link", "set", device, "up")

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from jobs import cli
 from pipeline.errors import UserError
+from pipeline.storage import absolute
 
 TOKEN = "ALN_TOKEN"  # environment variable
 SHORTEST_TOKEN = 16
@@ -24,8 +24,10 @@ MIB = 2**20
 class ServeConfig:
     """Which nets answer, where, and how many of them."""
 
-    run: Path | None = cli.option(
-        None, help="folder of a finished jobs.train (default: the net that comes with the project)"
+    run: str | None = cli.option(
+        None,
+        help="folder or URI of a finished jobs.train (default: the net that comes with the "
+        "project)",
     )
     host: str = cli.option(
         "localhost", help=f"address to bind; one that is not loopback needs a token in {TOKEN}"
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(ServeConfig, argv, __doc__ or "")
     from jobs.shipped import open_nets  # here: it needs torch, which takes seconds to load
 
-    token, run = read_token(config.host), config.run and config.run.resolve()
+    token, run = read_token(config.host), config.run and absolute(config.run)
     open_nets(run, accurate=config.accurate)  # so that what is wrong is one line here
     with bind(config.host, config.port) as listening:
         cli.connect_ray(dashboard=True)

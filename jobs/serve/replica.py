@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,7 @@ def answer(nets: Nets, files: Sequence[bytes]) -> list[Answer]:
 class Localizer:
     """A replica: the nets on one CPU core."""
 
-    def __init__(self, run: Path | None, accurate: bool) -> None:
+    def __init__(self, run: str | None, accurate: bool) -> None:
         torch.set_num_threads(1)
         self.nets = open_nets(run, accurate=accurate)
         size = (self.nets.config.height, self.nets.config.width, 3)
@@ -78,7 +77,7 @@ class Localizer:
         return await asyncio.to_thread(answer, self.nets, files)
 
 
-def deploy(run: Path | None, *, accurate: bool, replicas: int) -> DeploymentHandle:
+def deploy(run: str | None, *, accurate: bool, replicas: int) -> DeploymentHandle:
     """Start the replicas on the connected Ray, without a proxy of Serve's own: it would hold
     waiting uploads of any size in memory."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)

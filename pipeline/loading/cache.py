@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import os
 import re
+import socket
 import struct
 import threading
 import time
@@ -257,9 +258,9 @@ class ShardCache:
                 if error.errno not in FULL:
                     raise
                 raise UserError(
-                    f"the disk of the cache folder {self.folder} is full, and no unused shard is "
-                    f"left to evict: {shard.name} needs {_gib(cached_bytes(shard))}. Free space "
-                    "or give another folder."
+                    f"the disk of the cache folder {self.folder} on host {socket.gethostname()} is "
+                    f"full, and no unused shard is left to evict: {shard.name} needs "
+                    f"{_gib(cached_bytes(shard))}. Free space or give another folder."
                 ) from error
             finally:
                 part.unlink(missing_ok=True)

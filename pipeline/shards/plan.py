@@ -16,7 +16,7 @@ from pipeline.shards.format import FORMAT_VERSION
 from pipeline.shards.superpixels import check_superpixels
 from pipeline.sources.files import SourceFiles
 from pipeline.sources.find import LAYOUTS, Source, find_layout, list_images
-from pipeline.sources.listing import digest
+from pipeline.sources.listing import digest, taken
 
 SIDES = range(32, 513)  # of a stored image, pixels
 SIZE = re.compile(r"(\d{1,4})(?:x(\d{1,4}))?")
@@ -114,7 +114,7 @@ class ShardTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that is to be made. order: int64 [images], the number of each ledger row's image in its
+    """All that is to be made. order: uint32 [images], the number of each ledger row's image in its
     split's table. fingerprint: content of plan.json; two plans that differ in it would write other
     bytes."""
 
@@ -128,7 +128,7 @@ class Plan:
     def images(self, task: ShardTask) -> pa.Table:
         """Return a copy of the listed rows of one shard, in its order, and nothing more to send."""
         rows = self.order[task.first_row : task.first_row + task.rows]
-        return self.collection.images[task.split].take(rows)
+        return taken(self.collection.images[task.split], rows)
 
 
 def make_plan(config: PreprocessConfig) -> Plan:
@@ -141,10 +141,6 @@ def make_plan(config: PreprocessConfig) -> Plan:
         layout = find_layout(files) if config.layout == "auto" else config.layout
         collection = list_images(files, layout)
     counts = {split: table.num_rows for split, table in collection.images.items()}
-    shuffle = np.random.default_rng(config.seed).permutation
-    orders = [
-        shuffle(count) if split == "train" else np.arange(count) for split, count in counts.items()
-    ]
     fingerprint = {
         "format": FORMAT_VERSION,
         "configuration": {k: v for k, v in asdict(config).items() if k not in FREE_FIELDS},
@@ -158,9 +154,24 @@ def make_plan(config: PreprocessConfig) -> Plan:
         output=output,
         collection=collection,
         tasks=tuple(shard_tasks(counts, config.samples_per_shard)),
-        order=np.concatenate(orders),
+        order=_order(counts, config.seed),
         fingerprint=fingerprint,
     )
+
+
+def _order(counts: dict[str, int], seed: int) -> np.ndarray:
+    """Return a random permutation for train, the listed order for other splits.
+
+    In memory, 4 bytes an image: shuffled in a mapped file it would wait for the disk.
+    """
+    order, first = np.arange(sum(counts.values()), dtype=np.uint32), 0
+    for split, count in counts.items():
+        part = order[first : first + count]
+        part -= np.uint32(first)
+        if split == "train":
+            np.random.default_rng(seed).shuffle(part)
+        first += count
+    return order
 
 
 def shard_tasks(counts: dict[str, int], samples_per_shard: int) -> Iterator[ShardTask]:

@@ -3,13 +3,14 @@
 import errno
 import os
 import stat
+import tempfile
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar, cast
 
 import pyarrow as pa
 
@@ -191,6 +192,29 @@ class SourceFiles:
                 "changed since it was listed; run the same command again."
             )
         return data
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a whole file to be read in order; of a remote one a copy on the local disk.
+
+        Raises as `read`.
+        """
+        self.used.append(path_hash(path))
+        location = self.location(path)
+        if not self.remote:
+            return Path(self._local(path)).open("rb")
+        with storage.naming_full_disk(tempfile.gettempdir()):
+            file = tempfile.TemporaryFile()  # noqa: SIM115
+
+            def copy() -> None:
+                file.seek(0)
+                file.writelines(storage.chunks(location))
+
+            try:
+                storage.attempt(location, copy)
+            except storage.MissingError as error:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+        file.seek(0)
+        return cast(BinaryIO, file)
 
     def refuse_links(self, folders: Iterable[str]) -> None:
         """Raise UserError where two of these folders are one, by a link."""

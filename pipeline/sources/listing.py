@@ -1,8 +1,15 @@
-"""A collection's images in columns, a hundred bytes each: a tenth of what Python objects take."""
+"""A collection's images in columns, a hundred bytes each, which lie in files mapped into memory.
+
+The files are temporary and have no names: their space is free once nothing refers to them.
+"""
 
 import hashlib
+import os
+import tempfile
 import unicodedata
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, TypedDict
 
@@ -11,12 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.sources.annotations import Box
+from pipeline.storage import naming_full_disk
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".gif", ".tif"),
     *(".tiff", ".avif", ".jp2", ".heic", ".heif", ".jxl"),  # the last three cannot be decoded
 )
 BATCH = 4096  # rows that wait as Python objects
+CHUNK = 1 << 19  # rows of a file, and about as many in memory at once; a multiple of 8
 
 SCHEMA = pa.schema(
     [
@@ -58,9 +67,11 @@ class Listing(NamedTuple):
 
 
 class ListingBuilder:
-    """Collects the rows of one split."""
+    """Collects the rows of one split. schema: SCHEMA with columns after it, if any."""
 
-    def __init__(self) -> None:
+    def __init__(self, schema: pa.Schema = SCHEMA) -> None:
+        self._schema = schema
+        self._chunks: list[pa.Table] = []
         self._batches: list[pa.RecordBatch] = []
         self._rows: list[tuple[Any, ...]] = []
 
@@ -76,6 +87,7 @@ class ListingBuilder:
         box_size: tuple[int, int] | None = None,
         note: str | None = None,
         problem: str | None = None,
+        extra: tuple[Any, ...] = (),
     ) -> None:
         """Add one image, see SCHEMA. A name or class that is not UTF-8 is the image's problem."""
         wnid = wnid and normalized(wnid)
@@ -85,25 +97,112 @@ class ListingBuilder:
             id, path = _escaped(id), _escaped(path)
             problem = "file name is not UTF-8: rename it"
         note, label = note and _escaped(note), None
+        sizes = box_size or (None, None)
         self._rows.append(
-            (id, path, offset, size, wnid, label, boxes, *(box_size or (None, None)), note, problem)
+            (id, path, offset, size, wnid, label, boxes, *sizes, note, problem, *extra)
         )
         if len(self._rows) == BATCH:
             self._flush()
 
     def table(self, *order: str) -> pa.Table:
-        """Return all rows, sorted by the columns `order`; equal ones keep their order."""
+        """Return all rows, sorted by the text columns `order`; equal ones keep their order."""
         self._flush()
-        table = pa.Table.from_batches(self._batches, SCHEMA)
-        self._batches = []
-        keys = [(name, "ascending") for name in order]
-        return table.take(pc.sort_indices(table, keys)).combine_chunks() if keys else table
+        self._store()
+        chunks, self._chunks = self._chunks, []
+        if not chunks:
+            return self._schema.empty_table()
+        if order:
+            for number, chunk in enumerate(chunks):
+                chunks[number] = stored(_sorted(chunk, order))
+            if len(chunks) > 1:
+                chunks = [stored(_sorted(x, order)) for x in _ranges(chunks, order)]
+        return pa.concat_tables(chunks)
 
     def _flush(self) -> None:
         if self._rows:
-            columns = dict(zip(SCHEMA.names, zip(*self._rows, strict=True), strict=True))
-            self._batches.append(pa.RecordBatch.from_pydict(columns, SCHEMA))
+            columns = dict(zip(self._schema.names, zip(*self._rows, strict=True), strict=True))
+            self._batches.append(pa.RecordBatch.from_pydict(columns, self._schema))
             self._rows = []
+        if len(self._batches) * BATCH >= CHUNK:
+            self._store()
+
+    def _store(self) -> None:
+        if self._batches:
+            self._chunks.append(stored(pa.Table.from_batches(self._batches)))
+            self._batches = []
+
+
+def stored(table: pa.Table) -> pa.Table:
+    """Return the rows in one chunk, mapped from a temporary file."""
+    with (
+        naming_full_disk(tempfile.gettempdir()),
+        tempfile.NamedTemporaryFile(prefix="listing-") as file,
+    ):
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write(table.combine_chunks())
+        file.flush()
+        with pa.memory_map(file.name) as source:
+            return pa.ipc.open_file(source).read_all()
+
+
+def stored_array(length: int, dtype: type[np.generic]) -> np.ndarray:
+    """Return an array of zeros, mapped from a temporary file. length: from 1."""
+    with naming_full_disk(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
+        # Writing to a mapped page without space would kill the process.
+        os.posix_fallocate(file.fileno(), 0, length * np.dtype(dtype).itemsize)
+        return np.asarray(np.memmap(file, dtype, "r+", shape=length))
+
+
+def chunks(table: pa.Table) -> Iterator[pa.Table]:
+    """Yield the rows in pieces that fit into memory."""
+    return (pa.Table.from_batches([batch]) for batch in table.to_batches(max_chunksize=CHUNK))
+
+
+def changed(table: pa.Table, function: Callable[[pa.Table], pa.Table]) -> pa.Table:
+    """Return the rows as `function` changes them, of which it gets some at a time."""
+    pieces = [stored(function(chunk)) for chunk in chunks(table)]
+    return pa.concat_tables(pieces) if pieces else function(table)
+
+
+def taken(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """Return a copy of the rows with these numbers, in their order."""
+    # Table.take would gather the texts of all chunks.
+    order = np.argsort(rows, kind="stable")
+    ascending, first, parts = rows[order].astype(np.int64), 0, []
+    for batch in table.to_batches():
+        count = int(np.searchsorted(ascending, first + batch.num_rows))
+        if count:
+            parts.append(batch.take(pa.array(ascending[:count] - first)))
+        ascending, first = ascending[count:], first + batch.num_rows
+    return pa.Table.from_batches(parts, table.schema).combine_chunks().take(np.argsort(order))
+
+
+def _sorted(table: pa.Table, order: Sequence[str]) -> pa.Table:
+    table = table.combine_chunks()  # quicker to take from
+    return table.take(pc.sort_indices(table, [(name, "ascending") for name in order]))
+
+
+def _ranges(runs: list[pa.Table], order: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield the rows of sorted tables in ranges of `order` that follow each other, each of about as
+    many rows as a table has."""
+
+    def key(run: pa.Table, row: int) -> list[tuple[bool, str]]:
+        values = (run[name][row].as_py() for name in order)
+        return [(value is None, value or "") for value in values]  # null comes last
+
+    interval = max(1, CHUNK // len(runs))
+    samples = sorted(key(run, row) for run in runs for row in range(0, run.num_rows, interval))
+    first = [0] * len(runs)
+    for sample in [*samples[len(runs) :: len(runs)], None]:
+        last = [
+            run.num_rows
+            if sample is None
+            else bisect_left(range(run.num_rows), sample, key=partial(key, run))
+            for run in runs
+        ]
+        parts = [run[a:b] for run, a, b in zip(runs, first, last, strict=True)]
+        first = last
+        yield pa.concat_tables(parts)
 
 
 def normalized(text: str) -> str:
@@ -132,7 +231,11 @@ def with_columns(table: pa.Table, **columns: Any) -> pa.Table:
 
 def with_labels(table: pa.Table, classes: Sequence[str]) -> pa.Table:
     """Return the rows with their labels, and with a problem where `classes` lacks the wnid."""
-    labels = pc.index_in(table["wnid"], pa.array(classes, pa.string()))
+    return changed(table, partial(_labelled, classes=pa.array(classes, pa.string())))
+
+
+def _labelled(table: pa.Table, classes: pa.Array) -> pa.Table:
+    labels = pc.index_in(table["wnid"], classes)
     foreign = pc.binary_join_element_wise(
         "label unknown: no train image has class ", table["wnid"], ""
     )
@@ -140,34 +243,51 @@ def with_labels(table: pa.Table, classes: Sequence[str]) -> pa.Table:
     reason = pc.if_else(pc.is_null(labels), pc.fill_null(foreign, unnamed), None)
     problems = pc.coalesce(table["problem"], reason)
     labels = pc.if_else(pc.is_null(problems), labels, pa.scalar(None, pa.int32()))
-    # In one chunk: taking rows out of many would gather all of them each time.
-    return with_columns(table, label=labels, problem=problems).combine_chunks()
+    return with_columns(table, label=labels, problem=problems)
 
 
 def digest(table: pa.Table) -> str:
     """Return the hexadecimal SHA-256 of the rows' values, which no chunks or buffers change."""
     sha = hashlib.sha256()
+
+    def column(name: str) -> Iterator[pa.Array]:
+        return (batch[name] for batch in table.to_batches(max_chunksize=CHUNK))
+
     for name in table.column_names:
-        _update(sha, pa.concat_arrays(table[name].chunks) if table.num_rows else table[name])
+        _update(sha, partial(column, name))
     return sha.hexdigest()
 
 
-def _update(sha: Any, array: pa.Array) -> None:
-    if not len(array):
+def _update(sha: Any, arrays: Callable[[], Iterator[pa.Array]]) -> None:
+    """Add a column: its nulls, its lengths, its values. arrays: gives its chunks, in order."""
+    kind = next((array.type for array in arrays()), None)
+    if kind is None:
         return
-    sha.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)))
-    if pa.types.is_nested(array.type):
-        if pa.types.is_list(array.type):  # not of a fixed size
-            _update_numbers(sha, pc.list_value_length(array))
-        _update(sha, array.flatten())
-    elif pa.types.is_string(array.type):
-        filled = pc.fill_null(array, "")
-        _update_numbers(sha, pc.binary_length(filled))
-        offsets = np.frombuffer(filled.buffers()[1], np.int32)[filled.offset :][: len(filled) + 1]
-        if offsets[-1] > offsets[0]:
-            sha.update(memoryview(filled.buffers()[2])[offsets[0] : offsets[-1]])
+    bits = np.zeros(0, bool)
+    for array in arrays():
+        bits = np.concatenate([bits, array.is_valid().to_numpy(zero_copy_only=False)])
+        whole = len(bits) // 8 * 8
+        sha.update(np.packbits(bits[:whole]))
+        bits = bits[whole:]
+    sha.update(np.packbits(bits))
+    if pa.types.is_nested(kind):
+        if pa.types.is_list(kind):  # not of a fixed size
+            for array in arrays():
+                _update_numbers(sha, pc.list_value_length(array))
+        _update(sha, lambda: (x.flatten() for x in arrays() if len(x.flatten())))
+    elif pa.types.is_string(kind):
+        for array in arrays():
+            _update_numbers(sha, pc.binary_length(pc.fill_null(array, "")))
+        for array in arrays():
+            filled = pc.fill_null(array, "")
+            offsets = np.frombuffer(filled.buffers()[1], np.int32)[filled.offset :][
+                : len(filled) + 1
+            ]
+            if offsets[-1] > offsets[0]:
+                sha.update(memoryview(filled.buffers()[2])[offsets[0] : offsets[-1]])
     else:
-        _update_numbers(sha, array)
+        for array in arrays():
+            _update_numbers(sha, array)
 
 
 def _update_numbers(sha: Any, array: pa.Array) -> None:

@@ -6,8 +6,10 @@ import json
 import posixpath
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial, reduce
+from itertools import chain, groupby
+from operator import itemgetter
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +18,7 @@ from pipeline import storage
 from pipeline.errors import NAMED, SHOWN, UserError
 from pipeline.sources.annotations import Box, parse_boxes, parse_size
 from pipeline.sources.files import SourceFiles, is_list
-from pipeline.sources.listing import Listing, ListingBuilder, Unread, normalized
+from pipeline.sources.listing import BATCH, SCHEMA, Listing, ListingBuilder, Unread
 from pipeline.sources.webdatasets import SPLITS, with_classes
 
 NEEDED, CORNERS, SIZE = ("path", "label"), ("x0", "y0", "x1", "y1"), ("width", "height")
@@ -24,19 +26,7 @@ KNOWN = (*NEEDED, "split", "boxes", *CORNERS, *SIZE)
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "file")  # of URIs that may be in a list
 
 Row = dict[str, Any]  # by column; in CSV each is text
-
-
-@dataclass(kw_only=True, slots=True)
-class _Image:
-    """An image of the list. line: its first, as `line 2`; boxes and notes: those of all lines."""
-
-    line: str
-    label: str | None
-    split: str | None
-    size: tuple[int, int] | None
-    boxes: list[Box] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    problem: str | None = None
+LINES = pa.schema([*SCHEMA, pa.field("split", pa.string()), pa.field("line", pa.string())])
 
 
 def list_rows(files: SourceFiles) -> Listing:
@@ -50,26 +40,26 @@ def list_rows(files: SourceFiles) -> Listing:
             f"source {files.source} is no .csv or .parquet file, which the list layout reads; name "
             "the file itself."
         )
-    images: dict[str, _Image] = {}
     columns, rows = _columns_and_rows(files)
+    lines = ListingBuilder(LINES)
     for line, row in rows:
         path, problem = _path(files, row.get("path") or "")
-        image = _image(line, row, problem)
-        other = images.setdefault(path or f"({line})", image)
-        if other is not image:
-            _merge(f"{files.location()}: {other.line} and {line} give {path!r}", other, image)
+        lines.add(id=path or f"({line})", path=path, **_image(line, row, problem))
     builders = {split: ListingBuilder() for split in ("train", "val", "test")}
-    for path, image in images.items():
-        builders[image.split or "train"].add(
-            id=path,
-            path=path,
-            wnid=image.label,
-            boxes=image.boxes,
-            box_size=image.size,
-            note="; ".join(image.notes) or None,
-            problem=image.problem,
+    batches = lines.table("id").to_batches(BATCH)
+    in_order = chain.from_iterable(batch.to_pylist() for batch in batches)
+    for id, same in groupby(in_order, key=itemgetter("id")):
+        image = reduce(partial(_merged, files.location()), same)
+        builders[image["split"] or "train"].add(
+            id=id,
+            path=image["path"],
+            wnid=image["wnid"],
+            boxes=image["boxes"],
+            box_size=_size(image),
+            note=image["note"],
+            problem=image["problem"],
         )
-    tables = {split: builder.table("id") for split, builder in builders.items()}
+    tables = {split: builder.table() for split, builder in builders.items()}
     others = [name for name in columns if name not in KNOWN]
     reason = f"column: none of {', '.join(KNOWN)}"
     unread = {reason: Unread(files=len(others), examples=others[:NAMED])} if others else None
@@ -83,37 +73,50 @@ def _columns_and_rows(files: SourceFiles) -> tuple[list[str], Iterator[tuple[str
     """
     location, name = files.location(), files.only or ""
     try:
-        content = files.read(name)
+        file = files.open(name)
     except OSError as error:
         raise UserError(f"{location} cannot be read ({error.strerror}); check its name.") from error
     if not name.lower().endswith(".csv"):
-        return _parquet_rows(pa.BufferReader(content), location)
-    text = content.decode("utf-8-sig", "replace")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        return _parquet_rows(file, location)
+    reader = csv.reader(io.TextIOWrapper(file, "utf-8-sig", "replace", newline=""), strict=True)
     with _naming_line(reader, location):
         columns = _checked_columns(next(reader, []), location)
     return columns, _csv_rows(reader, columns, location)
 
 
-def _parquet_rows(
-    data: pa.BufferReader, location: str
-) -> tuple[list[str], Iterator[tuple[str, Row]]]:
+def _parquet_rows(file: BinaryIO, location: str) -> tuple[list[str], Iterator[tuple[str, Row]]]:
+    with _refusing_damage(location):
+        parquet = pq.ParquetFile(file)
+        names = parquet.schema_arrow.names
+    columns = _checked_columns(names, location)
+    known = {name: x for name, x in zip(names, columns, strict=True) if x in KNOWN}
+
+    def rows() -> Iterator[Row]:
+        with _refusing_damage(location):
+            for batch in parquet.iter_batches(BATCH, columns=[*known]):
+                table = pa.Table.from_batches([batch])
+                table = table.rename_columns([known[name] for name in table.column_names])
+                texts = dict.fromkeys(table.column_names, pa.string())
+                if "boxes" in texts and pa.types.is_nested(table["boxes"].type):
+                    texts["boxes"] = pa.list_(pa.list_(pa.float64()))
+                table = table.cast(pa.schema([*texts.items()]))
+                table.validate(full=True)
+                yield from table.to_pylist()
+
+    return columns, ((f"row {number}", row) for number, row in enumerate(rows(), 1))
+
+
+@contextmanager
+def _refusing_damage(location: str) -> Iterator[None]:
+    """Raise UserError where a Parquet file cannot be read."""
     try:
-        columns = _checked_columns(pq.read_schema(data).names, location)
-        table = pq.read_table(data).rename_columns(columns)
-        texts = {x: pa.string() for x in columns if x in KNOWN}
-        if "boxes" in texts and pa.types.is_nested(table["boxes"].type):
-            texts["boxes"] = pa.list_(pa.list_(pa.float64()))
-        table = table.select([*texts]).cast(pa.schema([*texts.items()]))
-        table.validate(full=True)
+        yield
     except (pa.ArrowException, OSError) as error:
         detail = " ".join(str(error).split())[: 2 * SHOWN]
         raise UserError(
             f"{location} cannot be read ({detail}); expected a Parquet file with text or numbers "
             "in its columns, and in `boxes` lists of [x0, y0, x1, y1]."
         ) from error
-    rows = (row for batch in table.to_batches() for row in batch.to_pylist())
-    return columns, ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _csv_rows(reader: Any, columns: list[str], location: str) -> Iterator[tuple[str, Row]]:
@@ -173,8 +176,11 @@ def _path(files: SourceFiles, text: str) -> tuple[str, str | None]:
     return posixpath.normpath(posixpath.join(folder, text)).removeprefix(f"{folder}/"), None
 
 
-def _image(line: str, row: Row, problem: str | None) -> _Image:
-    """Return what one line says of its image; problem: that of its path."""
+def _image(line: str, row: Row, problem: str | None) -> dict[str, Any]:
+    """Return what one line says of its image, as a ListingBuilder of LINES takes it.
+
+    problem: that of its path.
+    """
     label, split = ((row.get(name) or "").strip() for name in ("label", "split"))
     problem = row.get("problem") or problem
     if problem is None and "split" in row and split.lower() not in SPLITS:
@@ -187,15 +193,14 @@ def _image(line: str, row: Row, problem: str | None) -> _Image:
         size = parse_size(*texts)
         if size is None:
             boxes, note = (), f"boxes dropped: {' x '.join(texts)[:SHOWN]} is no size"
-    return _Image(
-        line=line,
-        label=normalized(label) if label.isprintable() and label else None,
-        split=SPLITS.get(split.lower()),
-        size=size,
-        boxes=[*boxes],
-        notes=[f"{line}: {note}"] if note else [],
-        problem=problem,
-    )
+    return {
+        "wnid": label if label.isprintable() and label else None,
+        "boxes": boxes,
+        "box_size": size,
+        "note": f"{line}: {note}" if note else None,
+        "problem": problem,
+        "extra": (SPLITS.get(split.lower()), line),
+    }
 
 
 def _boxes(row: Row) -> tuple[tuple[Box, ...], str | None]:
@@ -211,22 +216,25 @@ def _boxes(row: Row) -> tuple[tuple[Box, ...], str | None]:
     return parse_boxes(groups)
 
 
-def _merge(lines: str, image: _Image, other: _Image) -> None:
-    """Add the boxes of another line of an image. Raises UserError where the two differ.
+def _size(image: Row) -> tuple[int, int] | None:
+    return image["box_width"] and (image["box_width"], image["box_height"])
 
-    lines: both, and the path, as the start of a sentence.
+
+def _merged(location: str, image: Row, other: Row) -> Row:
+    """Return an image, a row of LINES, with the boxes of another line of it.
+
+    Raises UserError where the two differ.
     """
-    facts: dict[str, tuple[object, object]] = {
-        "label": (image.label, other.label),
-        "split": (image.split, other.split),
-    }
-    if image.boxes and other.boxes:
-        facts["size"] = image.size, other.size
+    facts = {"label": (image["wnid"], other["wnid"]), "split": (image["split"], other["split"])}
+    if image["boxes"] and other["boxes"]:
+        facts["size"] = _size(image), _size(other)
     for name, (first, second) in facts.items():
         if first != second and (name == "size" or (first and second)):
-            raise UserError(f"{lines} the {name} {first} and {second}; keep one of them.")
-    image.label, image.split = image.label or other.label, image.split or other.split
-    image.size = image.size or other.size
-    image.boxes += other.boxes
-    image.notes += other.notes
-    image.problem = image.problem or other.problem
+            raise UserError(
+                f"{location}: {image['line']} and {other['line']} give {image['id']!r} the {name} "
+                f"{first} and {second}; keep one of them."
+            )
+    return {name: value or other[name] for name, value in image.items()} | {
+        "boxes": image["boxes"] + other["boxes"],
+        "note": "; ".join(filter(None, (image["note"], other["note"]))) or None,
+    }

@@ -3,7 +3,6 @@
 A folder that is not searched counts as one file.
 """
 
-from array import array
 from collections.abc import Collection, Iterable
 from itertools import islice
 from pathlib import PurePosixPath
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 from pipeline.errors import NAMED
 from pipeline.sources.archives import is_archive, is_packed
 from pipeline.sources.files import SourceFiles, path_hash, path_in
-from pipeline.sources.listing import Unread, is_image
+from pipeline.sources.listing import Unread, is_image, stored_array
 
 BATCH = 1 << 16  # paths that are Python objects at once
 MAX_REASONS = 30  # since each suffix is one
@@ -32,7 +31,7 @@ def count_unread(
     """Return the files that are not among the listed images and were not read, by `kind: why`.
 
     within: what the layout did not read within files. folders: at most so many are looked at.
-    Memory beside the folders' names is 8 bytes a file.
+    Memory beside the folders' names does not grow with the files.
     """
     used = _sorted_hashes(files, images)
     unread = within or {}
@@ -67,12 +66,18 @@ def summary_of(files: SourceFiles) -> str:
 
 def _sorted_hashes(files: SourceFiles, images: Collection[pa.Table]) -> np.ndarray:
     """Return the hashes, int64 [N], of the files that are listed or were read."""
-    hashes = array("q", files.used)
-    for table in images:
-        whole = table.filter(pc.is_null(table["offset"])).select(["path"])
-        for batch in whole.to_batches(max_chunksize=BATCH):
-            hashes.extend(map(path_hash, batch["path"].to_pylist()))
-    return np.sort(np.frombuffer(hashes, np.int64)) if hashes else np.zeros(1, np.int64)
+    # The walk of a list or an archive comes to that file alone.
+    whole = [] if files.only else [x for table in images for x in table.to_batches(BATCH)]
+    counts = [batch["offset"].null_count for batch in whole]
+    hashes = stored_array(len(files.used) + sum(counts) + 1, np.int64)
+    hashes[: len(files.used)] = files.used
+    end = len(files.used)
+    for batch, count in zip(whole, counts, strict=True):
+        paths = batch["path"].filter(batch["offset"].is_null()).to_pylist()
+        hashes[end : end + count] = [*map(path_hash, paths)]
+        end += count
+    hashes.sort()
+    return hashes
 
 
 def _unknown(folder: str, names: list[str], used: np.ndarray) -> list[str]:

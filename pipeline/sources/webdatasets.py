@@ -4,10 +4,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from hashlib import blake2b
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,7 +18,15 @@ from pipeline.sources import labels
 from pipeline.sources.archives import Member, is_archive, members
 from pipeline.sources.files import SourceFiles, path_in
 from pipeline.sources.labels import MAPPING
-from pipeline.sources.listing import Listing, ListingBuilder, Unread, normalized, with_columns
+from pipeline.sources.listing import (
+    Listing,
+    ListingBuilder,
+    Unread,
+    changed,
+    normalized,
+    stored_array,
+    with_columns,
+)
 from pipeline.sources.unread import add_members
 
 SPLITS = {
@@ -146,8 +156,18 @@ def _json_label(data: bytes) -> tuple[str | None, str | None]:
 
 def _with_plain_ids(table: pa.Table) -> pa.Table:
     """Return the table with keys alone as ids where no two shards share a key."""
-    keys = [id.split("/", 1)[1] for id in table["id"].to_pylist()]
-    return with_columns(table, id=keys) if len({*keys}) == len(keys) else table
+
+    def with_key(table: pa.Table) -> pa.Table:
+        return with_columns(table, id=pc.replace_substring_regex(table["id"], "^[^/]*/", ""))
+
+    plain, first = changed(table, with_key), 0
+    hashes = stored_array(max(table.num_rows, 1), np.uint64)
+    for keys in plain["id"].chunks:
+        digests = (blake2b(x.encode(), digest_size=8).digest() for x in keys.to_pylist())
+        hashes[first : first + len(keys)] = np.frombuffer(b"".join(digests), np.uint64)
+        first += len(keys)
+    hashes.sort()
+    return table if (hashes[1:] == hashes[:-1]).any() else plain
 
 
 def with_classes(files: SourceFiles, images: dict[str, pa.Table]) -> Listing:
@@ -159,8 +179,9 @@ def with_classes(files: SourceFiles, images: dict[str, pa.Table]) -> Listing:
     large.
     """
     mapping = labels.read_names(files.read_optional(MAPPING), MAPPING)
-    images = {split: _with_unknown(table) for split, table in images.items()}
-    classes = {x for table in images.values() for x in table["wnid"].to_pylist() if x is not None}
+    images = {split: changed(table, _with_unknown) for split, table in images.items()}
+    columns = [pc.unique(table["wnid"]).drop_null() for table in images.values()]
+    classes = {x for column in columns for x in column.to_pylist()}
     number_of = {x: int(match[1]) for x in classes if (match := NUMBER.fullmatch(x))}
     if not number_of:
         return Listing(images, mapping)
@@ -179,11 +200,13 @@ def with_classes(files: SourceFiles, images: dict[str, pa.Table]) -> Listing:
             f"{limit}, counted from 0. Repair the label, or list all classes in classes.txt."
         )
     wnids = wnids or [f"{i:0{len(str(count - 1))}}" for i in range(count)]
-    wnid_of = {None: None} | {x: wnids[number] for x, number in number_of.items()}
-    relabelled = {
-        split: with_columns(table, wnid=[wnid_of[x] for x in table["wnid"].to_pylist()])
-        for split, table in images.items()
-    }
+    numbers = pa.array([*number_of], pa.string())
+    names = pa.array([wnids[number] for number in number_of.values()], pa.string())
+
+    def with_name(table: pa.Table) -> pa.Table:
+        return with_columns(table, wnid=names.take(pc.index_in(table["wnid"], numbers)))
+
+    relabelled = {split: changed(table, with_name) for split, table in images.items()}
     return Listing(relabelled, mapping, tuple(sorted(wnids)))
 
 

@@ -1,5 +1,6 @@
 """What the commands share: flags and their bounds, progress lines, records, one-line errors."""
 
+import contextlib
 import signal
 import tomllib
 from dataclasses import dataclass, field
@@ -130,6 +131,19 @@ def test_known_errors_are_one_line_and_an_exit_code(
         cli.run(main)
     assert ended.value.code == code
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_sigterm_that_interrupts_ray_keeps_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            cli._interrupt(signal.SIGTERM, None)
+        raise KeyboardInterrupt  # as Ray does, without the number
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli, "_received", [])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert ended.value.code == 143
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "somewhere"])

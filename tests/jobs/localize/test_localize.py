@@ -302,7 +302,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device: .*out/a\.png"):
+    with pytest.raises(OSError, match=r"No space left on device on host .*: .*out/a\.png"):
         run(random_run, tmp_path / "out", pictures / "a.jpg")
 
 

@@ -395,3 +395,10 @@ def test_tiny_imagenet_is_read_whole(tiny_imagenet: Path, tmp_path: Path) -> Non
     val = next(task for task in plan.tasks if task.split == "val")
     report = make_shard(val, plan.images(val), plan.source, plan.output, config)
     assert (report.facts.images, report.rejected) == (200, 0)
+
+
+def test_the_order_of_train_images_is_numpys_permutation(tmp_path: Path, source: Path) -> None:
+    plan = make_plan(configured(source, tmp_path / "a", seed=3))
+    images = plan.fingerprint["images"]
+    train = np.random.default_rng(3).permutation(images["train"])
+    assert plan.order.tolist() == [*train.tolist(), *range(images["val"])]

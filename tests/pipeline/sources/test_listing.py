@@ -1,8 +1,23 @@
 import pickle
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.sources.listing import BATCH, SCHEMA, ListingBuilder, digest, with_labels
+from pipeline.sources import listing
+from pipeline.sources.listing import (
+    BATCH,
+    SCHEMA,
+    ListingBuilder,
+    digest,
+    stored_array,
+    taken,
+    with_labels,
+)
 
 
 def table(count: int = 5) -> pa.Table:
@@ -62,3 +77,42 @@ def test_a_million_rows_take_about_a_hundred_bytes_each() -> None:
     labelled = with_labels(table(10 * BATCH), ["n0", "n1", "n2"])
     assert labelled.nbytes / labelled.num_rows < 130
     assert len(pickle.dumps(labelled.take(list(range(0, 10 * BATCH, 41))))) < 130 * 1001
+
+
+names = st.none() | st.sampled_from(["", "a", "b", "é", "ﬁ", "\U0001f600", "b/c", "B"])
+
+
+@given(rows=st.lists(st.tuples(names, names), max_size=60), data=st.data())
+def test_rows_in_many_files_are_those_in_one(
+    rows: list[tuple[str | None, str | None]], data: st.DataObject
+) -> None:
+    def built() -> pa.Table:
+        builder = ListingBuilder()
+        for number, (wnid, id) in enumerate(rows):
+            boxes = [(number, 2, 3, 4)] * (number % 3)
+            builder.add(id=id or "", path=str(number), wnid=wnid, boxes=boxes)
+        return with_labels(builder.table("wnid", "id"), ["a", "b"])
+
+    whole = built()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing, "BATCH", 4)
+        patch.setattr(listing, "CHUNK", 8)
+        pieces = built()
+        assert digest(pieces) == digest(whole)
+    assert pieces.equals(whole)
+    assert pieces["id"].num_chunks >= len(rows) // 16
+    numbers = st.lists(st.integers(0, max(len(rows) - 1, 0)), max_size=9 if rows else 0)
+    chosen = np.array(data.draw(numbers), np.uint32)
+    assert taken(pieces, chosen).equals(whole.take(chosen))
+
+
+def test_mapped_files_have_no_names_and_go_with_their_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rows, numbers = table(), stored_array(1000, np.int64)
+    assert list(tmp_path.iterdir()) == []
+    maps = Path("/proc/self/maps").read_text()
+    assert maps.count(str(tmp_path)) >= 2
+    del rows, numbers
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
