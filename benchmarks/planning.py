@@ -40,7 +40,7 @@ SOURCE_BYTES, SAMPLE_BYTES = 110_000, 18_500  # of an ImageNet JPEG; of a sample
 # Measured, docs/results.md: images/s of a core or a GPU at 64 px.
 PREPROCESSED, TRAINED, EVALUATED = 681, 44_000, 164
 LOADED = 56_000  # images/s of a worker's loader
-SCORED = 40e-6  # seconds of the evaluation's driver for each image
+SCORED = 20e-6  # CPU seconds of an evaluation of boxes for each image, docs/scale.md
 
 
 @dataclass(frozen=True, kw_only=True)
