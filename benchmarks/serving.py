@@ -1,7 +1,7 @@
 """`python -m benchmarks.serving`: requests per second, latency and memory of a running jobs.serve.
 
-Start `python -m jobs.serve` on this machine first. Memory is the resident size of all processes
-below it and of its Ray, without pages that they share.
+Start `python -m jobs.serve` on this machine first. Memory is the resident size of it and of all
+processes that it started, its Ray too, without pages that they share.
 """
 
 import http.client
@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from jobs.pictures import encode_jpeg
 from pipeline.synthetic import SyntheticConfig, draw_image
 
 IMAGES = 20  # different ones, in turn
+PARTS = 10  # after each of which memory is read: growth with every request would show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +38,13 @@ class ServingConfig:
 
 
 def memory() -> float:
-    """Return the MiB that jobs.serve and Ray's processes have for themselves."""
+    """Return the MiB that jobs.serve and the processes below it have for themselves."""
     total = 0
     for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if "jobs.serve" in line or "ray" in line:
-            total += process.memory_full_info().uss
+        if "jobs.serve" in (process.info["cmdline"] or ()):
+            for part in (process, *process.children(recursive=True)):
+                with suppress(psutil.Error):  # it has just ended
+                    total += part.memory_full_info().uss
     return total / 2**20
 
 
@@ -62,17 +65,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawing = SyntheticConfig(min_side=config.side, max_side=config.side)
     images = [encode_jpeg(draw_image(drawing, "val", i)[0]) for i in range(IMAGES)]
     send(config, images[0])
-    before, started = memory(), time.perf_counter()
+    memories, answers, started = [memory()], [], time.perf_counter()
     with ThreadPoolExecutor(config.at_once) as pool:
-        answers = list(pool.map(lambda i: send(config, images[i % IMAGES]), range(config.requests)))
-    seconds, after = time.perf_counter() - started, memory()
+        for answer in pool.map(lambda i: send(config, images[i % IMAGES]), range(config.requests)):
+            answers.append(answer)
+            if len(answers) * PARTS // config.requests >= len(memories):
+                memories.append(memory())
+    seconds = time.perf_counter() - started
     times = [taken for status, taken in answers if status == 200] or [np.nan]
     p50, p99 = np.percentile(times, [50, 99])
     codes = dict(Counter(status for status, _ in answers))
     print(hardware())
     print(f"{config.requests} requests, {config.at_once} at once, {len(times) / seconds:.1f}/s")
     print(f"status codes {codes}; p50 {p50:.2f} s, p99 {p99:.2f} s")
-    print(f"memory before {before:.0f} MiB, after {after:.0f} MiB")
+    print(f"MiB before and after each {1 / PARTS:.0%}:", *(f"{size:.0f}" for size in memories))
 
 
 if __name__ == "__main__":

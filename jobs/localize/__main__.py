@@ -1,6 +1,6 @@
 """`python -m jobs.localize`: boxes, overlay pictures and masks for images of any size.
 
-Boxes and pictures refer to the pixels as stored in the file, without EXIF rotation, as in ILSVRC.
+Boxes and pictures are of each image as its EXIF turns it.
 OUTPUT/boxes.json has an entry per image, with the reason where one failed. The same command given
 again does only what is missing, has failed or has changed.
 """
@@ -44,7 +44,7 @@ from pipeline.storage import (
 if TYPE_CHECKING:  # the flags are read without torch, which takes seconds to load
     from jobs.runs import Nets
 
-FORMAT = 2
+FORMAT = 3
 BOXES_NAME = "boxes.json"
 PROGRESS_NAME = "progress.jsonl"
 LONGEST_NAME = 255  # bytes of a file's name, on all common file systems
@@ -250,8 +250,10 @@ def read_nets(config: LocalizeConfig) -> "Nets":
     """Return the nets on the device of --device; on a GPU, kernels are deterministic ones."""
     import torch
 
+    from jobs.locate import keep_freed_memory
     from jobs.shipped import open_nets
 
+    keep_freed_memory()
     torch.set_num_threads(1)  # batches share the cores; and sums depend on the number of threads
     device = choose_device(config.device)
     if device.type == "cuda":

@@ -46,7 +46,8 @@ class LocalizeConfig:
     accurate: bool = option(
         False,
         help="average maps over all of the run's --sides and over mirror images, then look again "
-        "at the part around the box, enlarged (nets over a pretrained network; 5 times slower)",
+        "at the part around the box, enlarged (nets over a pretrained network): 5 times slower, on "
+        "photographs 73.0 percent of boxes right instead of 71.3 (docs/results.md)",
     )
     rule: Rule | None = option(None, help="how a box follows from a map (default: as the run says)")
     batch_size: int = option(
@@ -119,6 +120,7 @@ def process_batch(
         entries[i] |= {
             "width": prepared[i].width,
             "height": prepared[i].height,
+            "orientation": prepared[i].orientation,
             "box": result.box,
             "found": result.found,
             **top[0],
@@ -145,7 +147,8 @@ def _write_pictures(
     """Write the pictures asked for, and return their names within the output folder by kind."""
     pictures: dict[str, tuple[str, bytes]] = {}
     if config.overlays:
-        pixels = read_image(job.path.read_bytes(), image.height, image.width).pixels
+        data = job.path.read_bytes()
+        pixels = read_image(data, image.height, image.width, as_shown=True).pixels
         _, name, score = result.top5[0]
         overlay = draw_overlay(pixels, result.map, result.box, f"{name} {score:.0%}")
         pictures["overlay"] = (job.overlay, encode_png(overlay))

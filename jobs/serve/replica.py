@@ -11,7 +11,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
-from jobs.locate import locate, prepare
+from jobs.locate import keep_freed_memory, locate, prepare
 from jobs.pictures import encode_png, grey
 from jobs.runs import Nets
 from jobs.shipped import open_nets
@@ -20,9 +20,10 @@ from pipeline.evaluation.protocols import scale_boxes
 from pipeline.shards.images import ImageError
 
 NAME = "localize"
-BATCH_SIZE = 8  # images that the nets see at once, at most
+BATCH_SIZE = 4  # images that the nets see at once, at most: larger ones are no faster
 MOST_WAITING = 1000  # images at a replica; the HTTP side admits fewer
 BATCH_SECONDS = 0.01  # that an image waits for others
+HEALTH_SECONDS = 2  # between checks whether a replica lives
 Answer = dict[str, Any]
 
 
@@ -37,8 +38,9 @@ def answer(nets: Nets, files: Sequence[bytes]) -> list[Answer]:
     prepared = {}
     for i, data in enumerate(files):
         try:
-            prepared[i] = prepare(nets.config, data)
-            answers.append({"width": prepared[i].width, "height": prepared[i].height})
+            image = prepared[i] = prepare(nets.config, data)
+            sides = {"width": image.width, "height": image.height}
+            answers.append(sides | {"orientation": image.orientation})
         except (ImageError, MemoryError) as error:
             answers.append({"error": str(error) or "too large for this machine's memory"})
     if not prepared:
@@ -47,7 +49,12 @@ def answer(nets: Nets, files: Sequence[bytes]) -> list[Answer]:
     maps = np.stack([result.map for result in results])
     sizes = np.array([(image.height, image.width) for image in prepared.values()])
     own = np.array(maps.shape[1:])
-    boxes = {rule: scale_boxes(localize(maps, rule)[0], own, sizes).tolist() for rule in RULES}
+    boxes = {
+        rule: [result.box for result in results]
+        if rule == nets.config.rule
+        else scale_boxes(localize(maps, rule)[0], own, sizes).tolist()
+        for rule in RULES
+    }
     for row, (i, result) in enumerate(zip(prepared, results, strict=True)):
         top = [{"class": wnid, "name": name, "score": score} for wnid, name, score in result.top5]
         answers[i] |= {
@@ -67,6 +74,7 @@ class Localizer:
     """A replica: the nets on one CPU core."""
 
     def __init__(self, run: str | None, accurate: bool) -> None:
+        keep_freed_memory()
         torch.set_num_threads(1)
         self.nets = open_nets(run, accurate=accurate)
         size = (self.nets.config.height, self.nets.config.width, 3)
@@ -83,8 +91,13 @@ def deploy(run: str | None, *, accurate: bool, replicas: int) -> DeploymentHandl
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
     # All wait for a batch within the replica: a router that finds it full asks again and again.
-    options = {"max_ongoing_requests": MOST_WAITING, "ray_actor_options": {"num_cpus": 1}}
-    replica = serve.deployment(name=NAME, num_replicas=replicas, **options)(Localizer)
+    replica = serve.deployment(
+        name=NAME,
+        num_replicas=replicas,
+        max_ongoing_requests=MOST_WAITING,
+        ray_actor_options={"num_cpus": 1},
+        health_check_period_s=HEALTH_SECONDS,
+    )(Localizer)
     return serve.run(replica.bind(run, accurate), name=NAME, route_prefix=None)
 
 

@@ -2,7 +2,8 @@
 
 import io
 import warnings
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -30,6 +31,17 @@ DECODE_FACTOR = 2  # JPEGs are decoded to at least this many times the stored si
 # as long as 4/8, and 5/8 to 7/8 longer than the whole.
 EIGHTHS = (1, 2, 4, 8)
 
+ORIENTATIONS = {  # by EXIF: whether rows and columns change places, then the step along each
+    1: (False, 1, 1),
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, 1, -1),
+    7: (True, -1, -1),
+    8: (True, -1, 1),
+}
+
 # Images are spread over processes; threads inside one would only fight for the same cores.
 cv2.setNumThreads(1)
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
@@ -42,22 +54,50 @@ class ImageError(ValueError):
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
     """A decoded image. pixels: uint8 [H, W, 3], RGB, at the size asked for. height, width: the
-    file's own, in pixels as stored (no EXIF rotation). note: harmless damage, or None."""
+    file's own, in pixels as stored, or as shown where that was asked for. note: harmless damage,
+    or None. orientation: EXIF's, 1 to 8, where pixels are as shown."""
 
     pixels: np.ndarray
     height: int
     width: int
     note: str | None = None
+    orientation: int = 1
 
 
-def read_image(data: bytes, height: int, width: int) -> DecodedImage:
+def read_image(data: bytes, height: int, width: int, *, as_shown: bool = False) -> DecodedImage:
     """Decode `data` and resize it, without keeping its aspect: shrinking averages areas, enlarging
-    interpolates linearly. EXIF orientation is ignored, since boxes refer to stored pixels. Raises
-    ImageError for undecodable data and for more than MAX_PIXELS pixels."""
+    interpolates linearly. EXIF orientation is ignored, since boxes of data sets refer to stored
+    pixels; as_shown: the image is turned by it, as viewers do. Raises ImageError for undecodable
+    data and for more than MAX_PIXELS pixels."""
     if not data:
         raise ImageError("empty file: it has 0 bytes")
-    image = _decode(data, height, width)
-    return replace(image, pixels=resize(image.pixels, height, width))
+    orientation = _orientation(data) if as_shown else 1
+    swaps, down, right = ORIENTATIONS[orientation]
+    stored = (width, height) if swaps else (height, width)
+    image = _decode(data, *stored)
+    pixels, sides = resize(image.pixels, *stored), (image.height, image.width)
+    if swaps:
+        pixels, sides = pixels.swapaxes(0, 1), sides[::-1]
+    return DecodedImage(
+        pixels=np.ascontiguousarray(pixels[::down, ::right]),
+        height=sides[0],
+        width=sides[1],
+        note=image.note,
+        orientation=orientation,
+    )
+
+
+def _orientation(data: bytes) -> int:
+    """Return the orientation that EXIF states, or 1 where none can be read: decoding says why."""
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))  # getexif() would decode PNGs, and read XMP
+            own = image.getexif() if image.format == "TIFF" else exif
+            stated = own.get(ExifTags.Base.Orientation)
+            return stated if stated in ORIENTATIONS else 1
+    return 1
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from jobs.locate import locate, prepare
 from jobs.pictures import encode_png
-from jobs.runs import MODEL_NAME, RUN_NAME, Nets, save_nets
+from jobs.runs import MODEL_NAME, RUN_NAME, Nets, colour_statistics, save_nets
 from jobs.shipped import SHIPPED, load_shipped, main
+from model.decoder import object_map, resize
+from model.masking import normalize
 from pipeline.errors import UserError
+from pipeline.synthetic import SyntheticConfig, draw_image
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="pip install '.[photos]'")
 WEIGHTS = SHIPPED.with_suffix(".safetensors")
@@ -31,12 +35,23 @@ def copied(tmp_path: Path) -> Path:
     return tmp_path / SHIPPED.name
 
 
-def test_the_shipped_net_boxes_an_image_and_names_one_of_1000_classes(shipped: Nets) -> None:
-    pixels = np.zeros((300, 400, 3), np.uint8)
-    (result,) = locate(shipped, [prepare(shipped.config, encode_png(pixels))], batch_size=1)
+def test_the_shipped_net_sees_320_pixels_and_names_one_of_1000_classes(shipped: Nets) -> None:
+    drawing, config = SyntheticConfig(min_side=400, max_side=400), shipped.config
+    image = prepare(config, encode_png(draw_image(drawing, "val", 0)[0]))
+    (result,) = locate(shipped, [image], batch_size=1)
+    assert (image.pixels.shape, result.map.shape) == ((320, 320, 3), (224, 224))
+    x = torch.from_numpy(image.pixels).permute(2, 0, 1)[None]
+    x = normalize(x, *colour_statistics(config, x.device))
+    with torch.no_grad():
+        maps = object_map(shipped.corruption, x, torch.empty(0), 0)
+        scores = torch.softmax(shipped.clean_classifier(resize(x, (224, 224))), dim=1)[0]
+    expected = resize(maps[:, None], (224, 224))[0, 0].numpy()
+    np.testing.assert_allclose(result.map, expected, atol=0.05)  # of bfloat16
+    best = int(scores.argmax())
+    assert result.top5[0][0] == config.classes[best]
+    assert result.top5[0][2] == pytest.approx(float(scores[best]), abs=0.05)
     assert len(result.top5) == 5
-    assert result.top5[0][0] in shipped.config.classes
-    assert len(set(shipped.config.classes)) == len(shipped.config.class_names) == 1000
+    assert len(set(config.classes)) == len(config.class_names) == 1000
 
 
 def test_a_run_is_shipped_without_its_network_and_paths(

@@ -129,17 +129,17 @@ def test_a_flat_map_is_the_whole_image_and_not_found(nets: Nets) -> None:
     assert (result.box, result.found) == ([0, 0, 89, 39], False)
 
 
-def test_every_kind_of_image_is_located_in_its_stored_pixels(
+def test_every_kind_of_image_is_located_as_it_is_shown(
     random_run: Path, nets: Nets, tmp_path: Path
 ) -> None:
     colours = np.random.default_rng(0).integers(0, 255, (48, 80, 3)).astype(np.uint8)
     picture, grey = Image.fromarray(colours), Image.fromarray(colours[..., 0])
     rotated = Image.Exif()
-    rotated[274] = 6  # orientation: a viewer turns it by 90 degrees
+    rotated[274] = 6  # orientation: a viewer turns it back by 90 degrees
     kinds = {
         "plain.png": picture,
         "alpha.png": picture.convert("RGBA"),
-        "turned.png": picture,
+        "turned.png": picture.transpose(Image.Transpose.ROTATE_90),
         "grey.png": grey,
         "grey16.png": Image.fromarray(colours[..., 0].astype(np.uint16) * 257),
         "palette.png": picture.convert("P"),
@@ -148,7 +148,7 @@ def test_every_kind_of_image_is_located_in_its_stored_pixels(
     }
     for name, image in kinds.items():
         image.save(tmp_path / name)
-    picture.save(tmp_path / "turned.png", exif=rotated)
+    kinds["turned.png"].save(tmp_path / "turned.png", exif=rotated)
     paths = [tmp_path / name for name in kinds]
     paths.append(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff 'quoted' \xe7.png")))
     picture.save(os.fsencode(paths[-1]), "PNG")
@@ -165,7 +165,8 @@ def test_every_kind_of_image_is_located_in_its_stored_pixels(
             with Image.open(config.output / entry[kind]) as image:
                 assert (image.size, image.mode) == (size, mode)
     results = {name: (e["box"], e["top5"]) for name, e in zip(kinds, entries, strict=False)}
-    assert results["plain.png"] == results["alpha.png"] == results["turned.png"]
+    assert results["plain.png"] == results["alpha.png"]
+    assert [entry["orientation"] for entry in entries[:3]] == [1, 1, 6]
     assert results["grey.png"] == results["grey16.png"]
     assert (entries[-1]["box"], entries[-1]["top5"]) == results["plain.png"]
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -25,6 +26,7 @@ from jobs.serve.replica import Answer, BusyError, ask, deploy, stop
 from jobs.shipped import load_shipped
 from pipeline.errors import UserError
 from pipeline.synthetic import SyntheticConfig, draw_image
+from tests.jobs.kills import workers
 from tests.jobs.serve.serving import BOXES, MASK, canned, server
 
 TOKEN = "0123456789abcdef"
@@ -157,24 +159,46 @@ def test_a_port_in_use_is_named() -> None:
             command.bind("127.0.0.1", port)
 
 
-@pytest.mark.slow
-def test_replicas_answer_as_jobs_localize_does(ray_local: None) -> None:
+@pytest.fixture(scope="module")
+def replica_port(ray_local: None) -> Iterator[int]:
+    """The port of a server with one replica of the shipped nets."""
     pytest.importorskip("efficientnet_lite_pytorch", reason="pip install '.[photos]'")
-    images = [
-        encode_png(draw_image(SyntheticConfig(min_side=200, max_side=300), "val", i)[0])
-        for i in range(6)
-    ]
     handle = deploy(None, accurate=False, replicas=1)
-    try:
-        limits = Limits(image_bytes=2**20)
-        with server(partial(ask, handle), limits) as port, ThreadPoolExecutor(7) as pool:
-            answers = list(pool.map(partial(send, port), [*images, b"no image"]))
-    finally:
-        stop()
-    assert [status for status, _ in answers] == [200] * 6 + [422]
+    with server(partial(ask, handle), Limits(image_bytes=2**20)) as port:
+        yield port
+    stop()
+
+
+@pytest.fixture(scope="module")
+def drawings() -> list[bytes]:
+    drawing = SyntheticConfig(min_side=200, max_side=300)
+    return [encode_png(draw_image(drawing, "val", i)[0]) for i in range(6)]
+
+
+@pytest.mark.slow
+def test_replicas_answer_as_jobs_localize_does(replica_port: int, drawings: list[bytes]) -> None:
+    files = [*drawings, b"no image", b"P6 20000 20000 255\n"]  # the last of too many pixels
+    with ThreadPoolExecutor(len(files)) as pool:
+        answers = list(pool.map(partial(send, replica_port), files))
+    assert [status for status, _ in answers] == [200] * 6 + [422] * 2
     nets = load_shipped()
-    for data, (_, content) in zip(images, answers, strict=False):
+    for data, (_, content) in zip(drawings, answers, strict=False):
         (alone,) = locate(nets, [prepare(nets.config, data)], batch_size=1)
         assert content["class"] == alone.top5[0][0]
         assert content["score"] == pytest.approx(alone.top5[0][2], abs=0.02)
         assert content["box"] == pytest.approx(alone.box, abs=15)  # batches round otherwise
+
+
+@pytest.mark.slow
+def test_a_killed_replica_is_replaced_and_its_clients_are_asked_to_come_again(
+    replica_port: int, drawings: list[bytes]
+) -> None:
+    before = send(replica_port, drawings[0])
+    (replica,) = workers("ServeReplica")
+    replica.kill()
+    statuses, deadline = [], time.monotonic() + 120
+    while (after := send(replica_port, drawings[0]))[0] != 200 and time.monotonic() < deadline:
+        statuses.append(after[0])
+    assert set(statuses) <= {503}
+    assert after == before
+    assert workers("ServeReplica") != [replica]

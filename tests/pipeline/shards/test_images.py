@@ -10,7 +10,7 @@ import pytest
 import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.shards.images import MAX_PIXELS, ImageError, decoded_size, read_image, resize
 from pipeline.shards.pixels import moments
@@ -114,13 +114,30 @@ def test_moments_are_exact_sums_over_images_of_any_size() -> None:
         assert np.array_equal(moments(pixels), [levels.sum(axis=0), (levels**2).sum(axis=0)])
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
-def test_exif_orientation_is_ignored(format: str) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees to show"
-    decoded = read_image(encoded(halves(), format, quality=95, exif=exif), 40, 60)
-    assert (decoded.height, decoded.width) == (40, 60)
-    assert close(decoded.pixels, halves(), 6)
+@pytest.mark.parametrize(
+    ("format", "orientation"),
+    [("JPEG", n) for n in range(1, 9)] + [(name, 6) for name in ("PNG", "TIFF", "WEBP", "AVIF")],
+)
+def test_an_image_is_turned_by_its_exif_only_as_shown(format: str, orientation: int) -> None:
+    exif, pixels = Image.Exif(), halves()
+    exif[0x0112] = orientation
+    pixels[:20, :, 1] = 150  # so that every turn gives another picture
+    data = encoded(pixels, format, quality=95, exif=exif)
+    stored = read_image(data, 40, 60)
+    assert (stored.height, stored.width, stored.orientation) == (40, 60, 1)
+    assert close(stored.pixels, pixels, 6)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    shown = read_image(data, *expected.shape[:2], as_shown=True)
+    assert (shown.height, shown.width) == expected.shape[:2]
+    assert shown.orientation == orientation
+    assert close(shown.pixels, expected, 6)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", bytes(30), b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"])
+def test_damaged_exif_turns_nothing(exif: bytes) -> None:
+    shown = read_image(encoded(halves(), "JPEG", exif=exif), 40, 60, as_shown=True)
+    assert (shown.height, shown.width, shown.orientation) == (40, 60, 1)
 
 
 @pytest.mark.parametrize("format", ["PNG", "PPM", "TIFF", "JPEG2000"])
