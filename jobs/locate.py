@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from jobs.runs import ModelConfig, Nets, colour_statistics
 from model.decoder import object_map, resize
@@ -14,6 +15,7 @@ from model.masking import normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import TOP, scale_boxes
 from pipeline.shards.images import read_image
+from pipeline.shards.images import resize as resize_pixels
 from pipeline.shards.superpixels import superpixels
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
@@ -21,11 +23,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallo
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """An image at the size that the corruption net sees. pixels: uint8 [h, w, 3]; segments: labels
-    [h, w]; height, width: of the image as turned by EXIF's orientation; note: harmless damage to
-    the file, or None."""
+    """An image at the sizes that the nets see. pixels: uint8 [h, w, 3], for the corruption net;
+    view: uint8 [h, w, 3], for the classifier; segments: labels [h, w] of `pixels`; height, width:
+    of the image as turned by EXIF's orientation; note: harmless damage to the file, or None."""
 
     pixels: np.ndarray
+    view: np.ndarray
     segments: np.ndarray
     height: int
     width: int
@@ -55,18 +58,24 @@ def keep_freed_memory() -> None:
 
 
 def prepare(config: ModelConfig, data: bytes) -> Prepared:
-    """Decode an image file's bytes to the size that the corruption net sees, and cut superpixels
-    where the nets see any. Raises ImageError."""
+    """Decode an image file's bytes to the sizes that the nets see, and cut superpixels where the
+    nets see any. Raises ImageError."""
     size = (config.height, config.width)
-    if config.network is not None:
-        size = (config.sides[-1], config.sides[-1])
-    image = read_image(data, *size, as_shown=True)
     if config.network is None:
+        image = read_image(data, *size, as_shown=True)
         segments = superpixels(image.pixels, config.superpixels, config.compactness)
+        view = image.pixels
     else:  # whose maps are of single pixels
-        segments = np.zeros(size, np.int64)
+        side = config.sides[-1]
+        image = read_image(data, side, side, as_shown=True)
+        segments = np.zeros((side, side), np.int64)
+        if min(image.height, image.width) >= side:
+            view = resize_pixels(image.pixels, *size)
+        else:  # enlarged pixels would reach the classifier blurred
+            view = read_image(data, *size, as_shown=True).pixels
     return Prepared(
         pixels=image.pixels,
+        view=view,
         segments=segments,
         height=image.height,
         width=image.width,
@@ -86,19 +95,24 @@ def locate(
     """
     config, count = nets.config, len(prepared)
     device = next(nets.corruption.parameters()).device
-    size, seen = (config.height, config.width), prepared[0].segments.shape
-    pixels = np.zeros((batch_size, *seen, 3), np.uint8)
-    labels = np.zeros((batch_size, *seen), np.int64)
-    for i, image in enumerate(prepared):
-        pixels[i], labels[i] = image.pixels, image.segments
-    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous()
-    segments = torch.from_numpy(labels).to(device)
-    x = normalize(images, *colour_statistics(config, device))
+    size = (config.height, config.width)
+
+    def batch_of(arrays: list[np.ndarray]) -> Tensor:
+        blank = [np.zeros_like(arrays[0])] * (batch_size - count)
+        return torch.from_numpy(np.stack(arrays + blank)).to(device)
+
+    def net_inputs(arrays: list[np.ndarray]) -> Tensor:
+        images = batch_of(arrays).permute(0, 3, 1, 2).contiguous()
+        return normalize(images, *colour_statistics(config, device))
+
+    segments = batch_of([image.segments.astype(np.int64) for image in prepared])
+    x = net_inputs([image.pixels for image in prepared])
+    views = net_inputs([image.view for image in prepared])
     half = config.network is not None and computes_bfloat16(device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
         maps = object_map(nets.corruption, x, segments, config.superpixels)
         maps = resize(maps.unsqueeze(1), size).squeeze(1)
-        logits = nets.clean_classifier(resize(x, size)).float()
+        logits = nets.clean_classifier(views).float()
         scores, order = torch.softmax(logits, dim=1).sort(dim=1, descending=True, stable=True)
     values = maps[:count].cpu().numpy()
     try:

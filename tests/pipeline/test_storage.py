@@ -1,5 +1,6 @@
 import re
 import resource
+import socket
 import time
 from pathlib import Path
 from urllib.request import urlopen
@@ -235,7 +236,9 @@ def test_the_error_of_a_full_disk_names_the_file_however_long(tmp_path: Path) ->
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # what disks do when they are full
     try:
-        with pytest.raises(OSError, match=f"File too large: '{path}'"):
+        with pytest.raises(
+            OSError, match=f"File too large on host {socket.gethostname()}: '{path}'"
+        ):
             storage.write_atomically(path, bytes(1001))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

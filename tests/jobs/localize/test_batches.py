@@ -2,7 +2,7 @@
 
 import io
 import os
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import get_args
 
@@ -20,6 +20,7 @@ from model.masking import mask_map, normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import scale_boxes
 from pipeline.shards.format import read_manifest
+from pipeline.shards.images import read_image
 from pipeline.shards.ledger import read_ledger
 from tests.pipeline.made_set import stored_samples
 
@@ -51,6 +52,16 @@ def random_images(nets: Nets, count: int) -> list[Prepared]:
 
 def maps_of(results: list[Located]) -> np.ndarray:
     return np.stack([result.map for result in results])
+
+
+@pytest.mark.parametrize("side", [40, 100])
+def test_classifiers_over_a_network_see_no_pixels_that_were_enlarged(nets: Nets, side: int) -> None:
+    config = replace(nets.config, network="any", sides=(nets.config.height, 80))
+    data = png(np.random.default_rng(0).integers(0, 255, (side, side, 3)).astype(np.uint8))
+    image, size = prepare(config, data), (config.height, config.width)
+    assert image.pixels.shape == (80, 80, 3)
+    source = data if side < 80 else png(image.pixels)
+    np.testing.assert_array_equal(image.view, read_image(source, *size).pixels)
 
 
 def test_an_image_is_located_as_from_its_shard(small_set: Path, nets: Nets) -> None:
