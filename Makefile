@@ -56,7 +56,7 @@ bench: env
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.preprocess --images 600 --rounds 2
 
-# On a machine with a GPU: its tests, and every rate that docs/results.md asks of it, in 8 minutes.
+# On a machine with a GPU: its tests and every rate there. Not run on a GPU yet.
 gpu: env
 	$(BIN)/python -m benchmarks.gpu
 
