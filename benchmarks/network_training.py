@@ -21,7 +21,7 @@ from jobs import cli
 from jobs.train.graphs import autocast, net_inputs
 from jobs.train.trainer import Trainer
 from model.classifier import class_probabilities
-from model.decoder import FeatureCorruptionNet, object_map
+from model.decoder import FeatureCorruptionNet, object_map, resize
 from model.pretrained import PretrainedClassifier
 from model.saliency import layer_cams_of
 from model.step import adversary_view, trainable
@@ -100,7 +100,8 @@ def bare_inference(trainer: Trainer, batch: Batch, steps: int) -> None:
     for _ in range(steps):
         with torch.inference_mode(), autocast(trainer.device, trainer.half):
             images = net_inputs(batch.images, trainer.colours)
-            corruption.decoder(corruption.encoder.encode(images))
+            enlarged = resize(images, (corruption.sides[-1], corruption.sides[-1]))
+            corruption.decoder(corruption.encoder.encode(enlarged))
             clean(images)
 
 
