@@ -76,14 +76,18 @@ def test_submitted_commands_pass_and_one_that_fails_ends_the_job_with_its_line(
         python -m jobs.evaluate --data $0/shards --run $0/run --output $0/evaluation &&
         python -m jobs.preprocess --source $0/nowhere --output $0/other"""
     command = [RAY, "job", "submit", "--working-dir", ".", "--entrypoint-num-cpus", "1"]
-    command += ["--runtime-env", "cluster/runtime_env.yaml", "--"]
+    command += ["--runtime-env", "cluster/runtime_env.yaml", "--submission-id", "jobs", "--"]
     command += ["sh", "-c", script, str(tmp_path)]
     result = subprocess.run(
         command, env=cluster, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
     )
-    output = result.stdout + result.stderr
     assert result.returncode != 0
-    assert f"{tmp_path}/nowhere" in output
+    # What `submit` prints may lack the last lines: it ends with the job, not with its log.
+    log = subprocess.run(
+        [RAY, "job", "logs", "jobs"], env=cluster, capture_output=True, text=True, check=True
+    ).stdout
+    (error,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path}/nowhere" in error
     written = read_evaluation(tmp_path / "evaluation")
     assert written.metrics["images"] == 16
     assert {"whole image", "centred box", "cam", "aln"} <= {row.row.map for row in written.rows}
