@@ -1,5 +1,6 @@
 """Evaluation of a small generated set with random nets, over Ray."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pipeline.evaluation.results import Evaluation, Row, RowFigures, read_evalua
 from pipeline.loading.loader import Batch
 from pipeline.shards.format import Sample, read_manifest
 from pipeline.shards.ledger import read_ledger
+from tests.e2e.commands import ROOT
 from tests.pipeline.made_set import stored_samples
 
 VAL_IMAGES = 24
@@ -406,6 +408,28 @@ def test_another_classifiers_labels_give_alns_boxes_a_row(
     ours = row_of(evaluation, map="aln", rule="paper", classes="co-trained").figures
     assert figures["top1_loc"] == figures["gt_known"] == ours["gt_known"]
     assert figures["top1_cls"] == 1.0
+
+
+def test_figures_of_each_class_come_from_the_files_as_documented(
+    evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = (ROOT / "docs" / "formats.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+    (tmp_path / "EVALUATION").symlink_to(evaluation.folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    ious = evaluation.predictions("aln", "paper")["iou"].to_numpy()
+    labels = evaluation.images()["label"].to_numpy()
+    rows = {row["label"]: row for row in names["classes"].to_pylist()}
+    assert sorted(rows) == np.unique(labels).tolist()
+    for label, row in rows.items():
+        own = ious[labels == label]
+        assert row["gt_known_mean"] == sum(own >= 0.5) / len(own)
+        assert row["iou_mean"] == pytest.approx(own.mean())
+    figures = row_of(evaluation, map="aln", rule="paper", classes="co-trained").figures
+    shares = [rows[label]["gt_known_mean"] for label in labels]
+    assert np.mean(shares) == pytest.approx(figures["gt_known"])
 
 
 def test_a_lost_page_is_one_line_with_the_reports_error(tmp_path: Path) -> None:
