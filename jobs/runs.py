@@ -23,24 +23,8 @@ from model.localization import Rule
 from model.pretrained import Part, PretrainedClassifier
 from model.saliency import AnyClassifier
 from model.settings import LOGIT_LIMIT
+from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.storage import (
-    MissingError,
-    is_file,
-    is_remote,
-    join,
-    local_path,
-    lock,
-    make_folder,
-    parent,
-    read_bytes,
-    remove,
-    with_suffix,
-    write_atomically,
-)
-from pipeline.storage import (
-    name as file_name,
-)
 
 MODEL_NAME = "model/model.json"  # model/model.safetensors holds the weights
 MODEL_FORMAT = 2
@@ -153,19 +137,19 @@ def load_net_tensors(nets: Mapping[str, nn.Module], tensors: Mapping[str, Tensor
 def save_nets(run: str | Path, nets: Nets, record: dict[str, Any]) -> None:
     """Write RUN/model/ with `record` (configuration, commit, versions), the JSON file last."""
     content = {"format": MODEL_FORMAT, "config": asdict(nets.config), "record": record}
-    write_weights(join(run, MODEL_NAME), net_tensors(nets.modules()), content)
+    write_weights(storage.join(run, MODEL_NAME), net_tensors(nets.modules()), content)
 
 
 def model_hash(run: str | Path) -> str:
     """Return the SHA-256, as hexadecimal digits, that tells a run's nets from others."""
-    return hashlib.sha256(read_bytes(join(run, MODEL_NAME))).hexdigest()
+    return hashlib.sha256(storage.read_bytes(storage.join(run, MODEL_NAME))).hexdigest()
 
 
 def read_config(run: str | Path) -> ModelConfig:
     """Read the shape of a run's nets, and no weights. Raises UserError as `load_nets` does."""
     with _remedies(run):
-        content = read_content(join(run, MODEL_NAME))
-    return shape_of_nets(join(run, MODEL_NAME), content)
+        content = read_content(storage.join(run, MODEL_NAME))
+    return shape_of_nets(storage.join(run, MODEL_NAME), content)
 
 
 def shape_of_nets(path: str | Path, content: Mapping[str, Any], **values: Any) -> ModelConfig:
@@ -191,14 +175,14 @@ def load_nets(run: str | Path, *, accurate: bool = False) -> Nets:
             f"--accurate is for nets over a pretrained network; {run} has nets from scratch"
         )
     with _remedies(run):
-        tensors, _ = read_weights(join(run, MODEL_NAME))
+        tensors, _ = read_weights(storage.join(run, MODEL_NAME))
     nets = new_nets(config)
     for net in nets.modules().values():
         net.eval()
     try:
         load_net_tensors(nets.modules(), tensors)
     except RuntimeError as error:
-        raise _of_another_version(join(run, MODEL_NAME)) from error
+        raise _of_another_version(storage.join(run, MODEL_NAME)) from error
     if isinstance(nets.corruption, FeatureCorruptionNet):
         nets.corruption.looks = config.rule if accurate else None
     return nets
@@ -214,15 +198,15 @@ def _of_another_version(path: str | Path) -> UserError:
 @contextmanager
 def _remedies(run: str | Path) -> Iterator[None]:
     """Say what to do where a run's nets are missing or damaged."""
-    path = join(run, MODEL_NAME)
-    if not is_file(path):
+    path = storage.join(run, MODEL_NAME)
+    if not storage.is_file(path):
         raise UserError(f"{run} holds no {MODEL_NAME}: {_unfinished(run)}")
     try:
         yield
     except DamagedError as error:
         raise UserError(
-            f"{error}; copy the run again, or delete {parent(path)} and train on from the last "
-            "checkpoint by the same command"
+            f"{error}; copy the run again, or delete {storage.parent(path)} and train on from the "
+            "last checkpoint by the same command"
         ) from error
 
 
@@ -230,7 +214,7 @@ def _unfinished(run: str | Path) -> str:
     """Return in words why a run holds no nets, and what to do."""
     if is_training(run):
         return f"it is still training, {_progress(run)}; wait until it has finished"
-    if is_file(join(run, RUN_NAME)):
+    if storage.is_file(storage.join(run, RUN_NAME)):
         return f"its training stopped {_progress(run)}; the same jobs.train command goes on"
     return f"no training has finished there. Run: python -m jobs.train --data SHARDS --output {run}"
 
@@ -238,8 +222,8 @@ def _unfinished(run: str | Path) -> str:
 def _progress(run: str | Path) -> str:
     """Return the last step that a run has logged, in words."""
     step = "before the first line of its log"
-    with suppress(MissingError):
-        for text in read_bytes(join(run, METRICS_NAME)).splitlines():
+    with suppress(storage.MissingError):
+        for text in storage.read_bytes(storage.join(run, METRICS_NAME)).splitlines():
             with suppress(ValueError, LookupError, TypeError):  # of a line that was cut off
                 values = json.loads(text)
                 step = f"at step {values['step']} of {values['steps']}"
@@ -248,11 +232,11 @@ def _progress(run: str | Path) -> str:
 
 def is_training(run: str | Path) -> bool:
     """Return whether a process trains in this folder, False of a URI, which cannot be locked."""
-    if is_remote(run):
+    if storage.is_remote(run):
         return False
     try:
-        with local_path(join(run, LOG_NAME)).open("rb") as file:
-            return not lock(file, shared=True)
+        with storage.local_path(storage.join(run, LOG_NAME)).open("rb") as file:
+            return not storage.lock(file, shared=True)
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -271,12 +255,12 @@ def _other_training(run: str | Path) -> UserError:
 def exclusive_run(run: str | Path) -> Iterator[None]:
     """Keep other trainings from a run's folder, which is made. Raises UserError where one is at
     work. Nothing keeps them from a URI."""
-    if is_remote(run):
+    if storage.is_remote(run):
         yield
         return
-    make_folder(run)
-    with local_path(join(run, LOG_NAME)).open("ab") as file:
-        if not lock(file):
+    storage.make_folder(run)
+    with storage.local_path(storage.join(run, LOG_NAME)).open("ab") as file:
+        if not storage.lock(file):
             raise _other_training(run)
         yield
 
@@ -295,22 +279,22 @@ def write_weights(
     """Write the tensors beside the JSON file `path`, then `content` into it, with the size and
     SHA-256 of the tensors' file and the SHA-256 of itself. Raises OSError, of a URI UserError."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data, beside = safetensors.torch.save(plain), with_suffix(path, ".safetensors")
-    make_folder(parent(path))
-    remove(path)
-    write_atomically(beside, data)
+    data, beside = safetensors.torch.save(plain), storage.with_suffix(path, ".safetensors")
+    storage.make_folder(storage.parent(path))
+    storage.remove(path)
+    storage.write_atomically(beside, data)
     digest = hashlib.sha256(data).hexdigest()
-    tensors_file = {"file": file_name(beside), "bytes": len(data), "sha256": digest}
+    tensors_file = {"file": storage.name(beside), "bytes": len(data), "sha256": digest}
     whole = {**content, "tensors": tensors_file}
     whole["sha256"] = _content_hash(whole)
-    write_atomically(path, (json.dumps(whole, indent=1) + "\n").encode())
+    storage.write_atomically(path, (json.dumps(whole, indent=1) + "\n").encode())
 
 
 def read_content(path: str | Path) -> dict[str, Any]:
     """Read the JSON file of `write_weights`. Raises DamagedError."""
     try:
-        data = read_bytes(path)
-    except MissingError:
+        data = storage.read_bytes(path)
+    except storage.MissingError:
         raise DamagedError(f"{path} is missing") from None
     try:
         content = json.loads(data)
@@ -324,11 +308,11 @@ def read_content(path: str | Path) -> dict[str, Any]:
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors, onto the CPU, and the content. Raises DamagedError."""
-    content, beside = read_content(path), with_suffix(path, ".safetensors")
+    content, beside = read_content(path), storage.with_suffix(path, ".safetensors")
     stated = content["tensors"]
     try:
-        data = read_bytes(beside)
-    except MissingError:
+        data = storage.read_bytes(beside)
+    except storage.MissingError:
         raise DamagedError(f"{beside} is missing") from None
     if len(data) != stated["bytes"]:
         raise DamagedError(f"{beside} has {len(data)} bytes instead of {stated['bytes']}")

@@ -74,27 +74,25 @@ def absolute(location: str | Path) -> str:
 
 def join(location: str | Path, *names: str) -> str:
     """Return the location of a file or folder within `location`, one name per level."""
-    if not _is_uri(location):
-        return str(Path(location, *names))
-    parts = urlsplit(str(location))
-    path = "/".join([parts.path.rstrip("/"), *map(quote, names)])
-    return urlunsplit(parts._replace(path=path))
+    levels = map(quote, names) if _is_uri(location) else names
+    return _with_path(location, lambda path: path.joinpath(*levels))
 
 
 def with_suffix(location: str | Path, suffix: str) -> str:
     """Return the location with another suffix, as Path.with_suffix does."""
-    if not _is_uri(location):
-        return str(Path(location).with_suffix(suffix))
-    parts = urlsplit(str(location))
-    return urlunsplit(parts._replace(path=str(PurePosixPath(parts.path).with_suffix(suffix))))
+    return _with_path(location, lambda path: path.with_suffix(suffix))
 
 
 def parent(location: str | Path) -> str:
     """Return the location of the folder in which a file lies."""
+    return _with_path(location, lambda path: path.parent)
+
+
+def _with_path(location: str | Path, change: Callable[[PurePosixPath], PurePosixPath]) -> str:
     if not _is_uri(location):
-        return str(Path(location).parent)
+        return str(change(PurePosixPath(location)))
     parts = urlsplit(str(location))
-    return urlunsplit(parts._replace(path=str(PurePosixPath(parts.path).parent)))
+    return urlunsplit(parts._replace(path=str(change(PurePosixPath(parts.path)))))
 
 
 def name(location: str | Path) -> str:
@@ -215,6 +213,18 @@ def chunks(location: str | Path) -> Iterator[bytes]:
         starts = range(0, file.size(), CHUNK)
         read = partial(file.read_at, CHUNK)
         yield from run_ahead(read, starts, threads=STREAMS, depth=STREAMS)
+
+
+def copy_into(file: BinaryIO, location: str | Path) -> None:
+    """Make the content of a file that is open that of a location. Raises as `attempt`."""
+
+    def copy() -> None:
+        file.seek(0)
+        file.writelines(chunks(location))
+        file.truncate()
+        file.flush()
+
+    attempt(location, copy)
 
 
 def read_bytes(location: str | Path) -> bytes:

@@ -28,18 +28,10 @@ from jobs.localize.batches import (
     file_state,
     process_batch,
 )
+from pipeline import storage
 from pipeline.ahead import run_ahead
 from pipeline.errors import SHOWN, UserError
 from pipeline.sources.listing import IMAGE_SUFFIXES
-from pipeline.storage import (
-    absolute,
-    atomic_file,
-    is_file,
-    join,
-    lock,
-    naming_full_disk,
-    working_folder,
-)
 
 if TYPE_CHECKING:  # the flags are read without torch, which takes seconds to load
     from jobs.runs import Nets
@@ -159,7 +151,7 @@ def open_progress(
     while another process has it open.
     """
     with (output / PROGRESS_NAME).open("a+b") as file:
-        if not lock(file):
+        if not storage.lock(file):
             raise UserError(f"another jobs.localize writes to {output} now; use another --output.")
         file.seek(0)
         lines = [line for line in file if line.endswith(b"\n")]
@@ -181,7 +173,7 @@ def open_progress(
                 f"{output} holds results of another {', '.join(changed)}; use a new --output, "
                 "or the same flags to go on with those."
             )
-        with naming_full_disk(file.name):
+        with storage.naming_full_disk(file.name):
             yield file, latest
 
 
@@ -269,9 +261,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with its flags (`--help` lists them)."""
     config = cli.parse(LocalizeConfig, argv, __doc__ or "")
     nets = read_nets(config)
-    if is_file(config.output):
+    if storage.is_file(config.output):
         raise UserError(f"--output {config.output} is a file; give a folder.")
-    with working_folder(absolute(config.output), BOXES_NAME, resumes=True) as folder:
+    location = storage.absolute(config.output)
+    with storage.working_folder(location, BOXES_NAME, resumes=True) as folder:
         write_boxes(config, folder, nets)
 
 
@@ -299,14 +292,14 @@ def write_boxes(config: LocalizeConfig, output: Path, nets: "Nets") -> None:
         others = [entry for path, entry in latest.items() if path not in current]
         record = cli.record(replace(config, output=location))
         content = {**settings, **record, "images": others + entries}
-        with atomic_file(output / BOXES_NAME) as file:
+        with storage.atomic_file(output / BOXES_NAME) as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
     failed = sum(entry["status"] != "ok" for entry in entries)
     noted = sum("note" in entry for entry in entries)
     print(
         f"{len(jobs) - failed} of {len(jobs)} images located, "
         f"{f'{noted} of them with a note, ' if noted else ''}"
-        f"{cli.duration(time.monotonic() - started)}: {join(location, BOXES_NAME)}"
+        f"{cli.duration(time.monotonic() - started)}: {storage.join(location, BOXES_NAME)}"
     )
     if failed:
         raise UserError(

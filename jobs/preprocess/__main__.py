@@ -102,14 +102,11 @@ def _shards(count: int, verb: str) -> str:
 
 def check(config: JobConfig) -> None:
     """Verify the set in --output and print the result. Raises UserError where it is damaged."""
-    from jobs.preprocess.preview import PREVIEW_NAME
     from pipeline.shards.verify import verify
 
     verification = verify(config.output, config.workers, printer(checking), cli.connect_ray)
     _check_flags(config, verification.fingerprint["configuration"])
     print(verification_table(verification))
-    for name in (x for x in verification.unknown if not x.endswith(f"/{PREVIEW_NAME}")):
-        print(f"not part of the set: {name}")
     if verification.is_sound:
         print(f"{verification.output} is sound.")
         return
@@ -147,12 +144,9 @@ def verification_table(verification: "Verification") -> str:
                 str(sum(check.totals.rejected for check in checks if check.totals)),
                 str(len(checks)),
                 str(sum(bool(check.problems) for check in checks)),
-                f"{sum(check.bytes for check in checks) / 1e6:.1f}",
-                str(sum(check.decoded for check in checks)),
             ]
         )
-    headers = ["split", "images", "rejected", "shards", "damaged", "MB hashed", "decoded"]
-    return cli.table(headers, rows)
+    return cli.table(["split", "images", "rejected", "shards", "damaged"], rows)
 
 
 def problem_lines(verification: "Verification") -> list[str]:
@@ -166,7 +160,7 @@ def problem_lines(verification: "Verification") -> list[str]:
 
 
 def summary(outcome: "Outcome") -> str:
-    """Return a table of the set, a row per split; seconds are summed over this run's tasks."""
+    """Return a table of the set, a row per split."""
     rows = []
     for split, total in (outcome.totals or {}).items():
         entry = outcome.manifest.splits[split]
@@ -180,19 +174,9 @@ def summary(outcome: "Outcome") -> str:
                 str(len(entry.shards)),
                 f"{sum(shard.bytes for shard in entry.shards) / 1e6:.1f}",
                 f"{total.superpixels / max(1, entry.images):.1f}",
-                f"{outcome.progress.task_seconds[split]:.1f}",
             ]
         )
-    headers = [
-        "split",
-        "images",
-        "rejected",
-        "noted",
-        "shards",
-        "MB",
-        "superpixels",
-        "task seconds",
-    ]
+    headers = ["split", "images", "rejected", "noted", "shards", "MB", "superpixels"]
     return cli.table(headers, rows)
 
 

@@ -12,16 +12,9 @@ from typing import TYPE_CHECKING
 from jobs import cli
 from jobs.report import tables
 from jobs.report.compare import Entry, entries_of, pairs
+from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.evaluation.results import read_evaluation
-from pipeline.storage import (
-    absolute,
-    is_remote,
-    local_path,
-    make_folder,
-    parent,
-    write_atomically,
-)
 
 if TYPE_CHECKING:
     from jobs.report.pictures import Picture
@@ -42,7 +35,7 @@ class ReportConfig:
     output: str = cli.option(help="the HTML file to write, or its URI")
 
     def __post_init__(self) -> None:
-        if len({absolute(folder) for folder in self.evaluation}) < len(self.evaluation):
+        if len({storage.absolute(folder) for folder in self.evaluation}) < len(self.evaluation):
             raise ValueError("one evaluation is given twice; give each once")
         if self.titles and len(self.titles) != len(self.evaluation):
             raise ValueError(
@@ -53,14 +46,14 @@ class ReportConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page of the command line's evaluations."""
     config = cli.parse(ReportConfig, argv, __doc__ or "")
-    if not is_remote(config.output) and local_path(config.output).is_dir():
+    if not storage.is_remote(config.output) and storage.local_path(config.output).is_dir():
         raise UserError(f"--output {config.output} is a folder; name the HTML file to write.")
     evaluations = [read_evaluation(folder) for folder in config.evaluation]
     entries = entries_of(evaluations, config.titles or config.evaluation)
     pictures, reason = find_pictures(entries)
     page = render(entries, pictures, reason)
-    make_folder(parent(config.output))
-    write_atomically(config.output, page.encode())
+    storage.make_folder(storage.parent(config.output))
+    storage.write_atomically(config.output, page.encode())
     print(f"report: {config.output}")
 
 

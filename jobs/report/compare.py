@@ -53,14 +53,12 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two rows compared on the same images. differences: by figure that both have. counts: images
-    on which the box is right in both, in the first or second alone, in neither; None for seeds."""
+    """Two rows compared on the same images. differences: by figure that both have."""
 
     first: Entry
     second: Entry
     rows: tuple[Row, Row]
     differences: dict[str, Difference]
-    counts: tuple[int, ...] | None
 
 
 def entries_of(evaluations: Sequence[Evaluation], titles: Sequence[str]) -> list[Entry]:
@@ -176,11 +174,7 @@ def _pair(first: Entry, second: Entry, rows: tuple[Row, Row], seed: int) -> Pair
             x, y = a[figure][known], b[figure][known]
             ((low, high),) = bootstrap_intervals((y - x)[:, None], seed).tolist()
             differences[figure] = Difference(first=fmean(x), second=fmean(y), interval=(low, high))
-    counts = None
-    if "gt_known" in differences and len(first.evaluations) == len(second.evaluations) == 1:
-        x, y = (values["gt_known"][~np.isnan(a["gt_known"])] == 1 for values in (a, b))
-        counts = tuple(int(both.sum()) for both in (x & y, x & ~y, y & ~x, ~x & ~y))
-    return Pair(first=first, second=second, rows=rows, differences=differences, counts=counts)
+    return Pair(first=first, second=second, rows=rows, differences=differences)
 
 
 def _per_image(entry: Entry, row: Row) -> dict[str, np.ndarray]:

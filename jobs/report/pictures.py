@@ -1,7 +1,7 @@
 """The report's pictures: images from the shards, with true boxes, predicted ones and the maps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,36 +20,10 @@ PER_GROUP = 6  # pictures of each of best, worst, random, each kind of error, an
 JPEG_QUALITY = 85
 LEVELS = 255  # a stored map's largest value
 
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """An evaluation's result for an image. number: of the evaluation on the page; box: in original
-    pixels; predicted, score: of the first class; map: data URI; None where there is none."""
-
-    title: str
-    number: int
-    box: list[int]
-    iou: float | None
-    error: str | None
-    found: bool
-    predicted: str | None
-    score: float | None
-    map: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An image of the report. width, height: original pixels, in which the boxes are; image,
-    covered: data URIs at the stored size, `covered` of a single evaluation with maps."""
-
-    id: str
-    label: str
-    width: int
-    height: int
-    truths: list[list[int]]
-    image: str
-    covered: str | None
-    views: tuple[View, ...]
+# An image: id, label, width, height (original pixels, in which boxes are), truths (true boxes),
+# image and covered (data URIs, `covered` of a single evaluation with maps, else None), and `views`:
+# of each evaluation its title, number, box, iou, error, found, predicted (class), score, map (URI).
+Picture = dict[str, Any]
 
 
 def choose(
@@ -99,34 +73,32 @@ def report_pictures(entries: Sequence[Entry], seed: int) -> dict[str, list[Pictu
     _, evaluation, images = next(x for x in every if x[1].metrics["data"] is not None)
     manifest = read_manifest(evaluation.metrics["data"])
     pixels = _read_images(evaluation, images, positions, manifest)
-    views: list[list[View]] = [[] for _ in positions]
+    views: list[list[dict[str, Any]]] = [[] for _ in positions]
     covered: list[str | None] = [None] * len(positions)
     for number, ((entry, evaluation, _), table) in enumerate(zip(shown, boxes, strict=True)):
         rows = table.take(positions).to_pylist()
         maps = evaluation.maps(row["image"] for row in rows)
         for i, row in enumerate(rows):
             levels = maps.get(row["image"])
-            view = View(
-                title=entry.title if several else f"{entry.title} {number + 1}",
-                number=number,
-                predicted=None if row["class"] is None else manifest.class_names[row["class"]],
-                map=None if levels is None else data_uri(encode_heat_png(levels / LEVELS), "png"),
-                **{name: row[name] for name in ("box", "iou", "error", "found", "score")},
-            )
+            view = {name: row[name] for name in ("box", "iou", "error", "found", "score")}
+            view["title"] = entry.title if several else f"{entry.title} {number + 1}"
+            view["number"] = number
+            known = row["class"] is not None
+            view["predicted"] = manifest.class_names[row["class"]] if known else None
+            coloured = None if levels is None else encode_heat_png(levels / LEVELS)
+            view["map"] = coloured and data_uri(coloured, "png")
             views[i].append(view)
             if len(shown) == 1 and levels is not None:
                 covered[i] = _jpeg_uri(_covered(pixels[i], levels, manifest))
     pictures = {
-        positions[i]: Picture(
-            id=row["id"],
-            label=manifest.class_names[row["label"]],
-            width=row["width"],
-            height=row["height"],
-            truths=row["boxes"] or [],
-            image=_jpeg_uri(pixels[i]),
-            covered=covered[i],
-            views=tuple(views[i]),
-        )
+        positions[i]: {name: row[name] for name in ("id", "width", "height")}
+        | {
+            "label": manifest.class_names[row["label"]],
+            "truths": row["boxes"] or [],
+            "image": _jpeg_uri(pixels[i]),
+            "covered": covered[i],
+            "views": views[i],
+        }
         for i, row in enumerate(images.take(positions).to_pylist())
     }
     return {name: [pictures[i] for i in group] for name, group in groups.items()}

@@ -4,9 +4,7 @@
     FOLDER/<sha256>.part   a shard that is being downloaded, with its space already allocated
     FOLDER/lock            two bytes per shard to lock, at an offset from its hash: the processes
                            that use the shard share the first, the process that downloads it locks
-                           the second, and evicting it takes both. The first 8 bytes are an upper
-                           bound on the cache's size: files deleted by hand are subtracted at the
-                           next recount
+                           the second, and evicting it takes both
 
 Files are named by their content, so sets and versions never mix. Locks belong to open files and
 end with their process, however it ends. The folder must be on a file system of this machine.
@@ -14,7 +12,6 @@ end with their process, however it ends. The folder must be on a file system of 
 
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import socket
@@ -31,18 +28,16 @@ from typing import BinaryIO
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.loading.order import AHEAD, Order, shards_at_once
-from pipeline.shards.format import Manifest, Shard, index_shard, split_of
+from pipeline.shards.format import Manifest, Shard, index_shard, sha256_file, split_of
 
 GIB = 1 << 30
 DEFAULT_LIMIT = 100.0  # GiB
 INDEX_BYTES = 320  # of a sample's line in the index, at most
 HASH_ATTEMPTS = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk or quota
-COUNT_BYTES = 8
 ROOM_OFFSET = 1 << 62  # of the lock for counting and evicting
 ROOM_POLL = 0.2  # seconds between looks whether other shards were released
 ROOM_WAIT = 60.0  # seconds after which `path` gives up
-UPLOAD = "upload it again."
 CACHED = re.compile(r"[0-9a-f]{64}\.(tar|idx|part)")
 
 
@@ -133,8 +128,8 @@ class ShardCache:
             raise UserError(
                 f"the cache folder {folder} cannot be used ({error}); give another one."
             ) from error
-        for number in range(len(self.shards)):
-            self.check_limit([number])
+        largest = max(self.shards, key=cached_bytes, default=None)
+        _check_limit(data, split, [largest] if largest else [], self.limit)
 
     def __del__(self) -> None:
         self.close()
@@ -228,18 +223,18 @@ class ShardCache:
         return size == shard.bytes and self._file(shard, "idx").exists()
 
     @contextmanager
-    def _locked(self, offset: int) -> Iterator[int]:
+    def _locked(self, *offsets: int, wait: bool = True) -> Iterator[bool]:
+        """Lock these bytes while the context lasts; without `wait` yield whether it has them."""
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
         try:
-            _lock(descriptor, fcntl.F_WRLCK, offset)
-            yield descriptor
+            yield all(_lock(descriptor, fcntl.F_WRLCK, offset, wait) for offset in offsets)
         finally:
-            os.close(descriptor)  # and with it the lock
+            os.close(descriptor)  # and with it the locks
 
     def _fetch(self, shard: Shard, kept: Collection[str]) -> None:
         """Download the shard into the folder; of several processes one does, the others wait. kept:
         hashes of shards not to be evicted for it."""
-        part = self._file(shard, "part")
+        part, index = self._file(shard, "part"), self._file(shard, "idx")
         with self._locked(_use_offset(shard.sha256) + 1):
             if self._has(shard):
                 return
@@ -247,9 +242,8 @@ class ShardCache:
                 with part.open("wb") as file:
                     self._reserve(file, shard, kept)
                     self._download(file, shard)
-                    file.flush()
                     os.fsync(file.fileno())
-                with self._file(shard, "idx").open("wb") as file:
+                with index.open("wb") as file:
                     file.write(index_shard(part))
                     file.flush()
                     os.fsync(file.fileno())
@@ -267,12 +261,9 @@ class ShardCache:
 
     def _reserve(self, file: BinaryIO, shard: Shard, kept: Collection[str]) -> None:
         """Allocate the disk space of a shard; evict others to stay within the limit and disk."""
-        needed, unused = cached_bytes(shard), None
-        with self._locked(ROOM_OFFSET) as lock:
-            count = os.pread(lock, COUNT_BYTES, 0)  # at least the bytes of all files
-            used = int.from_bytes(count, "little") if count else self.limit
-            if used + needed > self.limit:
-                used, unused = self._unused(kept)
+        needed = cached_bytes(shard)
+        with self._locked(ROOM_OFFSET):
+            used, unused = self._unused(kept)
             while used + needed > self.limit:
                 if not unused:
                     raise NoRoomError(
@@ -286,13 +277,11 @@ class ShardCache:
                     os.posix_fallocate(file.fileno(), 0, shard.bytes)
                     break
                 except OSError as error:
-                    unused = self._unused(kept)[1] if unused is None else unused
                     if error.errno not in FULL or not unused:
                         raise
                 self._evict(unused.pop(0))
             with self._file(shard, "idx").open("wb") as index:
                 index.truncate(INDEX_BYTES * shard.images)  # counted, filled later
-            os.pwrite(lock, (used + needed).to_bytes(COUNT_BYTES, "little"), 0)
 
     def _unused(self, kept: Collection[str]) -> tuple[int, list[str]]:
         """Return the bytes of all files in the cache, and the hashes of shards to evict. The least
@@ -313,51 +302,27 @@ class ShardCache:
     def _evict(self, sha256: str) -> int:
         """Delete a shard that no process uses, or its unfinished files; return the bytes freed.
         Return 0 where it is in use."""
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            use = _use_offset(sha256)
-            if not all(_lock(descriptor, fcntl.F_WRLCK, x, wait=False) for x in (use + 1, use)):
-                return 0
-            freed = 0
-            for extension in ("tar", "idx", "part"):
-                path = self.folder / f"{sha256}.{extension}"
-                if path.exists():
-                    freed += path.stat().st_size
-                    path.unlink()
-            return freed
-        finally:
-            os.close(descriptor)
+        use, freed = _use_offset(sha256), 0
+        with self._locked(use + 1, use, wait=False) as is_unused:
+            for path in self.folder.glob(f"{sha256}.*") if is_unused else ():
+                freed += path.stat().st_size
+                path.unlink()
+        return freed
 
     def _download(self, file: BinaryIO, shard: Shard) -> None:
         location = storage.join(self.data, self.split, shard.name)
-
-        def copy() -> tuple[int, str]:
-            file.seek(0)
-            size, digest = 0, hashlib.sha256()
-            for piece in storage.chunks(location):
-                size += len(piece)
-                if size > shard.bytes:
-                    break
-                file.write(piece)
-                digest.update(piece)
-            return size, digest.hexdigest()
-
         for _ in range(HASH_ATTEMPTS):
             try:
-                size, sha256 = storage.attempt(location, copy)
+                storage.copy_into(file, location)
             except storage.MissingError as error:
                 raise UserError(
-                    f"{location} is missing, but dataset.json names it; {UPLOAD}"
+                    f"{location} is missing, but dataset.json names it; upload it again."
                 ) from error
-            if (size, sha256) == (shard.bytes, shard.sha256):
+            if (sha256 := sha256_file(Path(file.name))) == shard.sha256:
                 return
-        actual, expected = f"SHA-256 {sha256}", f"SHA-256 {shard.sha256}"
-        if size != shard.bytes:
-            actual = f"{'over ' * (size > shard.bytes)}{min(size, shard.bytes)} bytes"
-            expected = f"{shard.bytes} bytes"
         raise UserError(
-            f"{location} has {actual}, dataset.json says {expected} (read {HASH_ATTEMPTS} times): "
-            f"it was damaged or replaced; {UPLOAD}"
+            f"{location} has SHA-256 {sha256}, dataset.json says {shard.sha256} (read "
+            f"{HASH_ATTEMPTS} times): it was damaged or replaced; upload it again."
         )
 
 

@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.ahead import run_ahead
 from pipeline.errors import UserError
 from pipeline.shards.format import REMAKE, Shard
-from pipeline.storage import Result, write_atomically
+from pipeline.storage import Result
 
 LEDGER_NAME = "ledger.parquet"
 OK, REJECTED = "ok", "rejected"
@@ -108,7 +108,7 @@ def write_record(location: str | Path, rows: Sequence[LedgerRow], facts: ShardFa
     content = json.dumps(asdict(facts), sort_keys=True).encode()
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata({FACTS: content}), sink)
-    write_atomically(location, sink.getvalue().to_pybytes())
+    storage.write_atomically(location, sink.getvalue().to_pybytes())
 
 
 def read_facts(record: str | Path) -> ShardFacts:

@@ -3,9 +3,9 @@ bytes depend on source, parameters and seed alone. Running it again resumes, or 
 set: files that are missing are made again, and must be what its manifest records."""
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ray.util import metrics
 
@@ -40,7 +40,7 @@ MOST_FAILURES = 3  # named in the error of a job some of whose shards failed
 class Progress:
     """Counts of images. unread: the source's files that are none of them; resumed: in shards that
     were finished before; done, rejected: in this run's; failed_shards: this run's that failed for
-    good; seconds: since its first task; task_seconds: summed over tasks, by split."""
+    good; seconds: since its first task."""
 
     total: int
     resumed: int
@@ -49,7 +49,6 @@ class Progress:
     rejected: int = 0
     failed_shards: int = 0
     seconds: float = 0.0
-    task_seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def ticking(self, show: Callable[["Progress"], None]) -> Callable[[], None]:
         """Return a callback that updates `seconds`, counted from now, and calls `show`."""
@@ -174,11 +173,11 @@ def make_shards(
                 "lie on storage that all nodes share"
             )
         else:
-            facts[task.name] = result.facts
+            facts[task.name] = result
+            rejected = task.rows - result.images
             progress.done += task.rows
-            progress.rejected += result.rejected
-            progress.task_seconds[task.split] += result.seconds
-            count(task.rows, result.rejected)
+            progress.rejected += rejected
+            count(task.rows, rejected)
         progress.failed_shards = len(failures)
     if failures:
         named = sorted(failures.items())[:MOST_FAILURES]

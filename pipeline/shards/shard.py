@@ -1,8 +1,6 @@
 """One shard: listed images -> samples -> a tar with its index and record."""
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,23 +16,13 @@ from pipeline.sources.annotations import fit_boxes
 from pipeline.sources.files import FAULTS_OF_A_FILE, SourceFiles
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardReport:
-    """The result of a task. facts: those of its record; rejected: images; seconds: it took."""
-
-    facts: ShardFacts
-    rejected: int
-    seconds: float
-
-
 def make_shard(
     task: ShardTask, images: pa.Table, source: str, output: str, config: PreprocessConfig
-) -> ShardReport:
-    """Make one shard of the listed `images`, its index and, last, its record. Needs no Ray, and may
-    be repeated."""
+) -> ShardFacts:
+    """Make one shard of the listed `images`, its index and, last, its record, whose facts are
+    returned. Needs no Ray, and may be repeated."""
     from pipeline.shards.pixels import moments  # compiled code, which a driver does not need
 
-    started = time.monotonic()
     record = task.record(output)
     if not storage.is_remote(output):
         storage.local_path(record).parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +50,7 @@ def make_shard(
         squares=(rr, gg, bb),
     )
     write_record(record, rows, facts)
-    rejected = len(rows) - packer.images
-    return ShardReport(facts=facts, rejected=rejected, seconds=time.monotonic() - started)
+    return facts
 
 
 def make_sample(

@@ -1,6 +1,6 @@
 """Check every file of a finished set. The manifest holds the hash of every shard and of the ledger;
-a shard's index and record are compared with both. Samples are read by our own reader and by the
-`webdataset` library, which must agree."""
+a shard's index and record are compared with both. Our own reader and the `webdataset` library must
+read the same samples."""
 
 import hashlib
 import io
@@ -31,14 +31,13 @@ from pipeline.shards.format import (
 from pipeline.shards.ledger import (
     LEDGER_NAME,
     OK,
-    REJECTED,
     LedgerRow,
     ShardFacts,
     Totals,
     read_facts,
     read_record,
 )
-from pipeline.shards.make import Progress, file_sizes
+from pipeline.shards.make import Progress
 from pipeline.shards.manifest import differences, make_manifest
 from pipeline.shards.output import PLAN_NAME, read_fingerprint
 from pipeline.shards.plan import ShardTask, location_of, shard_tasks
@@ -49,20 +48,18 @@ Members = dict[str, bytes]  # by extension
 
 @dataclass(frozen=True, kw_only=True)
 class ShardCheck:
-    """The result of checking one shard. problems: one line each. facts, totals: of its record, or
-    None. bytes: hashed. decoded: samples."""
+    """The result of checking one shard. problems: one line each. facts, totals: of its record, None
+    where that is damaged."""
 
     problems: tuple[str, ...]
     facts: ShardFacts | None = None
     totals: Totals | None = None
-    bytes: int = 0
-    decoded: int = 0
 
 
 @dataclass(kw_only=True)
 class Verification:
     """The result of checking a set. fingerprint: of its plan.json. shards: results by name.
-    problems: of other files. unknown: files that do not belong to the set."""
+    problems: of other files, by name."""
 
     output: str
     manifest: Manifest
@@ -70,7 +67,6 @@ class Verification:
     tasks: tuple[ShardTask, ...]
     shards: dict[str, ShardCheck] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
 
     @property
     def damaged(self) -> list[ShardTask]:
@@ -107,7 +103,6 @@ def verify(
             result.problems[MANIFEST_NAME] = (
                 f"{', '.join(names)}: not what {PLAN_NAME} and the shards' records give"
             )
-    result.unknown = _unknown_files(result)
     return result
 
 
@@ -162,13 +157,12 @@ def check_shard(
         raise
     except UserError as error:
         return ShardCheck(problems=(f"{storage.name(record)}: {error}",))
-    problems = [f"{storage.name(record)}: {text}" for text in _record_problems(task, table)]
     if facts.shard != recorded:
-        problems.append(f"{storage.name(record)}: describes another shard than {MANIFEST_NAME}")
+        problem = f"{storage.name(record)}: describes another shard than {MANIFEST_NAME}"
+        return ShardCheck(problems=(problem,), facts=facts)
     if group is not None and not _ledger_group(output, group).equals(table):
-        problems.append(f"{storage.name(record)}: its rows are not those of {LEDGER_NAME}")
-    if problems:
-        return ShardCheck(problems=tuple(problems), facts=facts)
+        problem = f"{storage.name(record)}: its rows are not those of {LEDGER_NAME}"
+        return ShardCheck(problems=(problem,), facts=facts)
     totals = Totals(class_counts=np.zeros(len(manifest.classes), np.int64))
     totals.add(table)
     if recorded is None:
@@ -180,14 +174,9 @@ def check_shard(
     except storage.MissingError as error:
         return ShardCheck(problems=(str(error),), facts=facts, totals=totals)
     rows = table.filter(pc.field("status") == OK).to_pylist()
-    problems = list(_shard_problems(content, index, recorded, manifest, rows))
-    return ShardCheck(
-        problems=tuple(f"{storage.name(location)}: {text}" for text in problems),
-        facts=facts,
-        totals=totals,
-        bytes=len(content),
-        decoded=0 if problems else len(rows),
-    )
+    problems = _shard_problems(content, index, recorded, manifest, rows)
+    named = tuple(f"{storage.name(location)}: {text}" for text in problems)
+    return ShardCheck(problems=named, facts=facts, totals=totals)
 
 
 def _ledger_group(output: str, group: int) -> pa.Table:
@@ -198,24 +187,6 @@ def _ledger_group(output: str, group: int) -> pa.Table:
             return pq.ParquetFile(file).read_row_group(group)
 
     return storage.attempt(location, read)
-
-
-def _record_problems(task: ShardTask, table: pa.Table) -> Iterator[str]:
-    """Yield what is wrong with a record's rows by themselves."""
-    rows = range(task.first_row, task.first_row + task.rows)
-    if table["row"].to_pylist() != list(rows):
-        yield f"its rows are not {rows.start} to {rows.stop - 1}"
-        return
-    if table["key"].to_pylist() != [f"{task.split}-{row:08d}" for row in rows]:
-        yield "its keys are not those of its rows"
-    status = table["status"].to_pylist()
-    if set(status) - {OK, REJECTED}:
-        yield f"it has a status besides {OK} and {REJECTED}"
-    accepted = table.filter(pc.field("status") == OK)
-    if accepted["position"].to_pylist() != list(range(accepted.num_rows)):
-        yield "its samples' positions are not in order"
-    if table.filter(pc.field("status") == REJECTED)["reason"].null_count:
-        yield "an image was rejected without a reason"
 
 
 def _shard_problems(
@@ -301,14 +272,4 @@ def _manifest_of_records(result: Verification) -> Manifest:
         facts=facts,
         totals=totals,
         ledger=result.manifest.ledger,
-    )
-
-
-def _unknown_files(result: Verification) -> list[str]:
-    """Return the files in the folders of the splits that do not belong to the set."""
-    suffixes = (".parquet", ".tar", ".idx")
-    known = {f"{task.name}{suffix}" for task in result.tasks for suffix in suffixes}
-    sizes = file_sizes(result.output, result.tasks)
-    return sorted(
-        f"{split}/{name}" for split, names in sizes.items() for name in names if name not in known
     )

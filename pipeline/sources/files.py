@@ -204,13 +204,8 @@ class SourceFiles:
             return Path(self._local(path)).open("rb")
         with storage.naming_full_disk(tempfile.gettempdir()):
             file = tempfile.TemporaryFile()  # noqa: SIM115
-
-            def copy() -> None:
-                file.seek(0)
-                file.writelines(storage.chunks(location))
-
             try:
-                storage.attempt(location, copy)
+                storage.copy_into(file, location)
             except storage.MissingError as error:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
         file.seek(0)

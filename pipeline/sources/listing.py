@@ -4,6 +4,7 @@ The files are temporary and have no names: their space is free once nothing refe
 """
 
 import hashlib
+import io
 import os
 import tempfile
 import unicodedata
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipeline.sources.annotations import Box
 from pipeline.storage import naming_full_disk
@@ -246,52 +248,27 @@ def _labelled(table: pa.Table, classes: pa.Array) -> pa.Table:
     return with_columns(table, label=labels, problem=problems)
 
 
+class _Hash(io.RawIOBase):
+    """A file of which nothing but the SHA-256 is kept."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return len(data)
+
+
 def digest(table: pa.Table) -> str:
-    """Return the hexadecimal SHA-256 of the rows' values, which no chunks or buffers change."""
-    sha = hashlib.sha256()
-
-    def column(name: str) -> Iterator[pa.Array]:
-        return (batch[name] for batch in table.to_batches(max_chunksize=CHUNK))
-
-    for name in table.column_names:
-        _update(sha, partial(column, name))
-    return sha.hexdigest()
-
-
-def _update(sha: Any, arrays: Callable[[], Iterator[pa.Array]]) -> None:
-    """Add a column: its nulls, its lengths, its values. arrays: gives its chunks, in order."""
-    kind = next((array.type for array in arrays()), None)
-    if kind is None:
-        return
-    bits = np.zeros(0, bool)
-    for array in arrays():
-        bits = np.concatenate([bits, array.is_valid().to_numpy(zero_copy_only=False)])
-        whole = len(bits) // 8 * 8
-        sha.update(np.packbits(bits[:whole]))
-        bits = bits[whole:]
-    sha.update(np.packbits(bits))
-    if pa.types.is_nested(kind):
-        if pa.types.is_list(kind):  # not of a fixed size
-            for array in arrays():
-                _update_numbers(sha, pc.list_value_length(array))
-        _update(sha, lambda: (x.flatten() for x in arrays() if len(x.flatten())))
-    elif pa.types.is_string(kind):
-        for array in arrays():
-            _update_numbers(sha, pc.binary_length(pc.fill_null(array, "")))
-        for array in arrays():
-            filled = pc.fill_null(array, "")
-            offsets = np.frombuffer(filled.buffers()[1], np.int32)[filled.offset :][
-                : len(filled) + 1
-            ]
-            if offsets[-1] > offsets[0]:
-                sha.update(memoryview(filled.buffers()[2])[offsets[0] : offsets[-1]])
-    else:
-        for array in arrays():
-            _update_numbers(sha, array)
-
-
-def _update_numbers(sha: Any, array: pa.Array) -> None:
-    sha.update(np.ascontiguousarray(pc.fill_null(array, 0).to_numpy(zero_copy_only=False)))
+    """Return the hexadecimal SHA-256 of the rows as Parquet, which no chunks or buffers change."""
+    file = _Hash()
+    with pq.ParquetWriter(file, table.schema, compression="none", use_dictionary=False) as writer:
+        for first in range(0, table.num_rows, CHUNK):
+            writer.write_table(table.slice(first, CHUNK).combine_chunks())
+    return file.sha256.hexdigest()
 
 
 def _escaped(text: str) -> str:

@@ -136,12 +136,6 @@ def test_webdataset_reads_a_shard(tmp_path: Path) -> None:
     assert [x["seg"] for x in read] == [x.segments.tobytes() for x in samples]
 
 
-@pytest.mark.parametrize("key", ["a.b", "a/b", "a" * 91])
-def test_a_key_that_readers_would_split_is_refused(key: str) -> None:
-    with pytest.raises(UserError, match="holds a dot or slash"):
-        pack_shard([make_sample(0, key=key)], "rgb")
-
-
 def test_a_shard_cut_off_or_without_its_index_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     write_shard(path, pack_shard([make_sample(row) for row in range(3)], "rgb"))

