@@ -1,6 +1,6 @@
 """Shards -> batches on the training device, a pure function of (seed, epoch, step). The chosen
-samples are read out of the shards, decoded and moved by NVIDIA DALI where needed, augmented on the
-device, and made ahead of use in a thread."""
+samples are read out of the shards, JPEG files decoded by NVIDIA DALI, augmented on the device, and
+made ahead of use in a thread."""
 
 import itertools
 import weakref
@@ -30,11 +30,12 @@ from pipeline.loading.order import (
     step_range,
     steps_per_epoch,
 )
-from pipeline.loading.samples import RawBatch, Samples
+from pipeline.loading.samples import Extents, RawBatch, Samples
 from pipeline.shards.format import REMAKE, Manifest, split_of
 
 CPU = torch.device("cpu")
 THREADS = 1  # of DALI's own on the CPU; a training worker has one core
+READERS = 4  # threads that read for a GPU, and DALI's own there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,12 @@ class Request:
 
 
 class Decoded(NamedTuple):
-    """A request's samples, with images uint8 [B, H, W, 3] and segments as stored [B, H, W]."""
+    """A request's samples, with images uint8 [B, H, W, 3] and segments as stored [B, H, W] on the
+    device, labels and rows int64 [B] on the host."""
 
     request: Request
-    raw: RawBatch
+    labels: np.ndarray
+    rows: np.ndarray
     images: Tensor
     segments: Tensor
 
@@ -199,15 +202,19 @@ def _batches(
     samples: Samples, requests: Iterator[Request], max_batch: int, device: torch.device
 ) -> Iterator[Batch]:
     """Yield the requested batches, complete in the device's memory."""
-    if device.type == "cpu":
-        size = (samples.manifest.height, samples.manifest.width)
-        memory = _Memory((*size, 3), "uint8"), _Memory(size, "int64")
-        raw = samples.manifest.image_format == "rgb"
-        decoded = _raw(samples, requests) if raw else _decoded(samples, requests, max_batch, device)
-        for each in decoded:
-            yield make_batch(each, memory)
+    stream = None if device.type == "cpu" else torch.cuda.Stream(device)
+    if samples.manifest.image_format == "rgb":
+        readers = 0 if stream is None else READERS
+        decoded = _raw(samples, requests, device, stream, readers)
+    else:
+        decoded = _decoded(samples, requests, max_batch, device)
+    if stream is not None:
+        yield from on_device(decoded, stream)
         return
-    yield from on_device(_decoded(samples, requests, max_batch, device), torch.cuda.Stream(device))
+    size = (samples.manifest.height, samples.manifest.width)
+    memory = _Memory((*size, 3), "uint8"), _Memory(size, "int64")
+    for each in decoded:
+        yield make_batch(each, memory)
 
 
 def on_device(decoded: Iterator[Decoded], stream: torch.cuda.Stream) -> Iterator[Batch]:
@@ -224,7 +231,7 @@ def on_device(decoded: Iterator[Decoded], stream: torch.cuda.Stream) -> Iterator
 
 def make_batch(decoded: Decoded, memory: "tuple[_Memory, _Memory] | None" = None) -> Batch:
     """Make the batch. memory: for images and segments on a CPU; torch keeps that of a GPU."""
-    request, raw, images, segments = decoded
+    request, labels, rows, images, segments = decoded
     if request.drawn is not None:
         count, out = len(images), None
         if memory is not None:
@@ -237,8 +244,8 @@ def make_batch(decoded: Decoded, memory: "tuple[_Memory, _Memory] | None" = None
     return Batch(
         images=images.permute(0, 3, 1, 2),
         segments=segments,
-        labels=torch.from_numpy(raw.labels).to(images.device),
-        rows=torch.from_numpy(raw.rows).to(images.device),
+        labels=torch.from_numpy(labels).to(images.device),
+        rows=torch.from_numpy(rows).to(images.device),
         total=request.total,
         offset=request.offset,
     )
@@ -265,25 +272,46 @@ class _Memory:
         return torch.from_numpy(view)
 
 
-def _raw(samples: Samples, requests: Iterator[Request]) -> Iterator[Decoded]:
-    """Yield raw pixels for a CPU, which need neither decoding nor moving."""
-    for request in requests:
-        raw = samples.read(request.indices)
-        assert isinstance(raw.images, np.ndarray)
-        images, segments = torch.from_numpy(raw.images), torch.from_numpy(raw.segments)
-        yield Decoded(request, raw, images, segments)
+def _raw(
+    samples: Samples,
+    requests: Iterator[Request],
+    device: torch.device = CPU,
+    stream: torch.cuda.Stream | None = None,
+    readers: int = 0,
+) -> Iterator[Decoded]:
+    """Yield raw pixels, which need no decoding. readers: threads that read ahead, or 0 for none.
+    For a GPU they read into pinned memory, whence one copy on `stream` moves a batch."""
+    pinned = device.type == "cuda"
+
+    def read(each: tuple[Request, Extents]) -> tuple[Request, RawBatch]:
+        return each[0], samples.read(each[1], pinned=pinned)
+
+    # Shards are mapped here, in the thread in which `requests` releases those that are done with.
+    extents = ((request, samples.extents(request.indices)) for request in requests)
+    if readers:
+        reads = run_ahead(read, extents, threads=readers, depth=readers + 1)
+    else:
+        reads = (read(each) for each in extents)
+    with closing(reads):
+        for request, raw in reads:
+            with torch.cuda.stream(stream):  # None: no other than this thread's
+                memory = torch.from_numpy(raw.memory).to(device, non_blocking=True)
+            segments, images = memory.tensor_split([raw.segments.nbytes])
+            shape, dtype = raw.segments.shape, getattr(torch, raw.segments.dtype.name)
+            images, segments = images.view(*shape, 3), segments.view(dtype).view(shape)
+            yield Decoded(request, raw.labels, raw.rows, images, segments)
 
 
 def _decoded(
     samples: Samples, requests: Iterator[Request], max_batch: int, device: torch.device
 ) -> Iterator[Decoded]:
-    """Yield samples that DALI has decoded or moved to the device, up to `max_batch` at a time."""
+    """Yield samples that DALI has decoded on the device, up to `max_batch` at a time."""
     pending: deque[tuple[Request, RawBatch]] = deque()
     source = _read(samples, requests, pending)
     gpu = device.type == "cuda"
     graph = _graph(source, samples.manifest, gpu)(
         batch_size=max_batch,
-        num_threads=THREADS,
+        num_threads=READERS if gpu else THREADS,
         device_id=(device.index or 0) if gpu else None,
         prefetch_queue_depth=2,
         exec_dynamic=True,  # outputs own their memory, so tensors need no copy
@@ -303,7 +331,7 @@ def _decoded(
             if set(images.shape()) != {(samples.manifest.height, samples.manifest.width, 3)}:
                 _check_images(samples, request, raw)
             tensors = (torch.from_dlpack(each.as_tensor()) for each in (images, segments))
-            yield Decoded(request, raw, *tensors)
+            yield Decoded(request, raw.labels, raw.rows, *tensors)
     finally:
         source.close()  # or the shards stay mapped until the pipeline, a cycle, is collected
 
@@ -313,7 +341,7 @@ def _read(
 ) -> Generator[tuple[object, object], None, None]:
     """Yield what DALI is fed; it reads ahead, so each request and its samples wait in `pending`."""
     for request in requests:
-        raw = samples.read(request.indices)
+        raw = samples.read(samples.extents(request.indices))
         pending.append((request, raw))
         yield raw.images, raw.segments
 
@@ -322,27 +350,23 @@ def _graph(source: Iterator[Any], manifest: Manifest, gpu: bool) -> Any:
     """Return the function that makes DALI's pipeline from its options."""
     from nvidia.dali import fn, pipeline_def, types  # here: raw pixels for a CPU need none of it
 
-    jpeg = manifest.image_format == "jpg"
     segments_type = types.UINT8 if manifest.segments_dtype == "uint8" else types.UINT16
 
     @pipeline_def
     def graph():  # type: ignore[no-untyped-def]
-        images, segments = fn.external_source(
+        files, segments = fn.external_source(
             source=source,
             num_outputs=2,
             batch=True,
             dtype=[types.UINT8, segments_type],
-            ndim=[1 if jpeg else 3, 2],
+            ndim=[1, 2],
         )
-        if jpeg:
-            images = fn.decoders.image(
-                images,
-                device="mixed" if gpu else "cpu",
-                output_type=types.RGB,
-                adjust_orientation=False,
-            )
-        elif gpu:
-            images = images.gpu()
+        images = fn.decoders.image(
+            files,
+            device="mixed" if gpu else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+        )
         return images, segments.gpu() if gpu else segments
 
     return graph
@@ -353,7 +377,7 @@ def _check_images(samples: Samples, request: Request, raw: RawBatch) -> None:
     size = (samples.manifest.height, samples.manifest.width, 3)
     for index, file in zip(request.indices, raw.images, strict=True):
         try:
-            actual = simplejpeg.decode_jpeg(file).shape if file.ndim == 1 else file.shape
+            actual = simplejpeg.decode_jpeg(file).shape
         except ValueError as error:
             actual = error
         if actual != size:

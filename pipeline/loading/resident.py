@@ -21,7 +21,6 @@ from pipeline.loading.loader import (
     training_requests,
 )
 from pipeline.loading.order import FIRST, Order, Position
-from pipeline.loading.samples import RawBatch
 from pipeline.shards.format import Manifest, split_of
 
 FREE_SHARE = 0.5  # of a GPU's free memory that a split may take; the nets need some too
@@ -102,10 +101,5 @@ class Resident:
         segments = self.segments[indices]
         if segments.dtype == torch.int16:
             segments = segments.view(torch.uint16)
-        raw = RawBatch(
-            images=[],
-            segments=np.empty((0,), np.uint8),
-            labels=self.labels[chosen],
-            rows=self.rows[chosen],
-        )
-        return Decoded(request, raw, self.images[indices], segments)
+        labels, rows = self.labels[chosen], self.rows[chosen]
+        return Decoded(request, labels, rows, self.images[indices], segments)

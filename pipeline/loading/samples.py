@@ -29,10 +29,25 @@ JPEG_END = b"\xff\xd9"  # the marker that ends every JPEG file
 
 
 @dataclass(frozen=True, kw_only=True)
-class RawBatch:
-    """Samples as they lie in the shards. images: uint8 [B, H, W, 3], or JPEG files uint8 [n].
-    segments: uint8 or uint16 [B, H, W]. labels, rows: int64 [B]."""
+class Extents:
+    """Where samples lie in memory. indices: int64 [B]. addresses: int64 [B], of the images, and
+    sizes: int32 [B], theirs. maps: the shards that hold them, mapped for as long as this lives;
+    numbers: int64 [B], the index of each sample's in `maps`."""
 
+    indices: np.ndarray
+    addresses: np.ndarray
+    sizes: np.ndarray
+    maps: list[np.ndarray]
+    numbers: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawBatch:
+    """Samples as they lie in the shards. memory: uint8 [n], the segments and after them, where they
+    are pixels, the images; both are views of it. images: uint8 [B, H, W, 3], or JPEG files uint8
+    [n]. segments: uint8 or uint16 [B, H, W]. labels, rows: int64 [B]."""
+
+    memory: np.ndarray
     images: np.ndarray | list[np.ndarray]
     segments: np.ndarray
     labels: np.ndarray
@@ -108,6 +123,14 @@ def verify_shard(path: Path, shard: Shard) -> None:
         raise _bad_index(path, "its entries are not those of the shard's headers")
 
 
+def _files(extents: Extents) -> list[np.ndarray]:
+    """Return the bytes of each image, views of the shards."""
+    begins = np.array([each.ctypes.data for each in extents.maps], np.int64)
+    offsets = (extents.addresses - begins[extents.numbers]).tolist()
+    parts = zip(extents.numbers.tolist(), offsets, extents.sizes.tolist(), strict=True)
+    return [extents.maps[number][offset : offset + size] for number, offset, size in parts]
+
+
 class Samples:
     """The samples of a split. A sample's index is its number in the split, shards in order. Holds
     12 bytes per sample and a map per open shard, but no open file."""
@@ -164,38 +187,57 @@ class Samples:
         """Return the number of the shard in which each sample lies: int64 [len(indices)]."""
         return np.searchsorted(self.starts, indices, side="right") - 1
 
-    def read(self, indices: np.ndarray) -> RawBatch:
-        """Copy samples out of the shards (JPEG files: views of them). Raises UserError for a sample
-        that is not where the index says, that the manifest does not allow, or that is cut off."""
-        manifest, count = self.manifest, len(indices)
-        numbers = self.shard_numbers(indices).tolist()
-        for number in sorted(set(numbers) - self.maps.keys()):
+    def extents(self, indices: np.ndarray) -> Extents:
+        """Return where samples lie, their shards mapped. Raises UserError where a shard does not
+        fit the manifest."""
+        used, numbers = np.unique(self.shard_numbers(indices), return_inverse=True)
+        for number in used.tolist():
             self.open(number)
-        files = []
-        segments = np.empty((count, manifest.height, manifest.width), manifest.segments_dtype)
-        tails = np.empty(count, TAIL)
-        segment_bytes = segments.view(np.uint8).reshape(count, -1)
-        tail_bytes = tails.view(np.uint8).reshape(count, -1)
-        extents = zip(self.offsets[indices].tolist(), self.sizes[indices].tolist(), strict=True)
-        for n, (start, size) in enumerate(extents):
-            content = self.maps[numbers[n]]
-            files.append(content[start : start + size])
-            start += padded(size) + BLOCK
-            segment_bytes[n] = content[start : start + segment_bytes.shape[1]]
-            start += padded(segment_bytes.shape[1])
-            tail_bytes[n] = content[start : start + TAIL.itemsize]
-        self._check(indices, files, segments, tails)
+        maps = [self.maps[number] for number in used.tolist()]
+        begins = np.array([each.ctypes.data for each in maps], np.int64)
+        return Extents(
+            indices=indices,
+            addresses=begins[numbers] + self.offsets[indices],
+            sizes=self.sizes[indices],
+            maps=maps,
+            numbers=numbers,
+        )
+
+    def read(self, extents: Extents, *, pinned: bool = False) -> RawBatch:
+        """Copy samples out of the shards (JPEG files: views of them). pinned: into memory from
+        which a GPU copies while the host goes on. May run in several threads at once. Raises
+        UserError for a sample that is not where the index says, that the manifest does not allow,
+        or that is cut off."""
+        from pipeline.loading.copying import copy_bytes  # here: a driver does not need numba
+
+        manifest, count = self.manifest, len(extents.indices)
         raw = manifest.image_format == "rgb"
-        return RawBatch(
-            images=np.concatenate(files).reshape(*segments.shape, 3) if raw else files,
-            segments=segments,
+        pixels = manifest.height * manifest.width
+        width = pixels * np.dtype(manifest.segments_dtype).itemsize
+        memory = torch.empty(
+            count * (width + 3 * pixels * raw), dtype=torch.uint8, pin_memory=pinned
+        ).numpy()
+        segments, images = memory[: count * width], memory[count * width :]
+        tails = np.empty(count, TAIL)
+        addresses = extents.addresses
+        if raw:
+            copy_bytes(addresses, images.reshape(count, -1))
+        addresses = addresses + padded(extents.sizes) + BLOCK
+        copy_bytes(addresses, segments.reshape(count, width))
+        addresses = addresses + padded(width)
+        copy_bytes(addresses, tails.view(np.uint8).reshape(count, -1))
+        shape = (count, manifest.height, manifest.width)
+        batch = RawBatch(
+            memory=memory,
+            images=images.reshape(*shape, 3) if raw else _files(extents),
+            segments=segments.view(manifest.segments_dtype).reshape(shape),
             labels=tails["label"].astype(np.int64),
             rows=tails["row"].astype(np.int64),
         )
+        self._check(extents.indices, batch, tails)
+        return batch
 
-    def _check(
-        self, indices: np.ndarray, files: list[np.ndarray], segments: np.ndarray, tails: np.ndarray
-    ) -> None:
+    def _check(self, indices: np.ndarray, batch: RawBatch, tails: np.ndarray) -> None:
         """Raise UserError for a sample that is none, or that the manifest does not allow."""
         sound = np.ones(len(indices), bool)
         for header, member in (("label_header", "label"), ("row_header", "row")):
@@ -204,18 +246,18 @@ class Samples:
         if not sound.all():
             path, sample = self.locate_sample(int(indices[np.argmin(sound)]))
             raise _bad_index(path, f"sample {sample} does not lie where it says")
-        labels, classes = tails["label"], len(self.manifest.classes)
+        labels, classes = batch.labels, len(self.manifest.classes)
         for n in np.flatnonzero((labels < 0) | (labels >= classes))[:1]:
             raise self._foreign(indices[n], f"class {labels[n]}", f"classes 0 to {classes - 1}")
         allowed = self.manifest.max_superpixels
-        if segments.max(initial=0) >= allowed:
-            largest = segments.reshape(len(indices), -1).max(axis=1)
+        if batch.segments.max(initial=0) >= allowed:
+            largest = batch.segments.reshape(len(indices), -1).max(axis=1)
             n = int(np.argmax(largest))
             raise self._foreign(
                 indices[n], f"superpixel label {largest[n]}", f"labels 0 to {allowed - 1}"
             )
         if self.manifest.image_format == "jpg":
-            for n, file in enumerate(files):
+            for n, file in enumerate(batch.images):
                 if file[-len(JPEG_END) :].tobytes() != JPEG_END:  # a decoder would make up the rest
                     path, sample = self.locate_sample(int(indices[n]))
                     raise UserError(

@@ -15,12 +15,12 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.loading import cache as cache_module
-from pipeline.loading import loader
+from pipeline.loading import loader as loading
 from pipeline.loading.augmentation import Augmentation, augment, draw
 from pipeline.loading.cache import CacheConfig, ShardCache, cached_bytes
 from pipeline.loading.loader import Batch, Loader
 from pipeline.loading.order import AHEAD, Order, Position
-from pipeline.loading.samples import JPEG_END, RawBatch, Samples
+from pipeline.loading.samples import JPEG_END, Extents, RawBatch, Samples
 from pipeline.shards.format import Manifest, Sample, read_samples
 from tests import remote
 from tests.pipeline.made_set import MEAN, assert_same, make_samples, write_set
@@ -115,29 +115,12 @@ def test_jpeg_decoded_by_dali_is_that_of_simplejpeg_and_pillow_within_a_grey_lev
     data, manifest = sets["jpg"]
     found = np.concatenate([pixels(batch) for batch in evaluated(data, manifest)]).astype(int)
     cache = ShardCache(data, manifest, "train", CacheConfig())
-    files = Samples(manifest, "train", cache).read(np.arange(53)).images
+    samples = Samples(manifest, "train", cache)
+    files = samples.read(samples.extents(np.arange(53))).images
     for image, file, sample in zip(found, files, written, strict=True):
         assert np.abs(image - simplejpeg.decode_jpeg(file)).max() <= 1
         assert np.abs(image - np.asarray(Image.open(io.BytesIO(file.tobytes())))).max() <= 1
         assert np.abs(image - sample.image).mean() < 6
-
-
-@pytest.mark.parametrize("segments_dtype", ["uint8", "uint16"])
-def test_raw_pixels_through_dali_are_those_that_go_around_it(
-    tmp_path: Path, segments_dtype: str
-) -> None:
-    manifest = write_set(tmp_path, make_samples(segments_dtype=segments_dtype))
-    samples = Samples(manifest, "train", ShardCache(tmp_path, manifest, "train", CacheConfig()))
-
-    def requests() -> Iterator[loader.Request]:
-        return loader._evaluation_requests(samples, 10, 0, 6)
-
-    through = list(loader._decoded(samples, requests(), 10, CPU))
-    around = list(loader._raw(samples, requests()))
-    assert len(through) == len(around) == 6
-    for one, other in zip(through, around, strict=True):
-        assert torch.equal(one[2], other[2])
-        assert torch.equal(one[3], other[3])
 
 
 def test_a_training_batch_is_the_stored_samples_augmented_as_drawn(shards: Stored) -> None:
@@ -178,6 +161,23 @@ def test_the_shares_of_any_number_of_ranks_are_one_ranks_batches(
         lengths = [len(share.labels) for share in shares]
         assert [share.offset for share in shares] == [0, *np.cumsum(lengths)[:-1].tolist()]
         assert {share.total for share in shares} == {whole.total} == {sum(lengths)}
+
+
+@pytest.mark.parametrize("segments_dtype", ["uint8", "uint16"])
+def test_several_readers_give_what_one_thread_gives(tmp_path: Path, segments_dtype: str) -> None:
+    manifest = write_set(tmp_path, make_samples(segments_dtype=segments_dtype))
+    samples = Samples(manifest, "train", ShardCache(tmp_path, manifest, "train", CacheConfig()))
+
+    def decoded(readers: int) -> list[loading.Decoded]:
+        requests = loading.training_requests(
+            manifest, Order(batch_size=8, window=1), EVERYTHING, Position(), 0, 1, samples.use_only
+        )
+        return list(islice(loading._raw(samples, requests, readers=readers), 30))
+
+    for one, other in zip(decoded(3), decoded(0), strict=True):
+        assert one.rows.tolist() == other.rows.tolist()
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.segments, other.segments)
 
 
 @pytest.mark.gpu
@@ -348,10 +348,10 @@ def test_batches_are_made_ahead_of_use_and_no_more_than_stated(
     made = threading.Semaphore(0)
     read = Samples.read
 
-    def counted(samples: Samples, indices: np.ndarray) -> RawBatch:
+    def counted(samples: Samples, extents: Extents, **options: bool) -> RawBatch:
         assert threading.current_thread() is not threading.main_thread()
         made.release()
-        return read(samples, indices)
+        return read(samples, extents, **options)
 
     monkeypatch.setattr(Samples, "read", counted)
     batches = stream(*raw)
@@ -385,11 +385,11 @@ def test_an_error_in_the_thread_reaches_the_caller_and_ends_it(
 ) -> None:
     read, calls = Samples.read, [0]
 
-    def failing(samples: Samples, indices: np.ndarray) -> RawBatch:
+    def failing(samples: Samples, extents: Extents, **options: bool) -> RawBatch:
         calls[0] += 1
         if calls[0] == 6:
             raise OSError("the disk is gone")
-        return read(samples, indices)
+        return read(samples, extents, **options)
 
     monkeypatch.setattr(Samples, "read", failing)
     before = threads()

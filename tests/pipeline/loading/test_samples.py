@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.loading.cache import CacheConfig, ShardCache
-from pipeline.loading.samples import Samples, verify_shard
+from pipeline.loading.samples import RawBatch, Samples, verify_shard
 from pipeline.shards.format import Manifest, Sample, index_shard, sha256_file
 from tests.pipeline.made_set import COUNTS, SUPERPIXELS, make_samples, write_set
 
@@ -22,6 +22,10 @@ ALL = np.arange(sum(COUNTS))
 
 def opened(data: Path, manifest: Manifest) -> Samples:
     return Samples(manifest, "train", ShardCache(data, manifest, "train", CacheConfig()))
+
+
+def read(samples: Samples, indices: np.ndarray) -> RawBatch:
+    return samples.read(samples.extents(indices))
 
 
 def shard_path(data: Path, number: int) -> Path:
@@ -56,7 +60,7 @@ def read_members(path: Path) -> list[tuple[str, bytes]]:
 
 def assert_stored(samples: Samples, indices: np.ndarray, written: list[Sample]) -> None:
     """Reading gives what was written, JPEG within its loss."""
-    stored = samples.read(indices)
+    stored = read(samples, indices)
     chosen = [written[index] for index in indices.tolist()]
     assert stored.labels.tolist() == [sample.label for sample in chosen]
     assert stored.rows.tolist() == [sample.row for sample in chosen]
@@ -109,12 +113,12 @@ def test_a_missing_or_cut_index_is_named(data: Path, manifest: Manifest) -> None
     content = index.read_bytes()
     index.unlink()
     with pytest.raises(UserError, match=r"train-000001\.idx is missing; preprocess again"):
-        opened(data, manifest).read(ALL)
+        read(opened(data, manifest), ALL)
     for part in (content[: len(content) // 2], b"", content.replace(b"v1.2", b"v1.1")):
         index.write_bytes(part)
         with pytest.raises(UserError, match=r"train-000001\.idx is not a whole v1\.2 .*Delete it"):
-            opened(data, manifest).read(ALL)
-    opened(data, manifest).read(ALL[:20])  # the others are sound
+            read(opened(data, manifest), ALL)
+    read(opened(data, manifest), ALL[:20])  # the others are sound
 
 
 def test_a_missing_shard_and_one_of_another_size_are_named(data: Path, manifest: Manifest) -> None:
@@ -124,10 +128,10 @@ def test_a_missing_shard_and_one_of_another_size_are_named(data: Path, manifest:
         path.write_bytes(wrong)
         fault = rf"train-000002\.tar has {len(wrong)} bytes; .* says {len(content)} .*Delete it"
         with pytest.raises(UserError, match=fault):
-            opened(data, manifest).read(ALL)
+            read(opened(data, manifest), ALL)
     path.unlink()
     with pytest.raises(UserError, match=r"train-000002\.tar is missing; .* preprocess again"):
-        opened(data, manifest).read(ALL)
+        read(opened(data, manifest), ALL)
 
 
 def test_an_index_of_another_shard_of_the_same_size_is_refused(
@@ -151,13 +155,13 @@ def test_a_stale_index_is_refused(data: Path, manifest: Manifest) -> None:
         grown[place] = (members[place][0], members[place][1] + b" " * tarfile.BLOCKSIZE)
         rewrite(path, grown)
         changed = with_shards(manifest, data)
-        opened(data, changed).read(ALL)
+        read(opened(data, changed), ALL)
         path.with_suffix(".idx").write_bytes(index)
         with pytest.raises(UserError, match=r"train-000000\.idx .*Delete both"):
-            opened(data, changed).read(ALL)
+            read(opened(data, changed), ALL)
     rewrite(path, members[:-5])
     with pytest.raises(UserError, match=r"names 19 samples, dataset\.json says 20"):
-        opened(data, with_shards(manifest, data)).read(ALL)
+        read(opened(data, with_shards(manifest, data)), ALL)
 
 
 @given(st.data())
@@ -199,9 +203,9 @@ def test_an_inner_sample_that_is_not_where_the_index_says_is_refused(
     content[7 * step : 8 * step] = bytes(step)
     path.write_bytes(content)
     samples = opened(data, manifest)
-    samples.read(np.array([20, 26, 28, 39]))
+    read(samples, np.array([20, 26, 28, 39]))
     with pytest.raises(UserError, match=r"train-000001\.idx does not fit .*: sample 7 does not"):
-        samples.read(np.array([20, 27, 39]))
+        read(samples, np.array([20, 27, 39]))
 
 
 @pytest.mark.parametrize("member", ["rgb", "seg", "cls", "row", "json"])
@@ -213,7 +217,7 @@ def test_a_sample_that_lacks_a_member_is_refused(
     for lacking in ("train-00000020", "train-00000025", ""):  # of one sample, then of all
         rewrite(path, [x for x in members if x[0] != f"{lacking or x[0][:14]}.{member}"])
         with pytest.raises(UserError, match=r"train-000001\.idx is not a whole .*rgb, seg, cls"):
-            opened(data, with_shards(manifest, data)).read(ALL)
+            read(opened(data, with_shards(manifest, data)), ALL)
 
 
 @pytest.mark.parametrize("extension", ["pyd", "pickle", "pth", "npy"])
@@ -229,7 +233,7 @@ def test_pickles_are_no_members_and_nothing_is_unpickled(
         name = f"{members[first - (first == stop)][0].split('.')[0]}.{extension}"
         rewrite(path, [*members[:first], (name, pickle), *members[stop:]])
         with pytest.raises(UserError, match="not a whole"):
-            opened(data, with_shards(manifest, data)).read(ALL)
+            read(opened(data, with_shards(manifest, data)), ALL)
     assert not trace.exists()
 
 
@@ -247,11 +251,11 @@ def test_a_class_or_superpixel_that_the_manifest_does_not_have_is_refused(
     written[25] = replace(written[25], label=label)
     written[25].segments[3, 4] = superpixel
     samples = opened(tmp_path, write_set(tmp_path, written))
-    samples.read(np.delete(ALL, 25))
+    read(samples, np.delete(ALL, 25))
     with pytest.raises(
         UserError, match=rf"sample 5 of .*train-000001\.tar has {fault} .*Delete it"
     ):
-        samples.read(ALL)
+        read(samples, ALL)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +311,7 @@ def test_shards_that_are_not_held_are_unmapped_and_opened_again_when_needed(
     data: Path, manifest: Manifest
 ) -> None:
     samples = opened(data, manifest)
-    samples.read(ALL)
+    read(samples, ALL)
     assert len(mapped(data)) == 3
     samples.use_only([1], [2])
     assert mapped(data) == {"train-000001.tar"}
