@@ -12,6 +12,7 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 export PATH="$PWD/.venv/bin:$PATH"
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=15  # of Slurm's KillWait, 30 s, for a checkpoint
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')  # of this job alone
 
@@ -22,7 +23,11 @@ own=(--disable-usage-stats --block --num-cpus="$SLURM_CPUS_ON_NODE")
 
 ray start --head --node-ip-address="$address" --port="${RAY_ADDRESS##*:}" \
     --include-dashboard=false --temp-dir="/tmp/aln-$SLURM_JOB_ID" "${own[@]}" &
-until ray health-check > /dev/null 2>&1; do sleep 1; done
+head=$!
+until ray health-check > /dev/null 2>&1; do
+    kill -0 $head || exit 1  # its reason is above
+    sleep 1
+done
 if ((SLURM_JOB_NUM_NODES > 1)); then
     others=$((SLURM_JOB_NUM_NODES - 1))
     srun --nodes=$others --ntasks=$others --ntasks-per-node=1 --exclude="$(hostname -s)" \
@@ -39,6 +44,9 @@ if [[ $stopped ]]; then  # which ended the wait
     code=0
     wait $command || code=$?
 fi
-if [[ $stopped == time ]] && ((code > 128)); then scontrol requeue "$SLURM_JOB_ID"; fi
+# Ray ends before the job does: queued again, it could meet itself on this host.
+trap '' USR1 TERM
 kill $(jobs -p) 2> /dev/null || true
+wait || true
+if [[ $stopped == time ]] && ((code > 128)); then scontrol requeue "$SLURM_JOB_ID"; fi
 exit $code
