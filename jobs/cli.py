@@ -132,6 +132,7 @@ def parse(
         argument_default=argparse.SUPPRESS,  # the help names no default of None
     )
     _add_flags(parser, config_type)
+    preset: dict[str, Any] = {}
     if presets is not None:
         chooser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
         implied = implied_presets or {}
@@ -140,8 +141,10 @@ def parse(
         given = vars(chooser.parse_known_args(argv)[0])
         names = [given["preset"]] if "preset" in given else [implied[name] for name in given]
         for name in names:
-            parser.set_defaults(preset=name, **presets.get(name, {}))
-    values = {
+            preset = {"preset": name, **presets.get(name, {})}
+        # A tuple as the parser's default would be extended by the flag's values.
+        parser.set_defaults(**{k: v for k, v in preset.items() if not isinstance(v, tuple)})
+    values = preset | {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(parser.parse_args(argv)).items()
     }

@@ -23,6 +23,9 @@ def test_presets_fill_what_is_not_given_and_flags_win() -> None:
     mixed = parsed("--target", "0.3", "--preset=paper", "--clean-weight", "1")
     assert (mixed.balance.target, mixed.objective.area_power) == (0.3, 1)
     assert mixed.objective.clean_weight == 1.0
+    photos = ("--network", "n", "--preset", "photos")
+    assert parsed(*photos).nets.sides == (224, 320)
+    assert parsed(*photos, "--sides", "128", "--sides", "160").nets.sides == (128, 160)
     with pytest.raises(SystemExit):
         parsed("--preset", "worst")
 
