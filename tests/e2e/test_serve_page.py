@@ -12,7 +12,7 @@ from jobs.pictures import encode_png
 from jobs.serve.app import Limits
 from model.localization import RULES, map_box
 from pipeline.evaluation.protocols import scale_boxes
-from tests.e2e.test_report_page import CONTRASTS, LEAST_CONTRAST, Visit
+from tests.e2e.pages import CONTRASTS, LEAST_CONTRAST, VIEWS, Visit, opened
 from tests.jobs.serve.serving import BOXES, MASK, canned, server
 
 pytestmark = pytest.mark.slow
@@ -37,24 +37,15 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")],
-    ids=lambda value: f"{value[0]}-{value[1]}",
-)
+@pytest.fixture(scope="module", params=VIEWS, ids="{0[0]}-{0[1]}".format)
 def visit(
     request: pytest.FixtureRequest, browser: Browser, url: str, photo: Path
 ) -> Iterator[Visit]:
-    width, scheme = request.param
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    visit = Visit(page=context.new_page(), width=width, scheme=scheme)
-    visit.page.on("console", lambda message: visit.errors.append(message.text))
-    visit.page.on("pageerror", lambda error: visit.errors.append(str(error)))
-    visit.page.goto(url)
-    visit.page.set_input_files("#file", photo)
-    visit.page.wait_for_selector("#result")
-    yield visit
-    context.close()
+    with opened(browser, request.param) as visit:
+        visit.page.goto(url)
+        visit.page.set_input_files("#file", photo)
+        visit.page.wait_for_selector("#result")
+        yield visit
 
 
 def shown_box(page: Page) -> list[int]:

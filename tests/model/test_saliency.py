@@ -8,12 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from model.classifier import Classifier
-from model.saliency import (
-    blur,
-    class_activation_map,
-    gradient_saliency,
-    layer_cams,
-)
+from model.saliency import blur, class_activation_map, gradient_saliency, layer_cams
 
 
 def test_cam_averages_to_the_logit_less_its_bias(

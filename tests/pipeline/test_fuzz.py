@@ -135,8 +135,13 @@ LAUGHS = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
         "<annotation>" + "<a>" * 100_000 + "</a>" * 100_000 + "</annotation>",
         f"<annotation><object><name>{'n' * 10**6}</name></object></annotation>",
         f"<annotation>{'<object/>' * 10**5}</annotation>",
+        "<annotation><object>",
+        "",
+        '<?xml version="1.0" encoding="nonsense"?><annotation/>',
     ],
 )
 def test_hostile_annotations_cost_nothing_and_tell_nothing(text: str) -> None:
     annotation = read_annotation(text.encode())
     assert (annotation.wnid, annotation.boxes) == (None, ())
+    sound = text.endswith("</annotation>") and "DOCTYPE" not in text
+    assert (annotation.note is None) == sound

@@ -16,13 +16,7 @@ from jobs.evaluate import scorer
 from jobs.evaluate.config import EvaluateConfig
 from model.localization import RULES
 from pipeline.errors import UserError
-from pipeline.evaluation.results import (
-    Evaluation,
-    Row,
-    RowFigures,
-    read_evaluation,
-    write_maps,
-)
+from pipeline.evaluation.results import Evaluation, Row, RowFigures, read_evaluation, write_maps
 from pipeline.evaluation.truth import GroundTruth
 from pipeline.storage import locked_folder
 from tests.pipeline.evaluation.files import write_metadata
@@ -294,14 +288,6 @@ def test_any_number_of_threads_scores_maps_alike(
     first, second = evaluations
     assert first.rows == second.rows
     assert first.predictions("given", "paper").equals(second.predictions("given", "paper"))
-
-
-def test_a_missing_score_map_is_one_line_that_names_it(four: GroundTruth, tmp_path: Path) -> None:
-    for image_id in four.ids[:3]:
-        write_map(tmp_path / "maps", image_id, np.eye(10))
-    with pytest.raises(UserError, match=r"image_3\.JPEG\.npy") as caught:
-        scored(tmp_path / "meta", tmp_path, score_maps=tmp_path / "maps")
-    assert "\n" not in str(caught.value)
 
 
 def test_the_job_scores_ground_truth_alone(

@@ -1,6 +1,5 @@
 """Locating in batches, with random nets."""
 
-import io
 import os
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -11,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.cli import parse
 from jobs.localize.batches import Job, LocalizeConfig, process_batch
 from jobs.locate import Located, Prepared, locate, prepare
+from jobs.pictures import encode_png
 from jobs.runs import Nets, colour_statistics, load_nets, save_nets
 from model.localization import RULES, Rule, localize
 from model.masking import mask_map, normalize
@@ -33,12 +32,6 @@ def nets(random_run: Path) -> Nets:
     return load_nets(random_run)
 
 
-def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def random_images(nets: Nets, count: int) -> list[Prepared]:
     """Noise over a bright rectangle, each of another size."""
     rng = np.random.default_rng(0)
@@ -46,7 +39,7 @@ def random_images(nets: Nets, count: int) -> list[Prepared]:
     for i in range(count):
         pixels = rng.integers(0, 120, (40 + i, 90 - i, 3)).astype(np.uint8)
         pixels[10 : 15 + i, 20 : 30 + i] += 100
-        images.append(prepare(nets.config, png(pixels)))
+        images.append(prepare(nets.config, encode_png(pixels)))
     return images
 
 
@@ -57,10 +50,10 @@ def maps_of(results: list[Located]) -> np.ndarray:
 @pytest.mark.parametrize("side", [40, 100])
 def test_classifiers_over_a_network_see_no_pixels_that_were_enlarged(nets: Nets, side: int) -> None:
     config = replace(nets.config, network="any", sides=(nets.config.height, 80))
-    data = png(np.random.default_rng(0).integers(0, 255, (side, side, 3)).astype(np.uint8))
+    data = encode_png(np.random.default_rng(0).integers(0, 255, (side, side, 3)).astype(np.uint8))
     image, size = prepare(config, data), (config.height, config.width)
     assert image.pixels.shape == (80, 80, 3)
-    source = data if side < 80 else png(image.pixels)
+    source = data if side < 80 else encode_png(image.pixels)
     np.testing.assert_array_equal(image.view, read_image(source, *size).pixels)
 
 
@@ -186,11 +179,11 @@ def test_a_mask_of_an_image_of_the_nets_size_is_its_map(
     random_run: Path, nets: Nets, tmp_path: Path
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (SIZE, SIZE, 3)).astype(np.uint8)
-    (tmp_path / "a.png").write_bytes(png(pixels))
+    (tmp_path / "a.png").write_bytes(encode_png(pixels))
     config = LocalizeConfig(images=(), run=random_run, output=tmp_path / "out", overlays=False)
     job = Job(path=tmp_path / "a.png", overlay="a.png", mask="masks/a.png")
     (entry,) = process_batch(nets, config, [job])
-    image = prepare(nets.config, png(pixels))
+    image = prepare(nets.config, encode_png(pixels))
     (result,) = locate(nets, [image], batch_size=config.batch_size)
     with Image.open(tmp_path / "out" / "masks" / "a.png") as mask:
         assert (np.asarray(mask) == np.rint(result.map * 255)).all()
@@ -220,15 +213,6 @@ def test_diverged_nets_end_the_job_with_the_remedy(nets: Nets, tmp_path: Path) -
     save_nets(tmp_path, nets, {})
     with pytest.raises(UserError, match="train it again"):
         locate(load_nets(tmp_path), random_images(nets, 1), batch_size=2)
-
-
-@pytest.mark.parametrize(
-    "flags", ["--rule median", "--batch-size 0", "--threads 0", "--device gpu"]
-)
-def test_a_flag_out_of_range_is_named(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse(LocalizeConfig, ["--run", "r", "--output", "o", *flags.split(), "a.jpg"], "")
-    assert flags.split()[0] in capsys.readouterr().err
 
 
 def test_every_rule_can_be_asked_for() -> None:

@@ -1,7 +1,6 @@
 """The job over folders of images: what it takes, writes, reports, and does again."""
 
 import contextlib
-import errno
 import fcntl
 import io
 import json
@@ -95,21 +94,6 @@ def test_every_image_gets_an_overlay_of_its_size_or_a_reason(
     pictures_of = {"a.png", "grey.png", "sub/a.png"}
     masks = {f"masks/{name}" for name in pictures_of}
     assert written == pictures_of | masks | {"boxes.json", "progress.jsonl"}
-
-
-def test_many_images_give_progress_with_rate_and_time_left(
-    random_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tiny_images(tmp_path / "in", 25)
-    (folder / "0007.png").write_bytes(b"")
-    with pytest.raises(UserError, match="1 of 25 images failed"):
-        run(random_run, tmp_path / "out", folder, flags=("--batch-size", "4"))
-    printed = capsys.readouterr()
-    assert printed.err == f"{folder / '0007.png'}: failed, empty file: it has 0 bytes\n"
-    *_, progress, summary = printed.out.splitlines()
-    assert progress.startswith("25 of 25 images, 1 failed, ")
-    assert progress.endswith("images/s, ETA 0:00")
-    assert summary.startswith("24 of 25 images located")
 
 
 def test_a_file_name_that_is_no_text_is_printed_and_recorded(
@@ -293,17 +277,6 @@ def test_a_damaged_progress_file_is_named(
         file.write(f"{line}\n")
     with pytest.raises(UserError, match=r"progress\.jsonl is damaged \(\w+: .{,60}\);"):
         run(random_run, finished, pictures / "a.jpg")
-
-
-def test_a_full_disk_is_an_error_that_names_the_file(
-    pictures: Path, random_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(number: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device on host .*: .*out/a\.png"):
-        run(random_run, tmp_path / "out", pictures / "a.jpg")
 
 
 def test_names_of_results_are_unique_whatever_the_folders_and_letter_case(tmp_path: Path) -> None:

@@ -372,9 +372,7 @@ def test_two_methods_are_compared_image_by_image(evaluations: Evaluations) -> No
     assert boxes.differences["mean_iou"].second == pytest.approx(figures[1]["mean_iou"])
 
 
-def test_pairing_leaves_what_the_images_share_out_of_the_interval(
-    evaluations: Evaluations,
-) -> None:
+def test_pairing_leaves_what_the_images_share_out_of_the_interval(evaluations: Evaluations) -> None:
     (pair, *_) = pairs(entries(evaluations[1], evaluations[1], titles=("a", "b")), seed=0)
     assert pair.differences["mean_iou"].interval == (0, 0)
     low, high = aln_figures(evaluations[1]).interval["mean_iou"] or (0, 0)

@@ -66,13 +66,7 @@ def test_a_run_of_an_earlier_version_is_refused(small_set: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "",
-        '{"format": 2, "conf',
-        "[]",
-        '{"format": 2}',
-        '{"format": 2, "configuration": 3}',
-    ],
+    ["", '{"format": 2, "conf', "[]", '{"format": 2}', '{"format": 2, "configuration": 3}'],
 )
 def test_a_damaged_run_json_is_named(content: str, small_set: Path, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content)

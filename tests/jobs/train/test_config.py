@@ -34,16 +34,8 @@ def test_presets_fill_what_is_not_given_and_flags_win() -> None:
     ("flag", "value"),
     [
         ("--net-width", "20"),
-        ("--target", "1.5"),
-        ("--seed", "-1"),
-        ("--controller-rate", "2.0"),
-        ("--imitation-weight", "-1.0"),
-        ("--warmup-rate", "nan"),
-        ("--warmup-epochs", "0"),
-        ("--batch-size", "0"),
         ("--area-power", "3"),
         ("--workers", "3:2"),
-        ("--logit-limit", "inf"),
         ("--keep-checkpoints", "1"),
     ],
 )

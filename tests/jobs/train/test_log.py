@@ -8,12 +8,7 @@ import pytest
 from jobs.cli import duration
 from jobs.runs import LOG_NAME, METRICS_NAME
 from jobs.train.launch import following
-from jobs.train.log import (
-    TrainingLog,
-    line,
-    summary,
-    waiting_summary,
-)
+from jobs.train.log import TrainingLog, line, summary, waiting_summary
 from tests.jobs.train.small import metrics, no_room
 
 VALUES = {

@@ -16,17 +16,6 @@ def test_interval_of_a_share_is_scipys_to_the_digit(n: int) -> None:
         assert share_interval(count, n) == expected.tolist(), count
 
 
-def test_interval_of_a_share_is_the_bootstraps() -> None:
-    values = np.zeros((1000, 1))
-    values[:300] = 1
-    resampled = bootstrap_intervals(values, seed=0)[0]
-    np.testing.assert_allclose(share_interval(300, 1000), resampled, atol=0.004)
-    # near share -+ 1.96 sqrt(share (1 - share) / n) = .3 -+ .0284
-    np.testing.assert_allclose(share_interval(300, 1000), [0.2716, 0.3284], atol=0.001)
-    assert share_interval(7, 7) == [1.0, 1.0]
-    assert share_interval(0, 7) == [0.0, 0.0]
-
-
 def test_bootstrap_is_paired_repeatable_and_seeded() -> None:
     rng = np.random.default_rng(3)
     column = rng.random((400, 1))

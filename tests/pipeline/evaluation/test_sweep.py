@@ -60,16 +60,6 @@ def test_every_small_binary_map_is_as_drawn(height: int, width: int) -> None:
         assert_as_drawn(drawn.reshape(height, width))
 
 
-@settings(max_examples=80)
-@given(
-    hnp.arrays(
-        np.uint8, st.tuples(st.integers(1, 12), st.integers(1, 12)), elements=st.integers(0, 4)
-    )
-)
-def test_maps_of_few_levels_are_as_drawn(levels: np.ndarray) -> None:
-    assert_as_drawn(levels)
-
-
 @given(st.integers(0, 2**32 - 1), st.integers(5, 40), st.integers(5, 40), st.floats(0.05, 0.95))
 def test_random_maps_with_ties_are_as_drawn(
     seed: int, height: int, width: int, share: float

@@ -12,12 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.evaluation.truth import (
-    GroundTruth,
-    ground_truth_of,
-    read_classes,
-    read_ground_truth,
-)
+from pipeline.evaluation.truth import GroundTruth, ground_truth_of, read_classes, read_ground_truth
 from pipeline.shards.format import read_manifest
 from pipeline.shards.ledger import read_ledger
 from tests.pipeline.evaluation.files import assert_refused, content, write, write_all

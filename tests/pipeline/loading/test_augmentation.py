@@ -78,12 +78,7 @@ def reference_image(image: np.ndarray, drawn: Draw, n: int) -> np.ndarray:
 )
 @settings(max_examples=200)
 def test_images_and_superpixels_are_the_references_and_the_same_bits_by_torch_and_numba(
-    size: tuple[int, int],
-    dtype: str,
-    augmentation: Augmentation,
-    seed: int,
-    step: int,
-    count: int,
+    size: tuple[int, int], dtype: str, augmentation: Augmentation, seed: int, step: int, count: int
 ) -> None:
     """Labels exactly, images within a grey level. What a GPU runs is run on CPU tensors here: it is
     integers throughout."""

@@ -334,9 +334,7 @@ def test_memory_is_not_used_again_while_a_view_or_an_array_refers_to_it(shards: 
         assert all(map(torch.equal, parts, expected))
 
 
-def test_batches_that_are_done_with_leave_their_memory_to_later_ones(
-    raw: Stored,
-) -> None:
+def test_batches_that_are_done_with_leave_their_memory_to_later_ones(raw: Stored) -> None:
     # Batches of one size: a larger one is put into new memory the first time.
     batches = islice(stream(*raw, batch_size=1), 60)
     assert len({batch.images.data_ptr() for batch in batches}) <= AHEAD + 2  # one is made, one used

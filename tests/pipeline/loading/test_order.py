@@ -44,12 +44,6 @@ def test_every_place_falls_to_one_rank_in_one_step_and_all_ranks_make_every_step
     assert edges[-1] == samples
 
 
-def test_batches_and_shares_by_hand() -> None:
-    assert steps_per_epoch(10, 4, 3) == 3
-    assert [step_range(10, 3, step) for step in range(3)] == [(0, 3), (3, 6), (6, 10)]
-    assert [rank_range(6, 10, rank, 3) for rank in range(3)] == [(6, 7), (7, 8), (8, 10)]
-
-
 @given(images=COUNTS, seed=SEEDS, epoch=st.integers(0, 9), window=st.none() | st.integers(1, 13))
 @settings(max_examples=200)
 def test_an_epoch_has_every_sample_once_and_each_window_those_of_its_shards(

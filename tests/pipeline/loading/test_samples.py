@@ -346,11 +346,3 @@ def test_a_set_of_more_shards_than_files_may_be_open_is_mapped_whole(
     assert_stored(samples, np.arange(count), written)
     assert len(mapped(tmp_path)) == count
     assert open_files() == files
-
-
-def test_a_split_that_is_not_there_is_named(data: Path, manifest: Manifest) -> None:
-    manifest = replace(
-        manifest, splits={"train": manifest.splits["train"], "val": manifest.splits["train"]}
-    )
-    with pytest.raises(UserError, match="no split 'test'; it has train, val"):
-        Samples(manifest, "test", ShardCache(data, manifest, "train", CacheConfig()))

@@ -105,9 +105,3 @@ def test_a_shard_or_index_missing_or_of_another_length_is_not_finished(tmp_path:
     for name in ("a.tar", "a.idx"):
         assert committed_facts(record, whole | {name: 29}) is None
         assert committed_facts(record, {k: v for k, v in whole.items() if k != name}) is None
-
-
-def test_the_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
-    for name in "ab":
-        write_record(tmp_path / name, [accepted(0, "train", 0, 1)], NO_SHARD)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

@@ -141,12 +141,6 @@ def test_colours_are_kept_apart() -> None:
     assert not set(np.unique(labels[:, :29])) & set(np.unique(labels[:, 29:]))
 
 
-def test_an_image_gives_the_same_labels_after_another_one() -> None:
-    first = superpixels(noise(64, 64, 1), 100)
-    superpixels(noise(64, 64, 2), 100)
-    assert np.array_equal(superpixels(noise(64, 64, 1), 100), first)
-
-
 def test_the_fastest_class_gives_the_labels_of_the_plain_one() -> None:
     image = noise(64, 64)
     plain = Slic(num_components=100, compactness=10.0, min_size_factor=MIN_SIZE, num_threads=1)

@@ -1,24 +1,5 @@
-import pytest
-
 from pipeline.sources.annotations import fit_boxes, read_annotation
 from tests.pipeline.sources.miniature import xml
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/hostname">]><annotation><object><name>&x;'
-        "</name></object></annotation>",
-        '<!DOCTYPE a [<!ENTITY x "y"><!ENTITY z "&x;&x;&x;">]><annotation>&z;</annotation>',
-        "<annotation><object>",
-        "",
-        '<?xml version="1.0" encoding="nonsense"?><annotation/>',
-    ],
-)
-def test_an_annotation_that_cannot_be_trusted_gives_only_a_note(text: str) -> None:
-    annotation = read_annotation(text.encode())
-    assert (annotation.wnid, annotation.boxes) == (None, ())
-    assert (annotation.note or "").startswith("annotation does not parse")
 
 
 def test_objects_of_different_classes_give_no_label_but_keep_their_boxes() -> None:

@@ -17,10 +17,10 @@ from tests.pipeline.test_fuzz import mutated
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 
 
-def read_members(data: bytes, folder: Path, start: int = 0, end: int | None = None) -> list[Member]:
+def read_members(data: bytes, folder: Path) -> list[Member]:
     (folder / "a.tar").write_bytes(data)
     with SourceFiles(str(folder)) as files:
-        return list(members(files, "a.tar", start, end))
+        return list(members(files, "a.tar"))
 
 
 characters = st.characters(codec="utf-8", min_codepoint=32, exclude_characters="/")
@@ -47,18 +47,6 @@ def test_names_of_ustar_may_be_split_at_a_slash(tmp_path: Path) -> None:
     name = "folder/" * 20 + "image.JPEG"
     (result,) = read_members(tar({name: b"abc"}), tmp_path)
     assert (result.name, result.size) == (name, 3)
-
-
-def test_an_archive_within_an_archive_is_a_range_of_it(tmp_path: Path) -> None:
-    inner = tar({"a.JPEG": b"aaa", "b.JPEG": b"bb"})
-    data = tar({"n1.tar": inner, "n2.tar": tar({"c.JPEG": b"c"})})
-    outer = read_members(data, tmp_path)
-    result = [x for y in outer for x in read_members(data, tmp_path, y.offset, y.offset + y.size)]
-    assert [(x.name, data[x.offset : x.offset + x.size]) for x in result] == [
-        ("a.JPEG", b"aaa"),
-        ("b.JPEG", b"bb"),
-        ("c.JPEG", b"c"),
-    ]
 
 
 @pytest.mark.parametrize("padding", [0, 512, 1 << 17])

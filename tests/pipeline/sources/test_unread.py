@@ -202,12 +202,8 @@ def test_members_of_archives_are_counted_as_files_are(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "outer", [{"n00000001.tar": tar({"1.JPEG": b"x", "a.txt": b""}), "b.JPEG": b"x"}]
-)
-def test_what_lies_beside_the_images_of_a_train_tar_is_counted(
-    outer: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_what_lies_beside_the_images_of_a_train_tar_is_counted(tmp_path: Path) -> None:
+    outer = {"n00000001.tar": tar({"1.JPEG": b"x", "a.txt": b""}), "b.JPEG": b"x"}
     source = read_source(write(tmp_path, {"ILSVRC2012_img_train.tar": tar(outer)}))
     assert source.images["train"]["id"].to_pylist() == ["1"]
     assert counts(source) == {f"suffix .jpeg {MEMBERS}": 1, f"suffix .txt {MEMBERS}": 1}
