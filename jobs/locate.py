@@ -109,7 +109,7 @@ def locate(
     x = net_inputs([image.pixels for image in prepared])
     views = net_inputs([image.view for image in prepared])
     half = config.network is not None and computes_bfloat16(device)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=half):
         maps = object_map(nets.corruption, x, segments, config.superpixels)
         maps = resize(maps.unsqueeze(1), size).squeeze(1)
         logits = nets.clean_classifier(views).float()

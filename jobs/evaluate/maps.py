@@ -51,7 +51,7 @@ class MapSource:
 def _aln(nets: Nets, x: Inputs) -> Tensor:
     device = x.images.device
     half = nets.config.network is not None and computes_bfloat16(device)  # as jobs.localize
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=half):
         return object_map(nets.corruption, x.images, x.segments, x.superpixels)
 
 
@@ -114,7 +114,7 @@ class RunSource:
         x = normalize(batch.images, *colour_statistics(nets.config, batch.images.device))
         x = x.contiguous(memory_format=torch.channels_last)  # on a CPU a quarter faster
         classifiers = {"clean": nets.clean_classifier, "co-trained": nets.classifier}
-        with torch.no_grad():
+        with torch.inference_mode():
             probabilities = {
                 name: class_probabilities(net, x, crops=self.crops)
                 for name, net in classifiers.items()
@@ -143,7 +143,7 @@ class NetworkSource:
         """Return the same as `RunSource.predict`. Maps are computed at the network's size and
         resized to that of the images, then those that are blurred are, as those of our own
         classifier."""
-        with torch.no_grad():
+        with torch.inference_mode():
             probabilities = class_probabilities(
                 self.network.classifier, prepare(self.network, batch.images), crops=self.crops
             )
