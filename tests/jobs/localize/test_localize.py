@@ -1,6 +1,7 @@
 """The job over folders of images: what it takes, writes, reports, and does again."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -277,6 +278,17 @@ def test_a_damaged_progress_file_is_named(
         file.write(f"{line}\n")
     with pytest.raises(UserError, match=r"progress\.jsonl is damaged \(\w+: .{,60}\);"):
         run(random_run, finished, pictures / "a.jpg")
+
+
+def test_a_full_disk_ends_the_job_and_names_the_file(
+    pictures: Path, random_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device on host .*: .*out/a\.png"):
+        run(random_run, tmp_path / "out", pictures / "a.jpg")
 
 
 def test_names_of_results_are_unique_whatever_the_folders_and_letter_case(tmp_path: Path) -> None:
