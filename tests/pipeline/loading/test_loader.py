@@ -302,11 +302,6 @@ def test_a_local_set_is_checked_whole_before_the_first_batch(
         next(stream(tmp_path, manifest, **settings))
 
 
-def test_fewer_samples_than_ranks_are_refused(raw: Stored) -> None:
-    with pytest.raises(UserError, match="fewer workers"):
-        next(stream(*raw, batch_size=3, ranks=4))
-
-
 def test_a_cache_that_cannot_hold_the_shards_of_every_batch_is_refused_up_front(
     tmp_path: Path, written: list[Sample]
 ) -> None:

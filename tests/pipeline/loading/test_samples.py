@@ -220,23 +220,6 @@ def test_a_sample_that_lacks_a_member_is_refused(
             read(opened(data, with_shards(manifest, data)), ALL)
 
 
-@pytest.mark.parametrize("extension", ["pyd", "pickle", "pth", "npy"])
-def test_pickles_are_no_members_and_nothing_is_unpickled(
-    data: Path, manifest: Manifest, extension: str
-) -> None:
-    """A pickle that would make a file when loaded, as image, as superpixels, and as one more."""
-    trace = data / "unpickled"
-    pickle = f"cos\nsystem\n(S'touch {trace}'\ntR.".encode()
-    path = shard_path(data, 0)
-    members = read_members(path)
-    for first, stop in ((0, 1), (1, 2), (len(members), len(members))):
-        name = f"{members[first - (first == stop)][0].split('.')[0]}.{extension}"
-        rewrite(path, [*members[:first], (name, pickle), *members[stop:]])
-        with pytest.raises(UserError, match="not a whole"):
-            read(opened(data, with_shards(manifest, data)), ALL)
-    assert not trace.exists()
-
-
 @pytest.mark.parametrize(
     ("label", "superpixel", "fault"),
     [
