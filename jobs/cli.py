@@ -13,9 +13,11 @@ import platform
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import types
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
-from pipeline.storage import is_file
+from pipeline.storage import is_file, is_remote, local_path
 
 Config = TypeVar("Config")
 
@@ -44,6 +46,8 @@ LINE_SECONDS = 5.0  # between progress lines
 ADDRESS = re.compile(r"auto|[^/]+:\d+")
 HOST_SECONDS = 180  # for a host to start a process and look, which can be slow on a busy one
 CLUSTER_SECONDS = 50  # for a cluster to answer; Ray itself would wait for 14 minutes
+HEAD_SECONDS = 45  # without an answer of a cluster's head; Ray itself ends the process after 60
+WATCH_SECONDS = 2.0  # between looks at it
 
 try:
     Path.home()
@@ -330,12 +334,42 @@ def connect_ray(*, dashboard: bool = False) -> None:
             f"Ray did not start, tried twice ({_first_line(error)}). End other work on this "
             "machine; if no folder can be written to, set RAY_TMPDIR"
         ) from error
+    if address != "local":
+        threading.Thread(target=_watch_head, daemon=True).start()
+
+
+def _watch_head() -> None:
+    """End this process with a line when the head of the cluster is gone, or was started anew and
+    knows nothing of this job. In a thread of its own, since Ray's calls may wait for ever."""
+    import ray
+    from ray._private.worker import global_worker
+
+    client = global_worker.gcs_client
+    address, cluster = client.address, client.cluster_id
+    host, _, port = address.rpartition(":")
+    answered, steady = time.monotonic(), True
+    while ray.is_initialized():
+        time.sleep(WATCH_SECONDS)
+        reason = f"has not answered for {HEAD_SECONDS} s"
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=WATCH_SECONDS).close()
+            if not steady and type(client)(address=address).cluster_id != cluster:
+                answered, reason = -math.inf, "was started anew"
+            else:
+                answered, steady = time.monotonic(), True
+        except Exception:  # Ray's, or the connection's
+            steady = False
+        if time.monotonic() - answered > HEAD_SECONDS and ray.is_initialized():
+            sys.stdout.flush()
+            line = f"error: the head of the Ray cluster, {address}, {reason}; "
+            print(f"{line}once it runs, the same command goes on", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def check_hosts(*files: str | Path) -> None:
     """Raise UserError, naming the host, where one of a cluster that RAY_ADDRESS names has other
-    versions or another state of this project's code than this process, or cannot read `files`. Not
-    of hosts that join later."""
+    versions or another state of this project's code than this process, or does not see `files`,
+    which may be local folders. Not of hosts that join later."""
     if not os.environ.get("RAY_ADDRESS"):
         return
     import ray
@@ -366,7 +400,7 @@ def host_facts(*files: str | Path) -> dict[str, str | None]:
     """Return what must be the same on all hosts, by name. Raises UserError for a file that this
     host does not see."""
     for file in files:
-        if not is_file(file):
+        if not (is_file(file) if is_remote(file) else local_path(file).exists()):
             raise UserError(
                 f"it does not see {file}; give a folder that all hosts mount, or a URI (s3://...)"
             )

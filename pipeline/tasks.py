@@ -1,14 +1,20 @@
 """One bounded loop of Ray tasks, in which every result is looked at."""
 
 import itertools
-from collections.abc import Callable, Generator, Iterable
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from pipeline.errors import UserError
 from pipeline.storage import UnreachableError
 
 POLL_SECONDS = 1.0
@@ -16,7 +22,11 @@ CANCEL_SECONDS = 3.0  # after which a cancelled task that has not ended is kille
 ATTEMPTS = 4  # at a task whose worker process or node dies, or that meets an error of the disk
 PASSING = (OSError, UnreachableError)  # errors in a task that may be gone at the next attempt
 PER_CPU = 2  # tasks in flight for each CPU: the next one waits beside the one that runs
+SLOW = 3.0  # times the median: a task that takes longer is slow, but not before SLOW_SECONDS
+SLOW_SECONDS = 10.0
+REMEMBERED = 1000  # durations of tasks
 
+LOG = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -43,9 +53,10 @@ def run_tasks(
 ) -> Generator[tuple[Item, Result | Failure], None, None]:
     """Yield each item with the result of `function(*arguments(item))` in a Ray task, as they end.
 
-    A task whose process or disk fails is repeated, so `function` may be called several times for
-    one item, in several processes at once. Closing the generator stops the tasks that still run:
-    a caller that gives up early does so within `contextlib.closing`.
+    A task whose process or disk fails is repeated; one that takes far longer than the others, as on
+    a host that is slow or cut off, is also started on another once no item waits. So `function` may
+    be called several times for one item, in several processes at once. Closing the generator stops
+    the tasks that still run: a caller that gives up early does so within `contextlib.closing`.
 
     at_once: tasks in flight; by default two for each CPU. gpus: share of a GPU that a task takes.
     Arguments are made when a task is submitted. `tick` is called after each round, about every
@@ -54,28 +65,93 @@ def run_tasks(
     at_once = at_once or PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
     # Ray's own retries would go on for ever where it is Ray that ends the process, for its memory.
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(function)
-    waiting, in_flight = iter(items), dict[ray.ObjectRef, tuple[Item, int]]()
+    waiting = iter(items)
+    attempts = _Attempts(lambda item: remote.remote(*arguments(item)))
     try:
         while True:
-            for item in itertools.islice(waiting, at_once - len(in_flight)):
-                in_flight[remote.remote(*arguments(item))] = item, 1
-            if not in_flight:
+            for item in itertools.islice(waiting, at_once - len(attempts.running)):
+                attempts.start(_Task(item))
+            if not attempts.running:
                 return
-            finished, _ = ray.wait(list(in_flight), timeout=POLL_SECONDS)
+            if len(attempts.running) < at_once:
+                attempts.start_slow_again()
+            try:
+                finished, _ = ray.wait(list(attempts.running), timeout=POLL_SECONDS)
+            except OSError as error:  # its socket is closed
+                raise UserError(f"Ray on this host has ended ({error})") from error
             for reference in finished:
-                item, attempt = in_flight.pop(reference)
-                try:
-                    result = ray.get(reference)
-                except RayError as error:
-                    if attempt < ATTEMPTS and _may_pass(error):
-                        in_flight[remote.remote(*arguments(item))] = item, attempt + 1
-                    else:
-                        yield item, _failure(error)
-                else:
-                    yield item, result
+                yield from attempts.end(reference)
             tick()
     finally:
-        _stop(list(in_flight))
+        _stop([*attempts.running, *attempts.late])
+
+
+@dataclass
+class _Task:
+    """An item with its attempts: those that run, how many failed, when the last one was started."""
+
+    item: Any
+    running: list[ray.ObjectRef] = field(default_factory=list)
+    failed: int = 0
+    started: float = 0.0
+
+
+@dataclass
+class _Attempts:
+    """The attempts that run. submit: start one. late: those that another one has overtaken.
+    seconds: what tasks took, the last ones. lines: what was logged."""
+
+    submit: Callable[[Any], ray.ObjectRef]
+    running: dict[ray.ObjectRef, _Task] = field(default_factory=dict)
+    late: list[ray.ObjectRef] = field(default_factory=list)
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    lines: set[str] = field(default_factory=set)
+
+    def start(self, task: _Task) -> None:
+        task.started = time.monotonic()
+        task.running.append(self.submit(task.item))
+        self.running[task.running[-1]] = task
+
+    def start_slow_again(self) -> None:
+        """Start another attempt at the oldest task where it takes far longer than those before."""
+        oldest = min(self.running.values(), key=lambda task: task.started)
+        limit = max(SLOW_SECONDS, SLOW * median(self.seconds)) if self.seconds else math.inf
+        if time.monotonic() - oldest.started > limit:
+            self._log(
+                "a task takes far longer than others, as on a slow host: it is started once more"
+            )
+            self.start(oldest)
+
+    def end(self, reference: ray.ObjectRef) -> Iterator[tuple[Any, Any]]:
+        """Take the result of an attempt that has ended. Yields the task's where that ends it."""
+        task = self.running.pop(reference)
+        task.running.remove(reference)
+        try:
+            result = ray.get(reference)
+        except RayError as error:
+            task.failed += 1
+            if task.running:
+                return
+            if task.failed < ATTEMPTS and _may_pass(error):
+                if not isinstance(error, RayTaskError):
+                    reason = _first_line(error).partition(" This can happen")[0]  # Ray's advice
+                    self._log(f"a task is repeated: {reason}")
+                self.start(task)
+            else:
+                yield task.item, _failure(error)
+            return
+        self.seconds.append(time.monotonic() - task.started)
+        for other in task.running:
+            del self.running[other]
+            ray.cancel(other)
+            self.late.append(other)
+        yield task.item, result
+
+    def _log(self, line: str) -> None:
+        """Log a line once."""
+        if line not in self.lines:
+            LOG.warning(line)
+        self.lines.add(line)
 
 
 def _may_pass(error: RayError) -> bool:
@@ -88,17 +164,23 @@ def _failure(error: RayError) -> Failure:
     if isinstance(cause, Exception):
         reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
         return Failure(error=cause, reason=reason)
-    reason = f"its worker process ended {ATTEMPTS} times ({str(error).splitlines()[0]})"
+    reason = f"its worker process ended {ATTEMPTS} times ({_first_line(error)})"
     return Failure(error=error, reason=reason)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
 def _stop(references: list[ray.ObjectRef]) -> None:
-    """Cancel these tasks and wait for their ends; kill those that do not end.
+    """Cancel these tasks and wait for their ends; kill those that do not end, but for those on a
+    host that does not answer, which Ray ends with the driver.
 
     Ray cancels by an interrupt, which workers of a job in the background of a script ignore.
     """
-    force = False
-    while references:
+    for force in (False, True):
+        if not references:
+            return
         for reference in references:
             ray.cancel(reference, force=force)
         ended, references = ray.wait(
@@ -107,4 +189,3 @@ def _stop(references: list[ray.ObjectRef]) -> None:
         for reference in ended:
             with suppress(RayError):
                 ray.get(reference)
-        force = True

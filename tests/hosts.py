@@ -3,7 +3,6 @@
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,24 +21,39 @@ HEAD, OUTSIDE = f"{NETWORK}.1", f"{NETWORK}.254"
 
 
 class Host:
-    """A namespace with one address on eth0, and processes in it."""
+    """A network namespace with one address on eth0, and a machine in it: processes in namespaces of
+    their own for their ids and their host's name."""
 
     def __init__(self, number: int, token: str) -> None:
         self.name, self.address = f"aln{number}-{os.getpid()}", f"{NETWORK}.{number}"
         self.cable = f"aln{number}v{os.getpid()}"  # its end outside of the host
-        self.processes: list[subprocess.Popen] = []
+        self.machine: subprocess.Popen | None = None
         self.environment = environment(
-            RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_ADDRESS=f"{HEAD}:{PORT}"
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN=token,
+            RAY_ADDRESS=f"{HEAD}:{PORT}",
+            RAY_health_check_failure_threshold="10",  # as cluster/README.md advises
         )
 
     def start(self, *command: str, **options: object) -> subprocess.Popen:
-        """Start a process whose host name is this host's; it leads a group of its own."""
-        inner = 'hostname "$0" && exec "$@"'
-        words = ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", inner, self.name]
-        settings = {"env": self.environment, "cwd": ROOT, "start_new_session": True, "text": True}
-        process = subprocess.Popen([*words, *command], **{**settings, **options})  # type: ignore[call-overload]
-        self.processes.append(process)
-        return process
+        """Start a process on the machine."""
+        self.machine = self.machine or self._boot()
+        proc = f"/proc/{self.machine.pid}/ns"
+        words = ["nsenter", f"--net={proc}/net", f"--uts={proc}/uts", f"--mount={proc}/mnt"]
+        words += [f"--pid={proc}/pid_for_children", f"--wd={ROOT}", "--", *command]
+        settings = {"env": self.environment, "text": True} | options
+        return subprocess.Popen(words, **settings)  # type: ignore[call-overload]
+
+    def _boot(self) -> subprocess.Popen:
+        """Start the machine, the first process of its namespaces."""
+        words = ["ip", "netns", "exec", self.name, "unshare", "--uts", "--pid", "--fork"]
+        words += ["--mount-proc", "--kill-child", "sh", "-c"]
+        script = f"hostname {self.name}; echo; exec sleep infinity"
+        machine = subprocess.Popen([*words, script], stdout=subprocess.PIPE)
+        assert machine.stdout
+        if not machine.stdout.readline():
+            pytest.skip("no namespaces of processes can be made here")
+        return machine
 
     def start_ray(self, folder: Path, cpus: int) -> None:
         """Start a Ray node, on the first host the head, which is waited for."""
@@ -58,17 +72,22 @@ class Host:
                     node = self.start(RAY, "start", "--block", *where, stdout=log, stderr=log)
                 time.sleep(0.5)
 
-    def kill(self, but: subprocess.Popen | None = None) -> None:
-        """End all processes of the host at once, as a power cut does; not the group of `but`."""
+    def kill(self) -> None:
+        """End all processes of the host at once."""
+        if self.machine is not None:
+            self.machine.kill()
+            self.machine.wait()
+        self.machine = None
+
+    def tasks(self, title: str = "") -> list[int]:
+        """Return the process ids of Ray's workers whose title begins so."""
         pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
+        chosen = []
         for pid in map(int, pids.stdout.split()):
-            with suppress(ProcessLookupError):
-                if but is None or os.getpgid(pid) != but.pid:
-                    os.kill(pid, signal.SIGKILL)
-        for process in self.processes:
-            if process is not but:
-                process.wait()
-        self.processes = [but] if but else []
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/cmdline").read_text().startswith(f"ray::{title}"):
+                    chosen.append(pid)
+        return chosen
 
     def cut(self) -> None:
         """Take the host off the network."""

@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.shards.format import Manifest
 from pipeline.shards.output import PLAN_NAME
 from pipeline.shards.plan import PreprocessConfig
-from pipeline.storage import absolute, join
+from pipeline.storage import absolute, is_remote, join
 
 if TYPE_CHECKING:  # the flags are read without Ray
     from pipeline.shards.make import Outcome, Progress
@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def connect() -> None:
         cli.connect_ray()
-        cli.check_hosts(join(absolute(config.output), PLAN_NAME))
+        source = absolute(config.source)
+        read = [] if is_remote(source) else [source]
+        cli.check_hosts(join(absolute(config.output), PLAN_NAME), *read)
 
     outcome = preprocess(PreprocessConfig(**values), printer(making), connect)
     pages = write_previews(outcome.output, outcome.manifest)

@@ -54,7 +54,10 @@ def check_resources(resources: ResourcesConfig) -> None:
             f"{most.get(resource, 0):.0f}. Lower --workers, or raise max_workers of the cluster"
         )
     if os.environ.get("RAY_ADDRESS"):
-        print(f"waiting for {fewest} {resource}s; the cluster has {available}")
+        print(
+            f"waiting for {fewest} {resource}s; the cluster has {available}. Start more hosts, or "
+            "give fewer --workers"
+        )
     else:
         raise UserError(
             f"--workers {resources.workers} asks for as many {resource}s, this machine has "

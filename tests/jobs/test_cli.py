@@ -1,6 +1,7 @@
 """What the commands share: flags and their bounds, progress lines, records, one-line errors."""
 
 import contextlib
+import os
 import signal
 import tomllib
 from dataclasses import dataclass, field
@@ -189,9 +190,24 @@ def test_a_host_with_other_versions_or_without_the_files_is_named(
     (tmp_path / "seen").touch()
     cli.check_hosts(tmp_path / "nothing")  # a machine by itself
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    cli.check_hosts(tmp_path / "seen")
+    cli.check_hosts(tmp_path / "seen", tmp_path)
     with pytest.raises(UserError, match=r"^host .*does not see .*/nothing"):
         cli.check_hosts(tmp_path / "seen", tmp_path / "nothing")
     monkeypatch.setattr(cli, "_version", lambda name: "0.1" if name == "ray" else version(name))
     with pytest.raises(UserError, match=r"^host \S+ \(\S+\) has ray 2\S+, this one 0\.1"):
         cli.check_hosts()
+
+
+def test_a_head_that_no_longer_answers_ends_the_process_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = Mock(address="127.0.0.1:1")
+    monkeypatch.setattr(ray._private.worker, "global_worker", Mock(gcs_client=client))
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(cli, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(cli, "WATCH_SECONDS", 0.1)
+    monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        cli._watch_head()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "127.0.0.1:1, has not answered for 0.2 s" in line

@@ -60,6 +60,25 @@ def test_no_more_tasks_are_made_than_the_limit_allows(tmp_path: Path) -> None:
     assert (made, ended, most) == (30, 30, 3)
 
 
+def nap(folder: Path, item: int) -> int:
+    """The first attempt at item 3 takes a minute, as on a host that is slow or cut off."""
+    attempt = tally(folder, item)
+    for _ in range(600 if item == 3 and attempt == 1 else 1):  # one long sleep cannot be ended
+        time.sleep(0.1)
+    return attempt
+
+
+def test_a_slow_task_is_started_again_and_the_first_result_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tasks, "SLOW_SECONDS", 2.0)
+    started = time.monotonic()
+    found = dict(run_tasks(nap, range(6), lambda item: (tmp_path, item), 2))
+    assert found == {0: 1, 1: 1, 2: 1, 3: 2, 4: 1, 5: 1}
+    assert time.monotonic() - started < 30
+    assert len(caplog.messages) == 1
+
+
 def fail_or_run_on(folder: Path, item: int, ignore_interrupts: bool) -> None:
     """Item 0 fails once another one runs; the others never end, and leave their process's id."""
     if item == 0:
