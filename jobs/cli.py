@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import re
@@ -55,20 +56,20 @@ except RuntimeError:  # a container's user may have none, which ray.train and ot
     os.environ["HOME"] = tempfile.gettempdir()
 
 
+BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "low": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "high": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+    "multiple_of": (lambda number, divisor: number % divisor == 0, "a multiple of"),
+}
+
+
 def option(
-    default: Any = dataclasses.MISSING,
-    *,
-    help: str,
-    positional: bool = False,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    multiple_of: int | None = None,
+    default: Any = dataclasses.MISSING, *, help: str, positional: bool = False, **bounds: float
 ) -> Any:
-    """Declare a dataclass field as a flag. positional: a tuple given without its flag. low and high
-    belong to the allowed range of `check_bounds`, above and below do not."""
-    bounds = {"low": low, "high": high, "above": above, "below": below, "multiple_of": multiple_of}
+    """Declare a dataclass field as a flag. positional: a tuple given without its flag. bounds: by
+    the names in BOUNDS, what `check_bounds` allows."""
     metadata = {"help": help, "positional": positional, "bounds": bounds}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -77,37 +78,15 @@ def check_bounds(config: Any) -> None:
     """Raise ValueError for the first field of a dataclass outside its `option` bounds. Call it from
     `__post_init__`. None passes; of a tuple every value is checked."""
     for field in dataclasses.fields(config):
-        bounds = {k: v for k, v in field.metadata.get("bounds", {}).items() if v is not None}
+        bounds = field.metadata.get("bounds", {})
         value = getattr(config, field.name)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is not None and bounds and not _within(number, **bounds):
-                raise ValueError(
-                    f"{flag(field.name)} {number} is out of range: {_allowed(**bounds)}"
-                )
-
-
-def _within(
-    number: float,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-    multiple_of: int = 1,
-) -> bool:
-    inside = low <= number <= high and above < number < below
-    return inside and (multiple_of == 1 or number % multiple_of == 0)
-
-
-def _allowed(**bounds: float) -> str:
-    words = {
-        "low": "at least",
-        "above": "above",
-        "high": "at most",
-        "below": "below",
-        "multiple_of": "a multiple of",
-    }
-    return ", ".join(f"{words[name]} {bounds[name]:g}" for name in words if name in bounds)
+            if number is None or not bounds:
+                continue
+            allowed = (BOUNDS[name][0](number, bound) for name, bound in bounds.items())
+            if not (math.isfinite(number) and all(allowed)):
+                texts = (f"{BOUNDS[name][1]} {bounds[name]:g}" for name in BOUNDS if name in bounds)
+                raise ValueError(f"{flag(field.name)} {number} is out of range: {', '.join(texts)}")
 
 
 def flag(name: str) -> str:
@@ -290,9 +269,8 @@ class ProgressPrinter:
         if self.ended or not (due or done == total):
             return
         self.last, self.ended = now, done == total
-        line = progress_line(
-            done, total, seconds=seconds or now - self.started, resumed=resumed, note=note
-        )
+        seconds = seconds or now - self.started
+        line = progress_line(done, total, seconds=seconds, resumed=resumed, note=note)
         if self.in_place:
             print(f"\r{line}\x1b[K", end="\n" if self.ended else "", flush=True)
         else:
@@ -416,19 +394,11 @@ def _start_ray(address: str, dashboard: bool) -> BaseException | None:
     """Connect to Ray. Return the error where that fails."""
     import ray
 
-    try:
-        ray.init(
-            address=address,
-            include_dashboard=dashboard,
-            logging_level="warning",
-            log_to_driver=False,  # jobs print what their users need
-        )
-    except SystemExit as error:
-        if error.code == signal.SIGTERM:
+    try:  # jobs print what their users need themselves
+        ray.init(address, include_dashboard=dashboard, logging_level="warning", log_to_driver=False)
+    except (Exception, SystemExit) as error:  # Ray raises bare ones
+        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
             raise KeyboardInterrupt(signal.SIGTERM) from None
-        ray.shutdown()
-        return error
-    except Exception as error:  # Ray raises bare ones
         ray.shutdown()
         return error
     return None
@@ -442,21 +412,16 @@ def _check_cluster(address: str) -> None:
     """Raise UserError where no Ray cluster answers at an address."""
     reason = ""
     if ADDRESS.fullmatch(address):
-        ray = (sys.executable, "-m", "ray.scripts.scripts")
+        command = [sys.executable, *["-m", "ray.scripts.scripts", "health-check", "--address"]]
+        command.append(address)
         try:
-            result = subprocess.run(
-                [*ray, "health-check", "--address", address],
-                capture_output=True,
-                text=True,
-                timeout=CLUSTER_SECONDS,
-                check=False,
-            )
+            subprocess.run(command, capture_output=True, check=True, timeout=CLUSTER_SECONDS)
+            return
         except subprocess.TimeoutExpired:
             reason = f" within {CLUSTER_SECONDS} s"
-        else:
-            if result.returncode == 0:
-                return
-            reason = f" ({(result.stderr.strip().splitlines() or ['no reason given'])[-1]})"
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.decode(errors="replace").strip().splitlines()
+            reason = f" ({(lines or ['no reason given'])[-1]})"
     raise UserError(
         f"no Ray cluster answers at RAY_ADDRESS={address}{reason}; give its head as HOST:PORT "
         "(the port is 6379 by default), or unset it to run on this machine"

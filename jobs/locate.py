@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,6 +134,22 @@ def locate(
         )
         for i in range(count)
     ]
+
+
+def facts(image: Prepared, result: Located) -> dict[str, Any]:
+    """Return the entry of an image in boxes.json and in the answer over HTTP."""
+    top = [{"class": wnid, "name": name, "score": score} for wnid, name, score in result.top5]
+    note = {"note": image.note} if image.note else {}
+    return {
+        "width": image.width,
+        "height": image.height,
+        "orientation": image.orientation,
+        "box": result.box,
+        "found": result.found,
+        **top[0],
+        "top5": top,
+        **note,
+    }
 
 
 def computes_bfloat16(device: torch.device) -> bool:

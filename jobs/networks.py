@@ -18,7 +18,7 @@ from model.decoder import resize
 from model.masking import normalize
 from model.pretrained import PretrainedClassifier
 from pipeline.errors import NAMED, UserError
-from pipeline.sources.labels import WNID, class_lines
+from pipeline.sources.labels import WNID, read_names
 
 SMALLEST_SIZE = 64  # these networks divide the side by 32: below, one feature is the whole image
 NESTED = ("state_dict", "model")  # where training scripts keep the weights in their checkpoints
@@ -202,24 +202,6 @@ def _load_weights(name: str, module: nn.Module, read: Mapping[str, Tensor], orig
     module.load_state_dict(read, strict=False)
 
 
-def _read_classes(path: Path) -> list[tuple[str, str]]:
-    """Read wnid and names of each line: LOC_synset_mapping.txt, or wnids alone."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"file of the network's classes {path} cannot be read: {error}") from error
-    classes = [(wnid, names or "") for _, wnid, names in class_lines(text)]
-    numbers: dict[str, int] = {}
-    for number, (wnid, _) in enumerate(classes, 1):
-        if wnid in numbers:
-            raise UserError(
-                f"{path} names {wnid} as class {numbers[wnid]} and as class {number}; each output "
-                "of the network has one class."
-            )
-        numbers[wnid] = number
-    return classes
-
-
 def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
 
@@ -252,13 +234,10 @@ def _known_classes(
     name: str, outputs: int, classes: Sequence[str], file: Path | None
 ) -> list[tuple[str, str]]:
     """Return wnid and names of each output: of the file, of ILSVRC, or the data set's classes."""
-    ilsvrc = _read_classes(ILSVRC)
-    if file is not None:
-        known = _read_classes(file)
-    elif outputs == len(classes) != len(ilsvrc):
-        known = [(wnid, "") for wnid in classes]
-    else:
-        known = ilsvrc
+    if file is None and outputs == len(classes) != ILSVRC_CLASSES:
+        return [(wnid, "") for wnid in classes]
+    path = file or ILSVRC
+    known = list(read_names(path.read_bytes(), str(path)).items())
     if len(known) != outputs:
         raise UserError(
             f"{name} has {outputs} outputs, but {file or 'ILSVRC'} {len(known)} classes; give a "
@@ -350,8 +329,6 @@ def load_network(
 
 def prepare(network: Network, images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] on the classifier's device -> normalized float32 at the network's size."""
-    mean, std = (
-        torch.tensor(values, device=images.device) for values in (network.mean, network.std)
-    )
+    mean, std = (torch.tensor(x, device=images.device) for x in (network.mean, network.std))
     x = normalize(resize(images.to(torch.float32), network.size), mean, std)
     return x.contiguous(memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ from jobs import cli
 from pipeline.errors import UserError
 from pipeline.evaluation.results import read_evaluation
 from pipeline.shards.format import sha256_file
-from pipeline.sources.labels import class_lines
+from pipeline.sources.labels import read_names
 
 if TYPE_CHECKING:  # the flags are read without torch, which takes seconds to load
     from torch import Tensor
@@ -95,9 +95,8 @@ def _classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the wnids of ILSVRC's classes, and the first name of each."""
     from jobs.networks import ILSVRC
 
-    lines = list(class_lines(ILSVRC.read_text()))
-    names = [(text or wnid).split(",")[0] for _, wnid, text in lines]
-    return tuple(wnid for _, wnid, _ in lines), tuple(names)
+    names = read_names(ILSVRC.read_bytes(), str(ILSVRC))
+    return tuple(names), tuple(text.split(",")[0] for text in names.values())
 
 
 def ship(config: ShipConfig) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def process_batch(
     Files are read again to be drawn, rather than kept in memory. Raises what would fail every other
     image too: UserError for nets without finite maps, OSError for the disk of the output.
     """
-    from jobs.locate import locate, prepare
+    from jobs.locate import facts, locate, prepare
 
     entries: list[dict[str, Any]] = []
     prepared: dict[int, Prepared] = {}
@@ -116,19 +116,7 @@ def process_batch(
                 raise
             entries[i] = _failure(jobs[i], error)
             continue
-        top = [{"class": wnid, "name": name, "score": score} for wnid, name, score in result.top5]
-        entries[i] |= {
-            "width": prepared[i].width,
-            "height": prepared[i].height,
-            "orientation": prepared[i].orientation,
-            "box": result.box,
-            "found": result.found,
-            **top[0],
-            "top5": top,
-            **pictures,
-        }
-        if prepared[i].note:
-            entries[i]["note"] = prepared[i].note
+        entries[i] |= facts(prepared[i], result) | pictures
     return entries
 
 

@@ -88,18 +88,14 @@ def printer(note: "Callable[[Progress], str]") -> "Callable[[Progress], None]":
 def making(progress: "Progress") -> str:
     """Return the note of a line while shards are made."""
     unread = f", {progress.unread} files not read" if progress.unread else ""
-    return f"{progress.rejected} rejected{unread}{_shards(progress.failed_shards, 'failed')}"
+    failed = f", shards failed: {progress.failed_shards}" if progress.failed_shards else ""
+    return f"{progress.rejected} rejected{unread}{failed}"
 
 
 def checking(progress: "Progress") -> str:
     """Return the note of a line while shards are verified."""
-    return f"checked{_shards(progress.failed_shards, 'damaged')}"
-
-
-def _shards(count: int, verb: str) -> str:
-    if not count:
-        return ""
-    return f", {count} {'shard' if count == 1 else 'shards'} {verb}"
+    damaged = f", shards damaged: {progress.failed_shards}" if progress.failed_shards else ""
+    return f"checked{damaged}"
 
 
 def check(config: JobConfig) -> None:
@@ -136,18 +132,11 @@ def verification_table(verification: "Verification") -> str:
     """Return a table of what was checked, a row per split."""
     rows = []
     for split in verification.fingerprint["images"]:
-        checks = [
-            verification.shards[task.name] for task in verification.tasks if task.split == split
-        ]
-        rows.append(
-            [
-                split,
-                str(sum(check.facts.images for check in checks if check.facts)),
-                str(sum(check.totals.rejected for check in checks if check.totals)),
-                str(len(checks)),
-                str(sum(bool(check.problems) for check in checks)),
-            ]
-        )
+        checks = [verification.shards[x.name] for x in verification.tasks if x.split == split]
+        images = sum(check.facts.images for check in checks if check.facts)
+        rejected = sum(check.totals.rejected for check in checks if check.totals)
+        damaged = sum(bool(check.problems) for check in checks)
+        rows.append([split, *map(str, (images, rejected, len(checks), damaged))])
     return cli.table(["split", "images", "rejected", "shards", "damaged"], rows)
 
 

@@ -11,11 +11,11 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
-from jobs.locate import keep_freed_memory, locate, prepare
+from jobs.locate import facts, keep_freed_memory, locate, prepare
 from jobs.pictures import encode_png, grey
 from jobs.runs import Nets
 from jobs.shipped import open_nets
-from model.localization import RULES, localize
+from model.localization import RULES, localize_by
 from pipeline.evaluation.protocols import scale_boxes
 from pipeline.shards.images import ImageError
 
@@ -34,39 +34,25 @@ class BusyError(Exception):
 def answer(nets: Nets, files: Sequence[bytes]) -> list[Answer]:
     """Return a dict for each file: its size, boxes by rule, classes, and the mask as a PNG of the
     nets' size; or under "error" why it is no image that can be used."""
-    answers: list[Answer] = []
+    answers: list[Answer] = [{} for _ in files]
     prepared = {}
     for i, data in enumerate(files):
         try:
-            image = prepared[i] = prepare(nets.config, data)
-            sides = {"width": image.width, "height": image.height}
-            answers.append(sides | {"orientation": image.orientation})
+            prepared[i] = prepare(nets.config, data)
         except (ImageError, MemoryError) as error:
-            answers.append({"error": str(error) or "too large for this machine's memory"})
+            answers[i]["error"] = str(error) or "too large for this machine's memory"
     if not prepared:
         return answers
     results = locate(nets, list(prepared.values()), batch_size=len(prepared))
     maps = np.stack([result.map for result in results])
     sizes = np.array([(image.height, image.width) for image in prepared.values()])
-    own = np.array(maps.shape[1:])
-    boxes = {
-        rule: [result.box for result in results]
-        if rule == nets.config.rule
-        else scale_boxes(localize(maps, rule)[0], own, sizes).tolist()
-        for rule in RULES
-    }
-    for row, (i, result) in enumerate(zip(prepared, results, strict=True)):
-        top = [{"class": wnid, "name": name, "score": score} for wnid, name, score in result.top5]
-        answers[i] |= {
-            "rule": nets.config.rule,
-            "boxes": {rule: of_rule[row] for rule, of_rule in boxes.items()},
-            "found": result.found,
-            **top[0],
-            "top5": top,
-            "mask": encode_png(grey(result.map)),
-        }
-        if prepared[i].note:
-            answers[i]["note"] = prepared[i].note
+    by_rule, _ = localize_by(maps, tuple(RULES))
+    scaled = [scale_boxes(boxes, np.array(maps.shape[1:]), sizes).tolist() for boxes in by_rule]
+    for i, result, *boxes in zip(prepared, results, *scaled, strict=True):
+        answers[i] = facts(prepared[i], result)
+        answers[i]["rule"] = nets.config.rule
+        answers[i]["boxes"] = dict(zip(RULES, boxes, strict=True))
+        answers[i]["mask"] = encode_png(grey(result.map))
     return answers
 
 

@@ -114,9 +114,8 @@ def write_record(location: str | Path, rows: Sequence[LedgerRow], facts: ShardFa
 def read_facts(record: str | Path) -> ShardFacts:
     """Read the facts in a record. Raises UserError where it is missing or damaged."""
 
-    def read() -> ShardFacts:
-        with storage.open_input(record) as file:
-            content = json.loads(pq.read_schema(file).metadata[FACTS])
+    def facts(file: pa.NativeFile) -> ShardFacts:
+        content = json.loads(pq.read_schema(file).metadata[FACTS])
         return ShardFacts(
             shard=Shard(**content["shard"]) if content["shard"] else None,
             index_bytes=content["index_bytes"],
@@ -125,23 +124,29 @@ def read_facts(record: str | Path) -> ShardFacts:
             squares=tuple(content["squares"]),
         )
 
-    return _reading(record, read)
+    return _read(record, facts)
 
 
 def read_record(record: str | Path) -> pa.Table:
     """Read a record's ledger rows. Raises UserError where it is missing or damaged."""
-
-    def read() -> pa.Table:
-        with storage.open_input(record) as file:
-            return pq.read_table(file, partitioning=None).cast(SCHEMA)
-
-    return _reading(record, read)
+    return _read(record, lambda file: pq.read_table(file, partitioning=None).cast(SCHEMA))
 
 
-def _reading(location: str | Path, read: Callable[[], Result]) -> Result:
-    """Return `read()`, tried again where a connection is lost. Raises UserError for damage."""
+def read_row_group(data: str | Path, group: int) -> pa.Table:
+    """Read the rows of the shard with this number, over all splits, in the ledger of a set."""
+    location = storage.join(data, LEDGER_NAME)
+    return _read(location, lambda file: pq.ParquetFile(file).read_row_group(group))
+
+
+def _read(location: str | Path, read: Callable[[pa.NativeFile], Result]) -> Result:
+    """Return `read(file)`, tried again where a connection is lost. Raises UserError for damage."""
+
+    def attempted() -> Result:
+        with storage.open_input(location) as file:
+            return read(file)
+
     try:
-        return storage.attempt(location, read)
+        return storage.attempt(location, attempted)
     except UserError:
         raise
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -180,11 +185,11 @@ def merge_records(
             for table in run_ahead(read_record, records, threads=READ_AHEAD, depth=READ_AHEAD):
                 writer.write_table(table)
                 totals[table["split"][0].as_py()].add(table)
-        digest = hashlib.sha256()
         file.seek(0)
+        sha256 = hashlib.sha256()
         while piece := file.read(storage.CHUNK):
-            digest.update(piece)
-    return totals, digest.hexdigest()
+            sha256.update(piece)
+    return totals, sha256.hexdigest()
 
 
 def read_ledger(
@@ -200,12 +205,10 @@ def read_ledger(
     if status is not None:
         chosen &= pc.field("status") == status
     names = list(columns) if columns is not None else None
-
-    def read() -> pa.Table:
-        with storage.open_input(location) as file:
-            return pq.read_table(file, columns=names, filters=chosen, partitioning=None)
-
     try:
-        return _reading(location, read)
+        return _read(
+            location,
+            lambda file: pq.read_table(file, columns=names, filters=chosen, partitioning=None),
+        )
     except storage.MissingError as error:
         raise UserError(f"{location} is missing; preprocess again to finish the set.") from error

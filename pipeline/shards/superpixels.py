@@ -31,26 +31,19 @@ def label_dtype(count: int) -> np.dtype:
     return np.dtype(np.uint8 if count <= 256 else np.uint16)
 
 
-def superpixels(
-    image: np.ndarray,
-    count: int,
-    compactness: float = 10.0,
-    iterations: int = ITERATIONS,
-    min_size: float = MIN_SIZE,
-) -> np.ndarray:
+def superpixels(image: np.ndarray, count: int, compactness: float = 10.0) -> np.ndarray:
     """Cut `image` (uint8 [H, W, 3]) into at most `count` superpixels (SLIC), each in one piece:
     labels [H, W], contiguous from 0, uint8 where `count` is at most 256, else uint16. A larger
-    `compactness` makes them squarer; a piece smaller than `min_size` of the mean size joins its
-    neighbour. Raises ValueError."""
+    `compactness` makes them squarer. Raises ValueError."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"image has {image.dtype} {image.shape}; give it as uint8 [H, W, 3].")
     check_superpixels(image.shape[0], image.shape[1], count)
     # A fresh object each time: a used one starts from the clusters of the image before. More than
     # one thread spins on a busy machine.
     slic = _fastest_slic()(
-        num_components=count, compactness=compactness, min_size_factor=min_size, num_threads=1
+        num_components=count, compactness=compactness, min_size_factor=MIN_SIZE, num_threads=1
     )
-    labels = slic.iterate(np.ascontiguousarray(image), iterations)
+    labels = slic.iterate(np.ascontiguousarray(image), ITERATIONS)
     return labels.view(np.uint16).astype(label_dtype(count))  # fast-slic wraps them in int16
 
 

@@ -10,9 +10,7 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import UserError
@@ -36,6 +34,7 @@ from pipeline.shards.ledger import (
     Totals,
     read_facts,
     read_record,
+    read_row_group,
 )
 from pipeline.shards.make import Progress
 from pipeline.shards.manifest import differences, make_manifest
@@ -160,7 +159,7 @@ def check_shard(
     if facts.shard != recorded:
         problem = f"{storage.name(record)}: describes another shard than {MANIFEST_NAME}"
         return ShardCheck(problems=(problem,), facts=facts)
-    if group is not None and not _ledger_group(output, group).equals(table):
+    if group is not None and not read_row_group(output, group).equals(table):
         problem = f"{storage.name(record)}: its rows are not those of {LEDGER_NAME}"
         return ShardCheck(problems=(problem,), facts=facts)
     totals = Totals(class_counts=np.zeros(len(manifest.classes), np.int64))
@@ -177,16 +176,6 @@ def check_shard(
     problems = _shard_problems(content, index, recorded, manifest, rows)
     named = tuple(f"{storage.name(location)}: {text}" for text in problems)
     return ShardCheck(problems=named, facts=facts, totals=totals)
-
-
-def _ledger_group(output: str, group: int) -> pa.Table:
-    location = storage.join(output, LEDGER_NAME)
-
-    def read() -> pa.Table:
-        with storage.open_input(location) as file:
-            return pq.ParquetFile(file).read_row_group(group)
-
-    return storage.attempt(location, read)
 
 
 def _shard_problems(
