@@ -88,12 +88,10 @@ def prepare(config: ModelConfig, data: bytes) -> Prepared:
 def locate(
     nets: Nets, prepared: Sequence[Prepared], *, batch_size: int, rule: Rule | None = None
 ) -> list[Located]:
-    """Return boxes and classes of up to `batch_size` images, on the device where the nets are.
-
-    The nets always see `batch_size` images, the last ones blank where there are fewer: kernels
-    are chosen, and sums rounded, by a batch's size, so that an image's result depends on that
-    but not on its neighbours. Raises UserError for nets that give no finite map.
-    """
+    """Return boxes and classes of up to `batch_size` images, on the device where the nets are. The
+    nets always see `batch_size` images, the last ones blank where there are fewer: kernels are
+    chosen, and sums rounded, by a batch's size, so that an image's result depends on that but not
+    on its neighbours. Raises UserError for nets that give no finite map."""
     config, count = nets.config, len(prepared)
     device = next(nets.corruption.parameters()).device
     size = (config.height, config.width)

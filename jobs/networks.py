@@ -1,7 +1,5 @@
-"""Networks from elsewhere by name, with their weights: EfficientNet-Lite, timm, torchvision.
-
-Their packages are optional extras, imported only where such a network is asked for.
-"""
+"""Networks from elsewhere by name, with their weights: EfficientNet-Lite, timm, torchvision. Their
+packages are optional extras, imported only where such a network is asked for."""
 
 import difflib
 import re
@@ -31,13 +29,10 @@ LITE_SIZES = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientne
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A classifier from elsewhere, and how it is fed.
-
-    name: such as efficientnet-lite0 or timm:resnet50. classifier: its logits are those of the data
-    set's classes, in their order. size: (height, width) that it is fed. mean, std: per channel, of
-    pixels in 0..255. new_classes: those that it did not know, whose logits are 0 until its head is
-    trained.
-    """
+    """A classifier from elsewhere, and how it is fed. name: such as efficientnet-lite0 or
+    timm:resnet50. classifier: its logits are those of the data set's classes, in their order. size:
+    (height, width) that it is fed. mean, std: per channel, of pixels in 0..255. new_classes: those
+    that it did not know, whose logits are 0 until its head is trained."""
 
     name: str
     classifier: PretrainedClassifier
@@ -210,11 +205,9 @@ def matched_outputs(
     classes: Sequence[str], class_names: Sequence[str], known: Sequence[tuple[str, str]]
 ) -> list[int | None]:
     """Return which output of a network is each class, None for a class that it does not know.
-
     classes, class_names: of the data set, as in its manifest. known: wnid and names, separated by
     commas, of each output. What is a wnid matches by it alone; another class by a name that one
-    output alone has.
-    """
+    output alone has."""
     by_wnid = {wnid: output for output, (wnid, _) in enumerate(known)}
     by_name: dict[str, set[int]] = {}
     for output, (_, names) in enumerate(known):
@@ -302,16 +295,13 @@ def load_network(
     network_classes: Path | None = None,
     size: int | None = None,
 ) -> Network:
-    """Build a classifier with its weights, on the CPU, in evaluation mode.
-
-    name: efficientnet-lite0 to 2, timm:NAME or torchvision:NAME. classes, class_names: of the data
-    set, in order. weights: .safetensors, or .pth or .pt of tensors, plain or under `state_dict` or
-    `model`; None for those of the package, or that timm downloads. network_classes: a file with
-    the wnid of each output, a line each; None where these are the data set's own or the 1000 of
-    ILSVRC. size: side in pixels that it is fed; None for its usual one. GoogLeNet and Inception of
-    torchvision are fed as their official weights want it (`transform_input`). Raises UserError for
-    whatever does not fit.
-    """
+    """Build a classifier with its weights, on the CPU, in evaluation mode. name: efficientnet-lite0
+    to 2, timm:NAME or torchvision:NAME. classes, class_names: of the data set, in order. weights:
+    .safetensors, or .pth or .pt of tensors, plain or under `state_dict` or `model`; None for those
+    of the package, or that timm downloads. network_classes: a file with the wnid of each output, a
+    line each; None where these are the data set's own or the 1000 of ILSVRC. size: side in pixels
+    that it is fed; None for its usual one. GoogLeNet and Inception of torchvision are fed as their
+    official weights want it (`transform_input`). Raises UserError for whatever does not fit."""
     module, usual = _build(name, ILSVRC_CLASSES)
     tensors = _weights_of_package(name) if weights is None else _read_weights(weights)
     last = tensors.get(list(module.state_dict())[-1])  # the bias of the last layer

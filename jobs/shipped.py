@@ -1,8 +1,6 @@
 """`python -m jobs.shipped`: from a finished run, the localizer that comes with the project.
-
 shipped/decoder.safetensors holds the corruption net's decoder alone: the network below it comes
-with its package, and so do its 1000 classes. shipped/decoder.json says what it is made from.
-"""
+with its package, and so do its 1000 classes. shipped/decoder.json says what it is made from."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -53,11 +53,9 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Feature maps of strides 8, 16 and 32 -> logits of being masked [B, H/8, W/8].
-
-    channels: of the three maps. width: of the layers within, a multiple of 16; the finest have half
-    of it. No layer knows positions, so images may have any size.
-    """
+    """Feature maps of strides 8, 16 and 32 -> logits of being masked [B, H/8, W/8]. channels: of
+    the three maps. width: of the layers within, a multiple of 16; the finest have half of it. No
+    layer knows positions, so images may have any size."""
 
     def __init__(self, channels: Sequence[int], width: int, logit_limit: float) -> None:
         super().__init__()
@@ -81,12 +79,10 @@ class Decoder(nn.Module):
 
 
 class FeatureCorruptionNet(nn.Module):
-    """Normalized images [B, 3, H, W] -> logits of being masked [B, H, W].
-
-    encoder: a pretrained network, of which nothing trains here and nothing is saved with this net.
-    sides: the encoder sees images at the last of them. looks: a box rule, by which `look_closer`
-    follows on logits averaged over all sides and the mirror image; None: one view alone.
-    """
+    """Normalized images [B, 3, H, W] -> logits of being masked [B, H, W]. encoder: a pretrained
+    network, of which nothing trains here and nothing is saved with this net. sides: the encoder
+    sees images at the last of them. looks: a box rule, by which `look_closer` follows on logits
+    averaged over all sides and the mirror image; None: one view alone."""
 
     def __init__(
         self, encoder: PretrainedClassifier, sides: Sequence[int], width: int, logit_limit: float
@@ -153,9 +149,7 @@ class FeatureCorruptionNet(nn.Module):
 
 def _around(box: np.ndarray | None, height: int, width: int) -> tuple[slice, slice]:
     """Return the rows and columns of an image that a box enlarged by LOOK covers; of no box, all.
-
-    At least LOOK_LEAST pixels each way, where the image has them.
-    """
+    At least LOOK_LEAST pixels each way, where the image has them."""
     if box is None:
         return slice(0, height), slice(0, width)
     spans = []

@@ -123,10 +123,8 @@ def _largest_component(above: np.ndarray) -> np.ndarray:
 
 
 def medoid(boxes: np.ndarray) -> np.ndarray:
-    """Return the box with the largest mean IoU with the others, the first of equal ones.
-
-    boxes: int64 [N, 4] -> int64 [4].
-    """
+    """Return the box with the largest mean IoU with the others, the first of equal ones. boxes:
+    int64 [N, 4] -> int64 [4]."""
     ious = box_ious(boxes[:, None], boxes[None])
     return boxes[ious.mean(axis=1).round(12).argmax()]  # rounded: equal means stay equal
 

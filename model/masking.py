@@ -1,9 +1,7 @@
-"""From a probability per pixel to a hard mask per superpixel (paper, section 2.2).
-
-Shapes: B images, H x W pixels, K the largest number of superpixels in the data set (`superpixels`).
-Images with fewer leave the last columns of [B, K] tensors empty. images: normalized float
-[B, 3, H, W], unless stated otherwise; segments: int64 [B, H, W], labels below K.
-"""
+"""From a probability per pixel to a hard mask per superpixel (paper, section 2.2). Shapes: B
+images, H x W pixels, K the largest number of superpixels in the data set (`superpixels`). Images
+with fewer leave the last columns of [B, K] tensors empty. images: normalized float [B, 3, H, W],
+unless stated otherwise; segments: int64 [B, H, W], labels below K."""
 
 import torch
 from torch import Tensor, nn

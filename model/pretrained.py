@@ -1,9 +1,7 @@
-"""A pretrained convolutional network, cut into stages behind the interface of `Classifier`.
-
-Any network that torch.fx can trace is cut where its whole signal is one map: the frozen part can
-run once, and what follows a map can run alone. Batch norms keep their stored statistics, also
-where weights are trained.
-"""
+"""A pretrained convolutional network, cut into stages behind the interface of `Classifier`. Any
+network that torch.fx can trace is cut where its whole signal is one map: the frozen part can run
+once, and what follows a map can run alone. Batch norms keep their stored statistics, also where
+weights are trained."""
 
 import math
 from collections.abc import Sequence
@@ -142,11 +140,9 @@ class _Traced:
 
 
 def _choose_maps(traced: _Traced) -> tuple[list[fx.Node], list[int]]:
-    """Return the maps to cut at, in order, and which of them are the last of STRIDES.
-
-    They are the last map of stride 8, the middle and the last of stride 16, the last that a block
-    of stride 32 gives, and the last of all. Raises ValueError for a network without them.
-    """
+    """Return the maps to cut at, in order, and which of them are the last of STRIDES. They are the
+    last map of stride 8, the middle and the last of stride 16, the last that a block of stride 32
+    gives, and the last of all. Raises ValueError for a network without them."""
     cuts = [node for node in traced.maps() if traced.complete(node)]
     chosen: list[fx.Node] = []
     lasts: list[fx.Node] = []
@@ -171,14 +167,11 @@ def _choose_maps(traced: _Traced) -> tuple[list[fx.Node], list[int]]:
 
 class PretrainedClassifier(nn.Module):
     """Normalized images [B, 3, H, W] -> logits [B, classes], of a network trained elsewhere.
-
     network: convolutional, with a linear layer at its end. It is taken over, and its batch norms
-    are merged into its convolutions. size: side in pixels of images that it can be fed; H and W
-    may be others, best multiples of 32. It stays in evaluation mode, and no part trains until
+    are merged into its convolutions. size: side in pixels of images that it can be fed; H and W may
+    be others, best multiples of 32. It stays in evaluation mode, and no part trains until
     `train_only`. Raises ValueError, in one line, for a network that cannot be cut into stages.
-
-    channels: of the maps that `encode` returns.
-    """
+    channels: of the maps that `encode` returns."""
 
     def __init__(self, network: nn.Module, size: int) -> None:
         super().__init__()
@@ -226,10 +219,8 @@ class PretrainedClassifier(nn.Module):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Return the output [B, C, h, w] of each stage: the last map of stride 8, the middle and
-        the last of stride 16, those of stride 32.
-
-        Gradients reach the first of `final_maps` and no layer below it.
-        """
+        the last of stride 16, those of stride 32. Gradients reach the first of `final_maps` and no
+        layer below it."""
         maps, x = [], images
         for i, stage in enumerate(self.stages):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i > self._first_final):
@@ -245,9 +236,7 @@ class PretrainedClassifier(nn.Module):
 
     def final_maps(self, images: Tensor) -> list[Tensor]:
         """Return the maps [B, C, h, w] of strides 16 and 32 whose LayerCAM counts as evidence.
-
-        Gradients reach the first of them and no layer below it.
-        """
+        Gradients reach the first of them and no layer below it."""
         return self.final(self.maps(images))
 
     def encoded(self, maps: list[Tensor]) -> tuple[Tensor, ...]:

@@ -1,8 +1,6 @@
 """One training step of the two nets (paper, section 2.3): gradients and sums, no optimizer.
-
-Gradients are of sums over the local images divided by the number of images over all ranks, so
-that adding the ranks' gradients gives the gradient of the mean, however unevenly images lie.
-"""
+Gradients are of sums over the local images divided by the number of images over all ranks, so that
+adding the ranks' gradients gives the gradient of the mean, however unevenly images lie."""
 
 from dataclasses import dataclass
 
@@ -37,11 +35,9 @@ class TrainingNets:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One rank's share of a batch of `total` images over all ranks.
-
-    images: normalized float [B, 3, H, W]; segments: int64 [B, H, W], below K; labels: int64 [B];
-    noise: Gumbel differences float [B, K], K the largest number of superpixels.
-    """
+    """One rank's share of a batch of `total` images over all ranks. images: normalized float [B, 3,
+    H, W]; segments: int64 [B, H, W], below K; labels: int64 [B]; noise: Gumbel differences float
+    [B, K], K the largest number of superpixels."""
 
     images: Tensor
     segments: Tensor
@@ -189,12 +185,10 @@ def adversarial_step(
 def probe(
     nets: TrainingNets, batch: Inputs, objective: Objective, mask: Tensor
 ) -> dict[str, Tensor]:
-    """Count right answers that tell good masks from bad ones; it changes nothing.
-
-    clean_correct: of the classifier on clean images. context_correct: of the clean classifier on
-    masked ones. swapped_correct: the same with each mask on the batch's next image, which are more
-    where masks hide their own image's object.
-    """
+    """Count right answers that tell good masks from bad ones; it changes nothing. clean_correct: of
+    the classifier on clean images. context_correct: of the clean classifier on masked ones.
+    swapped_correct: the same with each mask on the batch's next image, which are more where masks
+    hide their own image's object."""
 
     def right(classifier: nn.Module, images: Tensor) -> Tensor:
         return correct(classifier(adversary_view(images, objective)), batch.labels).sum()

@@ -398,12 +398,10 @@ def working_folder(
     location: str, last: str, *, replaced: str = "", resumes: bool = False
 ) -> Iterator[Path]:
     """Give a local folder to write a location's files into: its own, or for a remote one a
-    temporary one, which is uploaded when the block ends.
-
-    last: the file that marks the others as whole; it is the first to go and the last to appear.
-    replaced: a folder of the location to delete before. resumes: begin with what lies there, and
-    upload what was written where the block raises, too.
-    """
+    temporary one, which is uploaded when the block ends. last: the file that marks the others as
+    whole; it is the first to go and the last to appear. replaced: a folder of the location to
+    delete before. resumes: begin with what lies there, and upload what was written where the block
+    raises, too."""
     if not is_remote(location):
         yield local_path(location)
         return

@@ -1,9 +1,7 @@
-"""`python -m jobs.localize`: boxes, overlay pictures and masks for images of any size.
-
-Boxes and pictures are of each image as its EXIF turns it.
-OUTPUT/boxes.json has an entry per image, with the reason where one failed. The same command given
-again does only what is missing, has failed or has changed.
-"""
+"""`python -m jobs.localize`: boxes, overlay pictures and masks for images of any size. Boxes and
+pictures are of each image as its EXIF turns it. OUTPUT/boxes.json has an entry per image, with the
+reason where one failed. The same command given again does only what is missing, has failed or has
+changed."""
 
 import itertools
 import json
@@ -45,11 +43,9 @@ FEW = 20  # images: up to so many get a line each, more only a progress line
 
 def find_images(arguments: Sequence[Path], output: Path) -> dict[Path, str]:
     """List the files named, and those under the folders named that have an image's suffix, in
-    order, each once; hidden ones and those in `output` are left out.
-
-    Returns their stems under their folders by path. Raises UserError for a folder without images;
-    what cannot be read is reported when it is its turn.
-    """
+    order, each once; hidden ones and those in `output` are left out. Returns their stems under
+    their folders by path. Raises UserError for a folder without images; what cannot be read is
+    reported when it is its turn."""
     images: dict[Path, tuple[Path, str]] = {}
     for argument in arguments:
         folder, paths = argument.parent, [argument]
@@ -69,11 +65,9 @@ def _real_folder(path: Path) -> Path:
 def name_results(
     images: Mapping[Path, str], output: Path, latest: Mapping[Path, dict[str, Any]]
 ) -> list[Job]:
-    """Return the jobs over images, whose pictures have the images' stems as names.
-
-    From the second one of the same name (letter case aside) on they are numbered. No picture
-    replaces an image given, or one of another image with an entry in `latest`.
-    """
+    """Return the jobs over images, whose pictures have the images' stems as names. From the second
+    one of the same name (letter case aside) on they are numbered. No picture replaces an image
+    given, or one of another image with an entry in `latest`."""
     owners: dict[str, Path | None] = {
         entry[kind].lower(): path
         for path, entry in latest.items()
@@ -145,11 +139,9 @@ def open_progress(
     output: Path, settings: dict[str, Any]
 ) -> Iterator[tuple[BinaryIO, dict[Path, dict[str, Any]]]]:
     """Open OUTPUT/progress.jsonl: a line with the settings, then an entry per image as it was done.
-
     Yields the file, to append to, and the last entry of each image by its absolute path. The end of
     a line that an interruption cut is removed. Raises UserError for a file of other settings, and
-    while another process has it open.
-    """
+    while another process has it open."""
     with (output / PROGRESS_NAME).open("a+b") as file:
         if not storage.lock(file):
             raise UserError(f"another jobs.localize writes to {output} now; use another --output.")
@@ -216,10 +208,8 @@ def report(entries: Sequence[dict[str, Any]], each: bool) -> None:
 def process(
     nets: "Nets", config: LocalizeConfig, jobs: Sequence[Job], progress: BinaryIO
 ) -> dict[Path, dict[str, Any]]:
-    """Locate the images, append an entry for each to the progress file, and return them.
-
-    Each thread takes whole batches: decoding, superpixels, PNG and the nets release Python's lock.
-    """
+    """Locate the images, append an entry for each to the progress file, and return them. Each
+    thread takes whole batches: decoding, superpixels, PNG and the nets release Python's lock."""
     threads = config.threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
     batches = [jobs[i : i + config.batch_size] for i in range(0, len(jobs), config.batch_size)]
     work = partial(process_batch, nets, config)

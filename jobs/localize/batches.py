@@ -74,10 +74,8 @@ class Job:
 
 
 def file_state(path: Path) -> dict[str, int]:
-    """Return what tells a file from a changed one: its bytes, and its time of change in ns.
-
-    Raises OSError for what is no file: reading a pipe could wait for ever.
-    """
+    """Return what tells a file from a changed one: its bytes, and its time of change in ns. Raises
+    OSError for what is no file: reading a pipe could wait for ever."""
     state = path.stat()
     if not stat.S_ISREG(state.st_mode):
         raise OSError("not a regular file")
@@ -88,11 +86,9 @@ def process_batch(
     nets: "Nets", config: LocalizeConfig, jobs: Sequence[Job]
 ) -> list[dict[str, Any]]:
     """Locate up to `config.batch_size` files, write their pictures, and return an entry of
-    boxes.json for each, in order; that of a file that cannot be used says why.
-
-    Files are read again to be drawn, rather than kept in memory. Raises what would fail every other
-    image too: UserError for nets without finite maps, OSError for the disk of the output.
-    """
+    boxes.json for each, in order; that of a file that cannot be used says why. Files are read again
+    to be drawn, rather than kept in memory. Raises what would fail every other image too: UserError
+    for nets without finite maps, OSError for the disk of the output."""
     from jobs.locate import facts, locate, prepare
 
     entries: list[dict[str, Any]] = []

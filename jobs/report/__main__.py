@@ -1,8 +1,6 @@
-"""`python -m jobs.report EVALUATION... --output report.html`: evaluations as one page.
-
-Evaluations of the same images stand side by side; those that share a title are seeds of one method,
-shown by their mean, lowest and highest. Reads their files, and the shards for pictures.
-"""
+"""`python -m jobs.report EVALUATION... --output report.html`: evaluations as one page. Evaluations
+of the same images stand side by side; those that share a title are seeds of one method, shown by
+their mean, lowest and highest. Reads their files, and the shards for pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

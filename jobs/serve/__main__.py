@@ -1,7 +1,5 @@
 """`python -m jobs.serve`: a page that boxes the object in a photograph, and the same over HTTP.
-
-Images in, JSON out: curl --data-binary @photo.jpg http://localhost:8000/localize
-"""
+Images in, JSON out: curl --data-binary @photo.jpg http://localhost:8000/localize"""
 
 import ipaddress
 import os

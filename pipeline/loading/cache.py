@@ -46,10 +46,8 @@ class NoRoomError(UserError):
 
 
 def default_folder() -> Path:
-    """Return a folder in the user's cache folder (XDG_CACHE_HOME, or ~/.cache).
-
-    Raises UserError where the user has no home.
-    """
+    """Return a folder in the user's cache folder (XDG_CACHE_HOME, or ~/.cache). Raises UserError
+    where the user has no home."""
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:

@@ -160,10 +160,8 @@ def make_plan(config: PreprocessConfig) -> Plan:
 
 
 def _order(counts: dict[str, int], seed: int) -> np.ndarray:
-    """Return a random permutation for train, the listed order for other splits.
-
-    In memory, 4 bytes an image: shuffled in a mapped file it would wait for the disk.
-    """
+    """Return a random permutation for train, the listed order for other splits. In memory, 4 bytes
+    an image: shuffled in a mapped file it would wait for the disk."""
     order, first = np.arange(sum(counts.values()), dtype=np.uint32), 0
     for split, count in counts.items():
         part = order[first : first + count]
@@ -185,10 +183,8 @@ def shard_tasks(counts: dict[str, int], samples_per_shard: int) -> Iterator[Shar
 
 
 def location_of(text: str) -> str:
-    """Return the location that a user wrote, for processes in any working folder.
-
-    Raises UserError for the home folder of a user who has none.
-    """
+    """Return the location that a user wrote, for processes in any working folder. Raises UserError
+    for the home folder of a user who has none."""
     try:
         return storage.absolute(text if "://" in text else Path(text).expanduser())
     except RuntimeError as error:  # ~NAME of nobody

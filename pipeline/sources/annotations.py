@@ -13,11 +13,9 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Annotation:
-    """The content of one XML file.
-
-    wnid: of the image; None where it has no objects or they differ. box_size: (width, height) of
-    the image that the boxes refer to; None where unknown. note: the parts that could not be read.
-    """
+    """The content of one XML file. wnid: of the image; None where it has no objects or they differ.
+    box_size: (width, height) of the image that the boxes refer to; None where unknown. note: the
+    parts that could not be read."""
 
     wnid: str | None = None
     boxes: tuple[Box, ...] = ()
@@ -26,10 +24,8 @@ class Annotation:
 
 
 def read_annotation(data: bytes) -> Annotation:
-    """Read one PASCAL-style XML file. Never raises: the note describes faults.
-
-    A document type declaration is refused, so no entity, external or nested, is ever expanded.
-    """
+    """Read one PASCAL-style XML file. Never raises: the note describes faults. A document type
+    declaration is refused, so no entity, external or nested, is ever expanded."""
     try:
         root = ElementTree.fromstring(data, ElementTree.XMLParser(target=_PlainTreeBuilder()))
     except (ElementTree.ParseError, ValueError, LookupError) as error:
@@ -82,12 +78,10 @@ def parse_box(texts: Sequence[str]) -> tuple[Box | None, str | None]:
 def fit_boxes(
     boxes: Sequence[Sequence[int]], box_size: tuple[int, int] | None, width: int, height: int
 ) -> tuple[list[list[int]], str | None]:
-    """Return boxes as inclusive pixels of a file of `width` x `height`, and a note.
-
-    boxes: [x0, y0, x1, y1] of an image of `box_size` (width, height), of the file where it is
-    None. Boxes annotated at another size are scaled, and clipped to the image; a box with its
-    minimum above its maximum, or wholly outside, is dropped. The note lists these changes.
-    """
+    """Return boxes as inclusive pixels of a file of `width` x `height`, and a note. boxes: [x0, y0,
+    x1, y1] of an image of `box_size` (width, height), of the file where it is None. Boxes annotated
+    at another size are scaled, and clipped to the image; a box with its minimum above its maximum,
+    or wholly outside, is dropped. The note lists these changes."""
     fitted, notes = [], []
     scale_x, scale_y = 1.0, 1.0
     if boxes and box_size is not None and box_size != (width, height):

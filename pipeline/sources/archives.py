@@ -1,8 +1,6 @@
 """The members of tar archives as ranges of bytes, so that images are read from the archive itself.
-
-Only headers are read: 512 bytes per member, wherever the archive is. `tarfile` would do the same
-at ten times the time per member, and keeps an object for each of a million.
-"""
+Only headers are read: 512 bytes per member, wherever the archive is. `tarfile` would do the same at
+ten times the time per member, and keeps an object for each of a million."""
 
 import gzip
 import io
@@ -28,10 +26,8 @@ Read = Callable[[int, int], bytes]  # offset, size -> bytes, fewer at the end
 
 
 class Member(NamedTuple):
-    """A file in an archive: `size` bytes of content from `offset` on.
-
-    link: the target of a link, which has no content; None for a file.
-    """
+    """A file in an archive: `size` bytes of content from `offset` on. link: the target of a link,
+    which has no content; None for a file."""
 
     name: str
     offset: int
@@ -53,9 +49,7 @@ def members(
     files: SourceFiles, path: str, start: int = 0, end: int | None = None
 ) -> Iterator[Member]:
     """Yield the files in the tar at bytes `start` to `end` of a source's file, in their order.
-
-    Raises UserError, naming the byte, for a tar that is damaged or cut off.
-    """
+    Raises UserError, naming the byte, for a tar that is damaged or cut off."""
     stop = files.size(path) if end is None else end
 
     def read(offset: int, size: int) -> bytes:
@@ -65,10 +59,8 @@ def members(
 
 
 def packed_files(files: SourceFiles, path: str) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of each file in a small tar, compressed or not, in one pass.
-
-    Raises UserError for a tar that is damaged or cut off.
-    """
+    """Yield name and content of each file in a small tar, compressed or not, in one pass. Raises
+    UserError for a tar that is damaged or cut off."""
     location, data = files.location(path), files.read(path)
     packed = io.BytesIO(data)
     with gzip.GzipFile(fileobj=packed) if data.startswith(GZIP) else packed as stream:
@@ -95,10 +87,8 @@ def _damage(location: str, fact: str) -> UserError:
 
 
 def _members(read: Read, location: str, start: int, end: int | None) -> Iterator[Member]:
-    """Yield the members of the tar from byte `start` on.
-
-    end: the byte that content must not reach beyond; None where the length is not known.
-    """
+    """Yield the members of the tar from byte `start` on. end: the byte that content must not reach
+    beyond; None where the length is not known."""
     at = start
     extended: dict[str, str] = {}  # fields of the next member, by their PAX keywords
     while True:

@@ -35,11 +35,8 @@ STREAMS = 32  # requests at once to object storage; each takes tens of milliseco
 
 
 class Contents(NamedTuple):
-    """The sorted names in a folder, hidden ones too.
-
-    others: names of what is neither file nor folder to read, each with the reason as `kind: why`;
-    an empty name is the folder itself.
-    """
+    """The sorted names in a folder, hidden ones too. others: names of what is neither file nor
+    folder to read, each with the reason as `kind: why`; an empty name is the folder itself."""
 
     folders: list[str]
     files: list[str]
@@ -47,16 +44,12 @@ class Contents(NamedTuple):
 
 
 class SourceFiles:
-    """The files below `source`, a folder or URI, by paths relative to it with forward slashes.
-
-    A source may also be one file, an archive or a list: it counts as a folder that holds only that
+    """The files below `source`, a folder or URI, by paths relative to it with forward slashes. A
+    source may also be one file, an archive or a list: it counts as a folder that holds only that
     file, and paths are relative to the folder where it lies. Absolute paths and URIs are read too,
     since a list may name them. only: the name of that file; None for a folder. used: the
-    `path_hash` of each file that was read, or whose size was.
-
-    A context manager, which closes the archives that it opened. Raises UserError where the source
-    does not exist.
-    """
+    `path_hash` of each file that was read, or whose size was. A context manager, which closes the
+    archives that it opened. Raises UserError where the source does not exist."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -89,9 +82,7 @@ class SourceFiles:
 
     def entries(self, path: str = "") -> Entries:
         """Return the sorted names of the folders and of the files in a folder, without hidden ones.
-
-        Both are empty where the folder does not exist.
-        """
+        Both are empty where the folder does not exist."""
         folders, files, _ = self.contents(path)
         return _without_hidden(folders), _without_hidden(files)
 
@@ -128,9 +119,7 @@ class SourceFiles:
 
     def walk(self) -> Iterator[tuple[str, list[str]]]:
         """Yield every folder from the root down, in sorted order, with the names of its files.
-
-        Links are followed, and no folder comes twice.
-        """
+        Links are followed, and no folder comes twice."""
         visited: set[str] = set()
         pending = [iter([""])]  # the children yet to come of each folder from the root down
         while pending:
@@ -156,10 +145,8 @@ class SourceFiles:
         return (call() for call in self._calls(function, items))
 
     def fetch(self, ranges: Iterable[Range]) -> Iterator[Callable[[], bytes]]:
-        """Yield a function for each range that returns its bytes, or raises, as `read` does.
-
-        On object storage STREAMS of them are requested before they are called.
-        """
+        """Yield a function for each range that returns its bytes, or raises, as `read` does. On
+        object storage STREAMS of them are requested before they are called."""
         return self._calls(lambda each: self.read(*each), ranges)
 
     def _calls(
@@ -175,12 +162,10 @@ class SourceFiles:
         return int(self._open(path).size())
 
     def read(self, path: str, offset: int | None = None, size: int | None = None) -> bytes:
-        """Read a whole file, or `size` bytes of it from `offset` on.
-
-        A file that is read in ranges stays open. Raises FileNotFoundError for a whole file that is
-        missing, other OSErrors as the local disk does, and UserError where object storage cannot
-        be reached or a file ends before the range.
-        """
+        """Read a whole file, or `size` bytes of it from `offset` on. A file that is read in ranges
+        stays open. Raises FileNotFoundError for a whole file that is missing, other OSErrors as the
+        local disk does, and UserError where object storage cannot be reached or a file ends before
+        the range."""
         if offset is None or size is None:
             self.used.append(path_hash(path))
             return self._read_whole(path)
@@ -194,10 +179,8 @@ class SourceFiles:
         return data
 
     def open(self, path: str) -> BinaryIO:
-        """Open a whole file to be read in order; of a remote one a copy on the local disk.
-
-        Raises as `read`.
-        """
+        """Open a whole file to be read in order; of a remote one a copy on the local disk. Raises
+        as `read`."""
         self.used.append(path_hash(path))
         location = self.location(path)
         if not self.remote:

@@ -47,12 +47,9 @@ LAYOUT_HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A listed collection.
-
-    classes: sorted wnids; the class index is the position in them. class_names: readable, in the
-    same order. images: by split, train first, a row of SCHEMA per image in a fixed order. unread:
-    the other files of the source, by reason.
-    """
+    """A listed collection. classes: sorted wnids; the class index is the position in them.
+    class_names: readable, in the same order. images: by split, train first, a row of SCHEMA per
+    image in a fixed order. unread: the other files of the source, by reason."""
 
     layout: str
     classes: tuple[str, ...]
@@ -62,10 +59,8 @@ class Source:
 
 
 def find_layout(files: SourceFiles) -> str:
-    """Return the layout of a collection, a key of LAYOUTS.
-
-    Raises UserError where it is empty or of no known layout.
-    """
+    """Return the layout of a collection, a key of LAYOUTS. Raises UserError where it is empty or of
+    no known layout."""
     if is_list(files.only or ""):
         return "list"
     if is_tiny_imagenet(files):
@@ -121,12 +116,10 @@ def _has_labels(files: SourceFiles, paths: Iterable[str]) -> bool:
 
 
 def list_images(files: SourceFiles, layout: str) -> Source:
-    """List every image of the collection by `layout`, a key of LAYOUTS.
-
-    An image whose label is unknown, or that the labels name but the folder lacks, is listed with
-    its `problem`. Raises UserError for an unknown layout, a collection without images, a damaged
-    archive and labels that contradict each other.
-    """
+    """List every image of the collection by `layout`, a key of LAYOUTS. An image whose label is
+    unknown, or that the labels name but the folder lacks, is listed with its `problem`. Raises
+    UserError for an unknown layout, a collection without images, a damaged archive and labels that
+    contradict each other."""
     if layout not in LAYOUTS:
         raise UserError(f"layout {layout!r} is unknown; allowed: auto, {', '.join(LAYOUTS)}.")
     del files.used[:]  # by find_layout, which looks into files that this layout may not read

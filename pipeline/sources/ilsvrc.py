@@ -40,13 +40,11 @@ def _builders() -> dict[str, ListingBuilder]:
 
 @dataclass(kw_only=True)
 class _Contents:
-    """The content of a source as a walk over it collects it.
-
-    images: by split, those in folders. archives: path of the tar of images, by split. lists:
-    content of the files of labels and names, by path. synsets: names by wnid of each meta.mat, by
-    its folder. annotations, solutions: by split, a row per XML file or row of a solution, with id
-    `<class>/<name>` where a class folder is named, else `<name>`. unread: members of archives.
-    """
+    """The content of a source as a walk over it collects it. images: by split, those in folders.
+    archives: path of the tar of images, by split. lists: content of the files of labels and names,
+    by path. synsets: names by wnid of each meta.mat, by its folder. annotations, solutions: by
+    split, a row per XML file or row of a solution, with id `<class>/<name>` where a class folder is
+    named, else `<name>`. unread: members of archives."""
 
     images: dict[str, ListingBuilder] = field(default_factory=_builders)
     archives: dict[str, str] = field(default_factory=dict)
@@ -57,10 +55,8 @@ class _Contents:
     unread: dict[str, Unread] = field(default_factory=dict)
 
     def names(self, list_name: str, separator: str | None = None) -> dict[str, str]:
-        """Return the readable names by wnid of the list of this name; empty without one.
-
-        Raises UserError where there are several that differ.
-        """
+        """Return the readable names by wnid of the list of this name; empty without one. Raises
+        UserError where there are several that differ."""
         paths = [path for path in self.lists if _last(path) == list_name]
         lists = [labels.read_names(self.lists[path], path, separator) for path in paths]
         for path, names in zip(paths, lists, strict=True):
@@ -70,12 +66,10 @@ class _Contents:
 
 
 def list_ilsvrc(files: SourceFiles) -> Listing:
-    """List the images by split, and readable names by wnid.
-
-    Images come from `ILSVRC2012_img_<split>.tar` where it exists, else from the folders. Boxes
-    come from the XML, else from Kaggle's solutions. Raises UserError for a damaged archive, and
-    for labels or boxes that contradict each other.
-    """
+    """List the images by split, and readable names by wnid. Images come from
+    `ILSVRC2012_img_<split>.tar` where it exists, else from the folders. Boxes come from the XML,
+    else from Kaggle's solutions. Raises UserError for a damaged archive, and for labels or boxes
+    that contradict each other."""
     contents = _read_contents(files)
     for split, path in contents.archives.items():
         contents.images[split] = ListingBuilder()
@@ -143,9 +137,7 @@ def _annotation(files: SourceFiles, path: str) -> Annotation:
 
 def _add_image(contents: _Contents, path: str, folder: re.Match[str] | None) -> None:
     """Add the image in a folder of a split, or None, the source itself, where all is in its name.
-
-    One of train without a class, and one beside the folders, is left out.
-    """
+    One of train without a class, and one beside the folders, is left out."""
     id, wnid = _id_and_class(path)
     if folder:
         split, wnid = folder[1], folder[2] or wnid
@@ -158,9 +150,7 @@ def _add_image(contents: _Contents, path: str, folder: re.Match[str] | None) -> 
 
 def _id_and_class(path: str) -> tuple[str, str | None]:
     """Return an image's id and its class, of `n01440764_1.JPEG` and `n01440764_1_n01440764.JPEG`.
-
-    The class is None where the name has none.
-    """
+    The class is None where the name has none."""
     name = stem(path)
     match = IMAGE_NAME.fullmatch(name)
     return (match[1], match[3] or match[2]) if match else (name, None)
@@ -210,10 +200,8 @@ def _last(path: str) -> str:
 
 
 def _add_archive(contents: _Contents, split: str, files: SourceFiles, path: str) -> None:
-    """Add the images in a tar, or in the tars within it, whose names are their classes.
-
-    Else the folder or the name in the tar gives the class.
-    """
+    """Add the images in a tar, or in the tars within it, whose names are their classes. Else the
+    folder or the name in the tar gives the class."""
     builder = contents.images[split]
     inner, others = list[Member](), list[str]()
     for member in members(files, path):
@@ -247,10 +235,8 @@ def _is_hidden(path: str) -> bool:
 def _add_annotation(
     builders: dict[str, ListingBuilder], name: str, path: str, annotation: Annotation
 ) -> None:
-    """Add what the file at `path` says of an image, whose name may have folders before it.
-
-    The split that the path names is the image's. The <filename> within is not to be trusted.
-    """
+    """Add what the file at `path` says of an image, whose name may have folders before it. The
+    split that the path names is the image's. The <filename> within is not to be trusted."""
     *folders, id = name.rsplit("/", 2)
     if folders and WNID.fullmatch(folders[-1]):
         id = f"{folders[-1]}/{id}"
@@ -267,12 +253,9 @@ def _add_annotation(
 
 
 def _matched(images: pa.Table, rows: pa.Table, kind: str) -> pa.Table:
-    """Return the row of each image, nulls where it has none.
-
-    It is the row of its class folder and name; where only one of the two has a class folder, it is
-    that of its name. Raises UserError where two rows of an image differ, and where several images
-    share a row.
-    """
+    """Return the row of each image, nulls where it has none. It is the row of its class folder and
+    name; where only one of the two has a class folder, it is that of its name. Raises UserError
+    where two rows of an image differ, and where several images share a row."""
     names, folders = images["id"], images["wnid"]
     last = pc.replace_substring_regex(rows["id"], "^.*/", "")
     rows = rows.append_column("name", last).combine_chunks()  # quicker to sort and to take from
@@ -297,10 +280,8 @@ def _matched(images: pa.Table, rows: pa.Table, kind: str) -> pa.Table:
 
 
 def _refuse_contradictions(rows: pa.Table, loose: pa.Array, kind: str) -> None:
-    """Raise UserError where two rows of one id differ, or two of one name that is `loose`.
-
-    rows: sorted by name and id. loose: names of rows and images without a class folder.
-    """
+    """Raise UserError where two rows of one id differ, or two of one name that is `loose`. rows:
+    sorted by name and id. loose: names of rows and images without a class folder."""
     ids, names = rows["id"].combine_chunks(), rows["name"].combine_chunks()
     same_name = pc.equal(names[1:], names[:-1])
     together = pc.or_(pc.is_in(names[1:], loose), pc.equal(ids[1:], ids[:-1]))
@@ -314,10 +295,8 @@ def _refuse_contradictions(rows: pa.Table, loose: pa.Array, kind: str) -> None:
 
 
 def _annotated(images: pa.Table, boxes: pa.Table, solutions: pa.Table) -> pa.Table:
-    """Return the images with the boxes and notes of their XML, else of a solution.
-
-    Both also give the class where the image has none.
-    """
+    """Return the images with the boxes and notes of their XML, else of a solution. Both also give
+    the class where the image has none."""
     from_solution = pc.and_(pc.is_null(boxes["path"]), pc.is_valid(solutions["path"]))
 
     def column(name: str) -> pa.ChunkedArray:
@@ -339,10 +318,8 @@ def _annotated(images: pa.Table, boxes: pa.Table, solutions: pa.Table) -> pa.Tab
 def _listed_labels(
     contents: _Contents, wnids: list[str], images: pa.Table
 ) -> dict[str, list[str | None]]:
-    """Return the labels of the val images in each list, by its path.
-
-    wnids: all, sorted. Raises UserError where two images share a name that a list labels.
-    """
+    """Return the labels of the val images in each list, by its path. wnids: all, sorted. Raises
+    UserError where two images share a name that a list labels."""
     labels_by_path: dict[str, Labels] = {}
     for path, data in contents.lists.items():
         name = _last(path)

@@ -21,10 +21,8 @@ Labels = dict[str, str]  # wnid by image id
 
 
 def read_meta(data: bytes, path: str) -> dict[str, str]:
-    """Read readable names by wnid from a devkit's `meta.mat`, in the order of ILSVRC2012_ID.
-
-    Inner nodes, which have children, are left out. Raises UserError where it is no such file.
-    """
+    """Read readable names by wnid from a devkit's `meta.mat`, in the order of ILSVRC2012_ID. Inner
+    nodes, which have children, are left out. Raises UserError where it is no such file."""
     import scipy.io  # here, since few sources have a devkit and scipy takes memory
 
     try:
@@ -46,11 +44,8 @@ def read_meta(data: bytes, path: str) -> dict[str, str]:
 
 
 def read_devkit_labels(data: bytes, path: str, wnids: Sequence[str]) -> Labels:
-    """Read `ILSVRC2012_validation_ground_truth.txt`, an ILSVRC2012_ID per line.
-
-    wnids: by that number, from 1 on. Raises UserError for a number that is no class, and as
-    `_checked`.
-    """
+    """Read `ILSVRC2012_validation_ground_truth.txt`, an ILSVRC2012_ID per line. wnids: by that
+    number, from 1 on. Raises UserError for a number that is no class, and as `_checked`."""
 
     def wnid(line: str) -> str | None:
         if not re.fullmatch(r"\d{1,9}", line):
@@ -69,11 +64,9 @@ def read_synset_labels(data: bytes, path: str) -> Labels:
 
 
 def read_caffe_labels(data: bytes, path: str, wnids: Sequence[str]) -> Labels:
-    """Read caffe's `val.txt`, lines such as `ILSVRC2012_val_00000001.JPEG 65`.
-
-    wnids: sorted; the number counts them from 0. Kaggle's `val.txt`, whose number only counts its
-    lines, gives no labels. Raises UserError for a number that is no class, and as `_checked`.
-    """
+    """Read caffe's `val.txt`, lines such as `ILSVRC2012_val_00000001.JPEG 65`. wnids: sorted; the
+    number counts them from 0. Kaggle's `val.txt`, whose number only counts its lines, gives no
+    labels. Raises UserError for a number that is no class, and as `_checked`."""
     matches = list(filter(None, map(CAFFE_LINE.fullmatch, lines(data))))
     needed = max((int(match[2]) + 1 for match in matches), default=0)
     if len(matches) == VAL_IMAGES:
@@ -91,10 +84,8 @@ def read_caffe_labels(data: bytes, path: str, wnids: Sequence[str]) -> Labels:
 
 
 def read_solution(data: bytes) -> Iterator[tuple[str, Annotation]]:
-    """Yield image id and annotation of each row of a Kaggle `LOC_*_solution.csv`.
-
-    A row is `ImageId,PredictionString`. Never raises: the note of an annotation describes faults.
-    """
+    """Yield image id and annotation of each row of a Kaggle `LOC_*_solution.csv`. A row is
+    `ImageId,PredictionString`. Never raises: the note of an annotation describes faults."""
     for line in lines(data):
         id, _, words = (part.strip(' \t"') for part in line.partition(","))
         if not id or id == "ImageId":
@@ -107,9 +98,7 @@ def read_solution(data: bytes) -> Iterator[tuple[str, Annotation]]:
 
 def parse_prediction(words: str) -> Annotation:
     """Parse a PredictionString of ground truth: `wnid x0 y0 x1 y1`, once per object of one class.
-
-    Never raises: the note describes faults.
-    """
+    Never raises: the note describes faults."""
     fields = words.split()
     if not fields or len(fields) % 5 or len({*fields[::5]}) > 1:
         return Annotation(note=f"not a row of one wnid's boxes: {words[:SHOWN]!r}")
@@ -118,10 +107,8 @@ def parse_prediction(words: str) -> Annotation:
 
 
 def class_lines(text: str, separator: str | None = None) -> Iterator[tuple[int, str, str | None]]:
-    """Yield number (from 1), class and readable name of each line that is not blank.
-
-    The name follows the separator (None: the first blanks) and is None where nothing follows.
-    """
+    """Yield number (from 1), class and readable name of each line that is not blank. The name
+    follows the separator (None: the first blanks) and is None where nothing follows."""
     for number, line in enumerate(text.split("\n"), 1):
         if stripped := line.strip():
             wnid, *rest = stripped.split(separator, 1)
@@ -129,11 +116,9 @@ def class_lines(text: str, separator: str | None = None) -> Iterator[tuple[int, 
 
 
 def read_names(data: bytes, path: str, separator: str | None = None) -> dict[str, str]:
-    """Read readable names by wnid, in the order of the lines, which are as for `class_lines`.
-
-    Such are Tiny ImageNet's `words.txt` (tab) and `LOC_synset_mapping.txt` (blank). A wnid alone is
-    its own name. Raises UserError for a wnid that comes twice.
-    """
+    """Read readable names by wnid, in the order of the lines, which are as for `class_lines`. Such
+    are Tiny ImageNet's `words.txt` (tab) and `LOC_synset_mapping.txt` (blank). A wnid alone is its
+    own name. Raises UserError for a wnid that comes twice."""
     names: dict[str, str] = {}
     for number, wnid, name in class_lines(_text(data), separator):
         if wnid in names:
@@ -147,11 +132,8 @@ def read_names(data: bytes, path: str, separator: str | None = None) -> dict[str
 def merge_labels(
     ids: Sequence[str], labels_by_source: Mapping[str, Sequence[str | None]]
 ) -> list[str | None]:
-    """Return the wnid of each image, None where no source has it.
-
-    labels_by_source: wnids, in the order of the ids.
-    Raises UserError, naming the first image, where sources disagree.
-    """
+    """Return the wnid of each image, None where no source has it. labels_by_source: wnids, in the
+    order of the ids. Raises UserError, naming the first image, where sources disagree."""
     wnids, conflicts = list[str | None](), list[str]()
     for i, id in enumerate(ids):
         candidates = {x: wnid for x, own in labels_by_source.items() if (wnid := own[i])}

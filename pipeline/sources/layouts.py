@@ -32,10 +32,8 @@ def is_tiny_imagenet(files: SourceFiles) -> bool:
 
 
 def list_tiny_imagenet(files: SourceFiles) -> Listing:
-    """List the images by split, each with its box, and readable names by wnid.
-
-    Images may also lie beside a folder `images`, and those of val in folders of classes.
-    """
+    """List the images by split, each with its box, and readable names by wnid. Images may also lie
+    beside a folder `images`, and those of val in folders of classes."""
     train, val = ListingBuilder(), ListingBuilder()
     wnids = files.entries("train")[0]
     boxes = files.ahead(lambda x: _tab_rows(files, f"train/{x}/{x}_boxes.txt"), wnids)
@@ -147,10 +145,8 @@ def list_cub(files: SourceFiles) -> Listing:
 
 
 def _cub_box(text: str) -> tuple[Box | None, str | None]:
-    """Return `x y width height`, which may be fractions, as pixels, or the reason why not.
-
-    A pixel that the box touches belongs to it.
-    """
+    """Return `x y width height`, which may be fractions, as pixels, or the reason why not. A pixel
+    that the box touches belongs to it."""
     if not text:
         return None, None
     try:
@@ -165,10 +161,8 @@ def _cub_box(text: str) -> tuple[Box | None, str | None]:
 
 def class_roots(files: SourceFiles) -> dict[str, str]:
     """Return the folder of the class folders by split; none where there are no class folders.
-
-    Without a train folder the source itself is the root, where a folder named as a split, which
-    has images without classes, is none of them.
-    """
+    Without a train folder the source itself is the root, where a folder named as a split, which has
+    images without classes, is none of them."""
     roots: dict[str, str] = {}
     for name in files.entries()[0]:
         split = SPLITS.get(name.lower())
@@ -220,10 +214,8 @@ def _images(files: SourceFiles, folder: str) -> set[str]:
 
 
 def _tab_rows(files: SourceFiles, path: str) -> dict[str, list[str]]:
-    """Return the cells of each line of a tab-separated file after the first, by the first.
-
-    Raises UserError where two lines with the same first cell differ.
-    """
+    """Return the cells of each line of a tab-separated file after the first, by the first. Raises
+    UserError where two lines with the same first cell differ."""
     rows: dict[str, list[str]] = {}
     for line in filter(None, labels.lines(files.read_optional(path))):
         name, *cells = (cell.strip() for cell in line.split("\t"))

@@ -1,7 +1,5 @@
 """A collection's images in columns, a hundred bytes each, which lie in files mapped into memory.
-
-The files are temporary and have no names: their space is free once nothing refers to them.
-"""
+The files are temporary and have no names: their space is free once nothing refers to them."""
 
 import hashlib
 import io
@@ -56,11 +54,9 @@ class Unread(TypedDict):
 
 
 class Listing(NamedTuple):
-    """A collection as its layout describes it.
-
-    images: rows by split, train first. names: readable ones by wnid. classes: all wnids, sorted;
-    None where only the train images name them. unread: what is not read within files.
-    """
+    """A collection as its layout describes it. images: rows by split, train first. names: readable
+    ones by wnid. classes: all wnids, sorted; None where only the train images name them. unread:
+    what is not read within files."""
 
     images: dict[str, pa.Table]
     names: dict[str, str]

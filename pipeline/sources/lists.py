@@ -31,10 +31,8 @@ LINES = pa.schema([*SCHEMA, pa.field("split", pa.string()), pa.field("line", pa.
 
 def list_rows(files: SourceFiles) -> Listing:
     """List the images by split, train without a column `split`, each with all boxes of its lines.
-
     Columns: docs/formats.md. A line that cannot be used is listed with its problem. Raises
-    UserError where the file is no such list, and where two lines of one image contradict.
-    """
+    UserError where the file is no such list, and where two lines of one image contradict."""
     if not is_list(files.only or ""):
         raise UserError(
             f"source {files.source} is no .csv or .parquet file, which the list layout reads; name "
@@ -67,10 +65,8 @@ def list_rows(files: SourceFiles) -> Listing:
 
 
 def _columns_and_rows(files: SourceFiles) -> tuple[list[str], Iterator[tuple[str, Row]]]:
-    """Return the names of the columns, and each line that is not blank with its number.
-
-    Raises UserError for missing columns.
-    """
+    """Return the names of the columns, and each line that is not blank with its number. Raises
+    UserError for missing columns."""
     location, name = files.location(), files.only or ""
     try:
         file = files.open(name)
@@ -159,9 +155,7 @@ def _checked_columns(names: Iterable[str], location: str) -> list[str]:
 
 def _path(files: SourceFiles, text: str) -> tuple[str, str | None]:
     """Return a path relative to the list's folder where it lies in it, else absolute, or a URI.
-
-    With it comes the reason why it cannot be read.
-    """
+    With it comes the reason why it cannot be read."""
     if not text or "\0" in text:
         return "", "path missing: its cell is empty or has a zero byte"
     scheme, separator, _ = text.partition("://")
@@ -177,10 +171,8 @@ def _path(files: SourceFiles, text: str) -> tuple[str, str | None]:
 
 
 def _image(line: str, row: Row, problem: str | None) -> dict[str, Any]:
-    """Return what one line says of its image, as a ListingBuilder of LINES takes it.
-
-    problem: that of its path.
-    """
+    """Return what one line says of its image, as a ListingBuilder of LINES takes it. problem: that
+    of its path."""
     label, split = ((row.get(name) or "").strip() for name in ("label", "split"))
     problem = row.get("problem") or problem
     if problem is None and "split" in row and split.lower() not in SPLITS:
@@ -221,10 +213,8 @@ def _size(image: Row) -> tuple[int, int] | None:
 
 
 def _merged(location: str, image: Row, other: Row) -> Row:
-    """Return an image, a row of LINES, with the boxes of another line of it.
-
-    Raises UserError where the two differ.
-    """
+    """Return an image, a row of LINES, with the boxes of another line of it. Raises UserError where
+    the two differ."""
     facts = {"label": (image["wnid"], other["wnid"]), "split": (image["split"], other["split"])}
     if image["boxes"] and other["boxes"]:
         facts["size"] = _size(image), _size(other)

@@ -1,7 +1,5 @@
-"""The files of a source that are neither listed nor read: how many, why, and some of them.
-
-A folder that is not searched counts as one file.
-"""
+"""The files of a source that are neither listed nor read: how many, why, and some of them. A folder
+that is not searched counts as one file."""
 
 from collections.abc import Collection, Iterable
 from itertools import islice
@@ -29,10 +27,8 @@ def count_unread(
     folders: int | None = None,
 ) -> dict[str, Unread]:
     """Return the files that are not among the listed images and were not read, by `kind: why`.
-
     within: what the layout did not read within files. folders: at most so many are looked at.
-    Memory beside the folders' names does not grow with the files.
-    """
+    Memory beside the folders' names does not grow with the files."""
     used = _sorted_hashes(files, images)
     unread = within or {}
     waiting: set[str] = set()  # folders that the walk has not come to

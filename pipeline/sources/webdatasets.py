@@ -45,10 +45,8 @@ NO_CLASS = r"^(?:-\d+(?:\.\d*)?|nan|NaN)$"  # stands for an unknown class
 
 def shard_names(files: SourceFiles) -> dict[str, list[str]]:
     """Return the paths of the tars in the source and in its folders of splits, by split, in order.
-
     A word of the tar's name or its folder's gives the split: `train-000000.tar`,
-    `imagenet-val-0001.tar`, `validation/00000.tar`; without such a word it is train.
-    """
+    `imagenet-val-0001.tar`, `validation/00000.tar`; without such a word it is train."""
     shards: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for folder in ["", *(x for x in files.entries()[0] if x.lower() in SPLITS)]:
         for name in filter(is_archive, files.entries(folder)[1]):
@@ -60,10 +58,8 @@ def shard_names(files: SourceFiles) -> dict[str, list[str]]:
 
 
 def list_webdataset(files: SourceFiles) -> Listing:
-    """List the images by split, and readable names of the classes.
-
-    A class is the `cls` member's text, else the `label` (or `cls`) of the `json` member.
-    """
+    """List the images by split, and readable names of the classes. A class is the `cls` member's
+    text, else the `label` (or `cls`) of the `json` member."""
     images, unread = {}, dict[str, Unread]()
     for split, paths in shard_names(files).items():
         builder = ListingBuilder()
@@ -94,11 +90,9 @@ def _rows(files: SourceFiles, path: str) -> tuple[list[dict[str, Any]], list[str
 def _samples(
     files: SourceFiles, path: str, run: list[tuple[str, Member]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the columns of each sample in a run of members that share a key.
-
-    An extension that repeats begins the next sample. Samples that would then have different
-    members cannot be told apart, so each of their images is a problem.
-    """
+    """Yield the columns of each sample in a run of members that share a key. An extension that
+    repeats begins the next sample. Samples that would then have different members cannot be told
+    apart, so each of their images is a problem."""
     samples: list[dict[str, Member]] = [{}]
     for extension, member in run:
         if extension in samples[-1]:
@@ -171,13 +165,10 @@ def _with_plain_ids(table: pa.Table) -> pa.Table:
 
 
 def with_classes(files: SourceFiles, images: dict[str, pa.Table]) -> Listing:
-    """Return the listing, with names in place of class numbers.
-
-    Where the labels are numbers they count the classes from 0, in the order of
-    `LOC_synset_mapping.txt` or `classes.txt` (one per line) where one of these exists. A negative
-    number or NaN is the image's problem. Raises UserError for numbers among names, and for one too
-    large.
-    """
+    """Return the listing, with names in place of class numbers. Where the labels are numbers they
+    count the classes from 0, in the order of `LOC_synset_mapping.txt` or `classes.txt` (one per
+    line) where one of these exists. A negative number or NaN is the image's problem. Raises
+    UserError for numbers among names, and for one too large."""
     mapping = labels.read_names(files.read_optional(MAPPING), MAPPING)
     images = {split: changed(table, _with_unknown) for split, table in images.items()}
     columns = [pc.unique(table["wnid"]).drop_null() for table in images.values()]
@@ -223,10 +214,8 @@ def _with_unknown(table: pa.Table) -> pa.Table:
 
 
 def _listed_classes(files: SourceFiles) -> list[str]:
-    """Return the lines of classes.txt; equal ones with their numbers, which keep them apart.
-
-    Raises UserError for a blank line between others, which would shift the numbers.
-    """
+    """Return the lines of classes.txt; equal ones with their numbers, which keep them apart. Raises
+    UserError for a blank line between others, which would shift the numbers."""
     names = [*map(normalized, labels.lines(files.read_optional(CLASSES)))]
     while names and not names[-1]:
         names.pop()
