@@ -110,15 +110,11 @@ def new_nets(config: ModelConfig, pretrained: PretrainedClassifier | None = None
 def net_tensors(nets: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return all weights, named NET.PARAMETER; of a classifier over a pretrained network those that
     train, since it shares the others with the clean classifier."""
-    return {
-        f"{name}.{key}": tensor
-        for name, net in nets.items()
-        for key, tensor in _own_tensors(name, net).items()
-    }
-
-
-def _own_tensors(name: str, net: nn.Module) -> dict[str, Tensor]:
-    return net.trained_tensors() if _shares(net, name) else net.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for name, net in nets.items():
+        own = net.trained_tensors() if _shares(net, name) else net.state_dict()
+        tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+    return tensors
 
 
 def _shares(net: nn.Module, name: str) -> TypeGuard[PretrainedClassifier]:
@@ -169,20 +165,21 @@ def shape_of_nets(path: str | Path, content: Mapping[str, Any], **values: Any) -
 def load_nets(run: str | Path, *, accurate: bool = False) -> Nets:
     """Read RUN/model/ onto the CPU, in evaluation mode. Raises UserError for missing, damaged or
     foreign files. accurate: of nets over a pretrained network, see FeatureCorruptionNet.looks."""
-    config = read_config(run)
+    path = storage.join(run, MODEL_NAME)
+    with _remedies(run):
+        tensors, content = read_weights(path)
+    config = shape_of_nets(path, content)
     if accurate and config.network is None:
         raise UserError(
             f"--accurate is for nets over a pretrained network; {run} has nets from scratch"
         )
-    with _remedies(run):
-        tensors, _ = read_weights(storage.join(run, MODEL_NAME))
     nets = new_nets(config)
     for net in nets.modules().values():
         net.eval()
     try:
         load_net_tensors(nets.modules(), tensors)
     except RuntimeError as error:
-        raise _of_another_version(storage.join(run, MODEL_NAME)) from error
+        raise _of_another_version(path) from error
     if isinstance(nets.corruption, FeatureCorruptionNet):
         nets.corruption.looks = config.rule if accurate else None
     return nets

@@ -100,14 +100,7 @@ def _classes() -> tuple[tuple[str, ...], tuple[str, ...]]:
 def ship(config: ShipConfig) -> dict[str, Any]:
     """Write the decoder of a run and its record. Returns the record. Raises UserError for nets
     that are over no pretrained network, and for an evaluation of another run."""
-    from jobs.runs import (
-        MODEL_FORMAT,
-        MODEL_NAME,
-        RUN_NAME,
-        load_nets,
-        read_content,
-        write_weights,
-    )
+    from jobs.runs import MODEL_FORMAT, MODEL_NAME, RUN_NAME, load_nets, read_content, write_weights
     from model.decoder import FeatureCorruptionNet
 
     nets, source = load_nets(config.run), config.run / MODEL_NAME

@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from model.decoder import FeatureCorruptionNet, resize
 from model.evidence import evidence, superpixel_evidence
-from model.losses import (
-    area_penalty,
-    classification_loss,
-    confusion_loss,
-    correct,
-    imitation_loss,
-)
+from model.losses import area_penalty, classification_loss, confusion_loss, correct, imitation_loss
 from model.masking import apply_mask, bernoulli_straight_through, paint, superpixel_mean
 from model.pretrained import PretrainedClassifier
 from model.saliency import AnyClassifier, layer_cams_of

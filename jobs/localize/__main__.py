@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -53,13 +53,8 @@ def find_images(arguments: Sequence[Path], output: Path) -> dict[Path, str]:
             folder, paths = argument, _search(argument, os.path.realpath(output))
         for path in paths:
             stem = str(path.relative_to(folder).with_suffix(""))
-            images.setdefault(_real_folder(path.parent) / path.name, (path, stem))
+            images.setdefault(Path(os.path.realpath(path.parent), path.name), (path, stem))
     return dict(images.values())
-
-
-@cache
-def _real_folder(path: Path) -> Path:
-    return Path(os.path.realpath(path))
 
 
 def name_results(

@@ -193,10 +193,7 @@ def merge_records(
 
 
 def read_ledger(
-    data: str | Path,
-    split: str,
-    columns: Sequence[str] | None = None,
-    status: str | None = OK,
+    data: str | Path, split: str, columns: Sequence[str] | None = None, status: str | None = OK
 ) -> pa.Table:
     """Read the ledger's rows of one split of the set at location `data`. columns: of SCHEMA, all by
     default. status: None for every row. Raises UserError where there is no ledger."""

@@ -121,24 +121,19 @@ class SourceFiles:
         """Yield every folder from the root down, in sorted order, with the names of its files.
         Links are followed, and no folder comes twice."""
         visited: set[str] = set()
-        pending = [iter([""])]  # the children yet to come of each folder from the root down
-        while pending:
-            path = next(pending[-1], None)
-            if path is None:
-                pending.pop()
-                continue
-            if not self.remote:
-                real = os.path.realpath(self._local(path))
-                if real in visited:
-                    continue
-                visited.add(real)
+
+        def below(path: str) -> Iterator[tuple[str, list[str]]]:
+            real = path if self.remote else os.path.realpath(self._local(path))
+            if real in visited:
+                return
+            visited.add(real)
             folders, names = self.entries(path)
             yield path, names
-            pending.append(self._looked_up([path_in(path, name) for name in folders]))
+            paths = [path_in(path, name) for name in folders]
+            for child, _ in zip(paths, self.ahead(self.contents, paths), strict=True):
+                yield from below(child)
 
-    def _looked_up(self, paths: list[str]) -> Iterator[str]:
-        """Yield paths of folders whose contents are known by then."""
-        return (x for x, _ in zip(paths, self.ahead(self.contents, paths), strict=True))
+        return below("")
 
     def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Yield `function(item)` for each item, in order; STREAMS at once on object storage."""

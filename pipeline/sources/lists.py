@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import posixpath
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,16 +15,16 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.errors import NAMED, SHOWN, UserError
-from pipeline.sources.annotations import Box, parse_boxes, parse_size
+from pipeline.sources.annotations import parse_boxes, parse_size
 from pipeline.sources.files import SourceFiles, is_list
 from pipeline.sources.listing import BATCH, SCHEMA, Listing, ListingBuilder, Unread
 from pipeline.sources.webdatasets import SPLITS, with_classes
 
 NEEDED, CORNERS, SIZE = ("path", "label"), ("x0", "y0", "x1", "y1"), ("width", "height")
-KNOWN = (*NEEDED, "split", "boxes", *CORNERS, *SIZE)
+KNOWN = (*NEEDED, "split", *CORNERS, *SIZE)
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "file")  # of URIs that may be in a list
 
-Row = dict[str, Any]  # by column; in CSV each is text
+Row = dict[str, Any]  # texts by column
 LINES = pa.schema([*SCHEMA, pa.field("split", pa.string()), pa.field("line", pa.string())])
 
 
@@ -92,10 +91,7 @@ def _parquet_rows(file: BinaryIO, location: str) -> tuple[list[str], Iterator[tu
             for batch in parquet.iter_batches(BATCH, columns=[*known]):
                 table = pa.Table.from_batches([batch])
                 table = table.rename_columns([known[name] for name in table.column_names])
-                texts = dict.fromkeys(table.column_names, pa.string())
-                if "boxes" in texts and pa.types.is_nested(table["boxes"].type):
-                    texts["boxes"] = pa.list_(pa.list_(pa.float64()))
-                table = table.cast(pa.schema([*texts.items()]))
+                table = table.cast(pa.schema([(name, pa.string()) for name in table.column_names]))
                 table.validate(full=True)
                 yield from table.to_pylist()
 
@@ -111,7 +107,7 @@ def _refusing_damage(location: str) -> Iterator[None]:
         detail = " ".join(str(error).split())[: 2 * SHOWN]
         raise UserError(
             f"{location} cannot be read ({detail}); expected a Parquet file with text or numbers "
-            "in its columns, and in `boxes` lists of [x0, y0, x1, y1]."
+            "in its columns."
         ) from error
 
 
@@ -147,8 +143,8 @@ def _checked_columns(names: Iterable[str], location: str) -> list[str]:
         shown = ", ".join(" ".join(name.split()) for name in columns)[: 4 * SHOWN]
         raise UserError(
             f"{location} {fault} among its columns ({shown}); needed: path, label; known besides: "
-            "split, boxes or x0, y0, x1, y1, width and height. In CSV the first line names them, "
-            "separated by commas."
+            "split, x0, y0, x1, y1, width and height. In CSV the first line names them, separated "
+            "by commas."
         )
     return columns
 
@@ -179,8 +175,9 @@ def _image(line: str, row: Row, problem: str | None) -> dict[str, Any]:
         problem = f"split unknown: {split[:SHOWN]!r} is none of {', '.join(SPLITS)}"
     if problem is None and not label.isprintable():
         problem = f"label unknown: {label[:SHOWN]!r} is no text"
-    boxes, note = _boxes(row)
-    size, texts = None, [row.get(name) or "" for name in SIZE]
+    corners, texts = ([row.get(name) or "" for name in names] for names in (CORNERS, SIZE))
+    boxes, note = parse_boxes([corners] if any(corners) else [])
+    size = None
     if boxes and any(texts):
         size = parse_size(*texts)
         if size is None:
@@ -193,19 +190,6 @@ def _image(line: str, row: Row, problem: str | None) -> dict[str, Any]:
         "problem": problem,
         "extra": (SPLITS.get(split.lower()), line),
     }
-
-
-def _boxes(row: Row) -> tuple[tuple[Box, ...], str | None]:
-    """Return the boxes of a line, and a note of those that are none."""
-    corners = [row.get(name) or "" for name in CORNERS]
-    groups = [corners] if any(corners) else []
-    value = row.get("boxes") or []
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-        groups += [[*map(str, box)] for box in value or ()]
-    except (ValueError, TypeError, RecursionError):
-        return (), f"boxes dropped: not a list of [x0, y0, x1, y1] ({str(value)[:SHOWN]})"
-    return parse_boxes(groups)
 
 
 def _size(image: Row) -> tuple[int, int] | None:
