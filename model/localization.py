@@ -7,9 +7,8 @@ from typing import Literal
 import cv2
 import numpy as np
 
-Rule = Literal["paper", "mean", "quantile", "otsu", "medoid"]
+Rule = Literal["paper", "mean", "otsu", "medoid"]
 MEAN_WEIGHT, MAX_WEIGHT = 0.7, 0.3
-KEPT_SHARE = 0.35  # of the pixels lies above the "quantile" rule's threshold
 OTSU_LEVELS = 256
 MEDOID_SHARES = np.arange(6, 17) / 20  # 0.3, 0.35 ... 0.8 of the way from minimum to maximum
 # Sums of float32 values over superpixels leave about this much noise on a map without content;
@@ -27,16 +26,6 @@ def adaptive_threshold(values: np.ndarray) -> float:
 def mean_threshold(values: np.ndarray) -> float:
     """Return the mean of a map, in float64."""
     return float(values.mean(dtype=np.float64))
-
-
-def quantile_threshold(values: np.ndarray) -> float:
-    """Return the value that 0.35 of a map's pixels exceed, fewer where values are equal. Where more
-    of them are at the maximum, it is the largest value below, so that those exceed it."""
-    index = values.size - int(KEPT_SHARE * values.size) - 1
-    threshold = np.partition(values, index, axis=None)[index]
-    if threshold == values.max():
-        threshold = values[values < threshold].max()
-    return float(threshold)
 
 
 def otsu_threshold(values: np.ndarray) -> float:
@@ -66,14 +55,12 @@ def medoid_thresholds(values: np.ndarray) -> list[float]:
 RULES: dict[Rule, Callable[[np.ndarray], list[float]]] = {
     "paper": lambda values: [adaptive_threshold(values)],
     "mean": lambda values: [mean_threshold(values)],
-    "quantile": lambda values: [quantile_threshold(values)],
     "otsu": lambda values: [otsu_threshold(values)],
     "medoid": medoid_thresholds,
 }
 RULE_TEXTS: dict[Rule, str] = {
     "paper": f"threshold {MEAN_WEIGHT} mean + {MAX_WEIGHT} max",
     "mean": "threshold at the mean",
-    "quantile": f"threshold that {KEPT_SHARE} of the pixels exceed",
     "otsu": "Otsu's threshold of the map",
     "medoid": "of the boxes at 0.3, 0.35 ... 0.8 of the range, the closest to the others",
 }

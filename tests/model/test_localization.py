@@ -191,15 +191,6 @@ def test_each_rule_cuts_at_its_own_threshold(rule: Rule, box: list[int]) -> None
     assert actual.tolist() == box
 
 
-def test_quantile_rule_keeps_all_of_a_large_plateau_at_the_maximum() -> None:
-    values = np.zeros((10, 10))
-    values[2:9, 1:9] = 1.0
-    values[0, 0] = 0.5
-    actual = map_box(values, "quantile")
-    assert actual is not None
-    assert actual.tolist() == [1, 2, 8, 8]
-
-
 def test_otsu_takes_the_lower_of_two_equal_cuts() -> None:
     # Two at 0, two at 0.5, two at 1: cuts below and above 0.5 have the same variance.
     values = np.array([[0.0, 0.5, 0.5, 1.0, 1.0, 0.0]])

@@ -123,7 +123,7 @@ def test_each_rule_gives_its_own_box_of_the_same_map(nets: Nets) -> None:
         expected = scale_boxes(of_maps, np.array((SIZE, SIZE)), sizes)
         boxes[rule] = [result.box for result in results]
         assert boxes[rule] == expected.tolist()
-    assert boxes["paper"] != boxes["mean"] != boxes["quantile"]
+    assert boxes["paper"] != boxes["mean"] != boxes["otsu"]
 
 
 def test_a_flat_map_is_the_whole_image_and_not_found(nets: Nets) -> None:
