@@ -51,9 +51,7 @@ def generate(output: Path, config: SyntheticConfig) -> None:
     if done.is_file():
         if done.read_text() == repr(config):
             return
-        raise UserError(
-            f"{output} holds other generated images ({done.read_text()}); use a new --output"
-        )
+        raise UserError(f"{output} holds other images ({done.read_text()}); use a new --output")
     write_synthetic(output, config)
     write_atomically(done, repr(config).encode())
 

@@ -135,9 +135,7 @@ def _weights_of_package(name: str) -> dict[str, Tensor]:
             return timm.create_model(model, pretrained=True).state_dict()
         except Exception as error:  # of any kind, from timm, its hub and the network
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"timm could not download weights of {model} ({reason}); give a file of them."
-            ) from error
+            raise UserError(f"timm has no weights of {model} ({reason}); give a file.") from error
     if package == "torchvision":
         raise UserError(f"{name} needs a file of weights: nothing is downloaded for torchvision.")
     package = name.replace("-", "_") + "_pytorch_model"

@@ -152,9 +152,7 @@ def shape_of_nets(path: str | Path, content: Mapping[str, Any], **values: Any) -
     """Return the shape of nets whose JSON file has this content, with values that are not in it.
     Raises UserError for a file of another format or version."""
     if content.get("format") != MODEL_FORMAT:
-        raise UserError(
-            f"{path} has format {content.get('format')}; this program reads {MODEL_FORMAT}."
-        )
+        raise UserError(f"{path} has format {content.get('format')}; {MODEL_FORMAT} is read.")
     values |= {k: tuple(v) if isinstance(v, list) else v for k, v in content["config"].items()}
     try:
         return ModelConfig(**values)
@@ -170,9 +168,7 @@ def load_nets(run: str | Path, *, accurate: bool = False) -> Nets:
         tensors, content = read_weights(path)
     config = shape_of_nets(path, content)
     if accurate and config.network is None:
-        raise UserError(
-            f"--accurate is for nets over a pretrained network; {run} has nets from scratch"
-        )
+        raise UserError(f"--accurate is for nets over a pretrained network; those of {run} are not")
     nets = new_nets(config)
     for net in nets.modules().values():
         net.eval()

@@ -79,9 +79,7 @@ def measure(config: InspectConfig, manifest: Manifest) -> str:
         seconds = time.perf_counter() - started
         if seconds >= config.seconds:
             break
-    return (
-        f"{images / seconds:,.0f} images/s into {batch.labels.device} memory, over {images} images"
-    )
+    return f"{images / seconds:,.0f} images/s into {batch.labels.device} memory, of {images} images"
 
 
 def inspect(config: InspectConfig) -> list[str]:

@@ -287,9 +287,7 @@ def write_boxes(config: LocalizeConfig, output: Path, nets: "Nets") -> None:
         f"{cli.duration(time.monotonic() - started)}: {storage.join(location, BOXES_NAME)}"
     )
     if failed:
-        raise UserError(
-            f"{failed} of {len(jobs)} images failed; their reasons are above and in {BOXES_NAME}."
-        )
+        raise UserError(f"{failed} of {len(jobs)} images failed; {BOXES_NAME} has the reasons.")
 
 
 if __name__ == "__main__":

@@ -36,9 +36,7 @@ class ReportConfig:
         if len({storage.absolute(folder) for folder in self.evaluation}) < len(self.evaluation):
             raise ValueError("one evaluation is given twice; give each once")
         if self.titles and len(self.titles) != len(self.evaluation):
-            raise ValueError(
-                f"--titles: {len(self.titles)} for {len(self.evaluation)} evaluations; give as many"
-            )
+            raise ValueError(f"--titles: {len(self.titles)}; give {len(self.evaluation)}, one each")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,27 +1,23 @@
-"""The report's charts: curves of the rows, drawn by matplotlib as SVG that stands in the page."""
+"""The report's charts: curves of the rows, drawn by matplotlib as SVG. The page inverts their
+lightness where its ground is dark."""
 
 import io
-import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from jobs.pictures import data_uri
 from jobs.report.tables import CONSTANT, Line
 from pipeline.evaluation.protocols import IOU_THRESHOLD
 
 SIZE = (5.0, 3.6)  # inches of 72 SVG units; the page scales the drawing
 PLOT = (0.1, 0.14, 0.87, 0.78)  # left, bottom, width and height of the axes, in shares
-COLOURS = tuple(f"c-{name}" for name in "abcdefg")
+COLOURS = ("#0063a8", "#00755c", "#756400", "#a0307c", "#5b3fb5", "#b34700", "#1b1d21")
 MAPS = ("aln", "gradient", "lrp", "cam", "given", "layercam")  # in the order of their colours
-VARIABLES = ("soft", "line", *COLOURS)  # the page's CSS variables
-# While matplotlib draws, a colour that it has no other use for stands for each variable, so that
-# the drawing is legible on the page's light and its dark ground.
-STAND_INS = {name: f"#a1b2{number:02x}" for number, name in enumerate(VARIABLES)}
+SOFT, GRID = "#5a606a", "#cdd0d3"
 DASHES = ("", "6 2.5", "2 2", "8 2 2 2", "11 3", "5 2 1.5 2 1.5 2")
 WIDTH, STRONG_WIDTH = 1.6, 3.0  # of lines, in SVG units
 OPTIONS = {
@@ -31,8 +27,9 @@ OPTIONS = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "axes.edgecolor": STAND_INS["soft"],
-    "grid.color": STAND_INS["line"],
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color"), SOFT),
+    "ytick.color": SOFT,
+    "grid.color": GRID,
     "axes.spines.left": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -45,7 +42,7 @@ OPTIONS = {
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """A line of a chart. values: float [K] in [0, 1]; spread: the lowest and the highest of the
-    seeds, float [2, K], or None; colour: a CSS variable; dash: an SVG dash array."""
+    seeds, float [2, K], or None; colour: #rrggbb; dash: an SVG dash array."""
 
     line: Line
     values: np.ndarray
@@ -65,7 +62,12 @@ class Chart:
 
     title: str
     curves: tuple[Curve, ...]
-    svg: Markup
+    svg: str
+
+    @property
+    def uri(self) -> str:
+        """The drawing as a data URI."""
+        return data_uri(self.svg.encode(), "svg+xml")
 
 
 def iou_charts(lines: Sequence[Line]) -> list[Chart]:
@@ -105,7 +107,7 @@ def _curves(lines: Sequence[Line]) -> list[Curve]:
         order = MAPS.index(name) if name in MAPS else len(MAPS)
         if len(mains) > 1 and line.own:
             order = mains.index(line)
-        colour = "soft" if line.constant else COLOURS[order % len(COLOURS)]
+        colour = SOFT if line.constant else COLOURS[order % len(COLOURS)]
         alike = sum(other.line.r.row.map == name for other in curves)
         dash = 1 + CONSTANT.index(name) if line.constant else alike % len(DASHES)
         curves.append(
@@ -127,31 +129,14 @@ def _draw(curves: Sequence[Curve], x: Sequence[float], title: str) -> Chart:
         axes.set(xlim=(0, 1), ylim=(0, 1.005), xlabel="IoU asked for")
         axes.set_yticks(np.arange(6) / 5, [f"{20 * i}" for i in range(6)])
         axes.set_title("images right, %", loc="left", size=11, x=-0.09)
-        axes.axvline(IOU_THRESHOLD, color=STAND_INS["soft"], linewidth=1, dashes=(2, 3))
+        axes.axvline(IOU_THRESHOLD, color=SOFT, linewidth=1, dashes=(2, 3))
         axes.text(IOU_THRESHOLD + 0.015, 0.95, "GT-known")
         for curve in sorted(curves, key=lambda curve: curve.line.own):
-            colour = STAND_INS[curve.colour]
-            (drawn,) = axes.plot(x, curve.values, color=colour, linewidth=curve.width)
+            (drawn,) = axes.plot(x, curve.values, color=curve.colour, linewidth=curve.width)
             if curve.dash:
                 drawn.set_dashes([float(length) / curve.width for length in curve.dash.split()])
             if curve.spread is not None:
-                axes.fill_between(x, *curve.spread, color=colour, alpha=0.2, linewidth=0)
+                axes.fill_between(x, *curve.spread, color=curve.colour, alpha=0.2, linewidth=0)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    names = ", ".join(curve.line.name for curve in curves)
-    svg = _for_page(file.getvalue(), f"{title}: lines for {names}")
-    return Chart(title=title, curves=tuple(curves), svg=svg)
-
-
-def _for_page(svg: str, label: str) -> Markup:
-    """Return matplotlib's file as an element of the page: ids that no other chart has, and the
-    page's colours and font."""
-    body = svg[svg.index("<g id=") : svg.rindex("</svg>")]
-    prefix = f"c{zlib.crc32(label.encode()):08x}"
-    body = re.sub(r'( id="|href="#|url\(#)', rf"\1{prefix}-", body)
-    for name, stand_in in STAND_INS.items():
-        body = body.replace(stand_in, f"var(--{name})")
-    body = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", body)
-    width, height = (72 * inches for inches in SIZE)
-    start = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">')
-    return start.format(width, height, label) + Markup(body) + Markup("</svg>")
+    return Chart(title=title, curves=tuple(curves), svg=file.getvalue())

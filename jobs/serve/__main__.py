@@ -60,9 +60,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
-        raise UserError(
-            f"--host {host} --port {port} cannot be bound ({error.strerror}); give others"
-        ) from error
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; give others") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

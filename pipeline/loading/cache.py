@@ -61,10 +61,7 @@ def default_folder() -> Path:
 def check_use(data: str | None, folder: Path | None, limit: float) -> None:
     """Raise UserError for a cache's folder or limit beside a local set, which needs none."""
     if data and not storage.is_remote(data) and (folder or limit != DEFAULT_LIMIT):
-        raise UserError(
-            f"{data} is a local folder, which is read in place; leave out the cache's folder and "
-            "limit."
-        )
+        raise UserError(f"{data} is a local folder, read in place; leave the cache's flags out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,9 +310,7 @@ class ShardCache:
             try:
                 storage.copy_into(file, location)
             except storage.MissingError as error:
-                raise UserError(
-                    f"{location} is missing, but dataset.json names it; upload it again."
-                ) from error
+                raise UserError(f"{location} is missing; upload it again.") from error
             if (sha256 := sha256_file(Path(file.name))) == shard.sha256:
                 return
         raise UserError(

@@ -345,9 +345,8 @@ def shards_by_name(manifest: Manifest) -> dict[str, Shard]:
 def split_of(manifest: Manifest, split: str) -> Split:
     """Return the manifest's entry for one split. Raises UserError, naming the splits it has."""
     if split not in manifest.splits:
-        raise UserError(
-            f"the set has no split {split!r}; it has {', '.join(sorted(manifest.splits))}."
-        )
+        splits = ", ".join(sorted(manifest.splits))
+        raise UserError(f"the set has no split {split!r}; it has {splits}.")
     return manifest.splits[split]
 
 

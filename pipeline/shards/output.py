@@ -41,9 +41,7 @@ def claim_output(plan: Plan) -> None:
             )
         return
     if any(storage.entries(plan.output)):
-        raise UserError(
-            f"{plan.output} is not empty and holds no {PLAN_NAME}; choose an empty folder."
-        )
+        raise UserError(f"{plan.output} is not empty and holds no {PLAN_NAME}; choose another.")
     if not storage.is_remote(plan.output):
         for split in plan.collection.images:
             (storage.local_path(plan.output) / split).mkdir(parents=True, exist_ok=True)

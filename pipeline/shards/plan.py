@@ -78,9 +78,8 @@ class PreprocessConfig:
         }
         for name, (good, allowed) in checks.items():
             if not good:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is out of range; allowed: {allowed}"
-                )
+                value = getattr(self, name)
+                raise ValueError(f"{name} {value} is out of range; allowed: {allowed}")
         check_superpixels(self.height, self.width, self.superpixels)
 
     @property

@@ -38,7 +38,7 @@ from pipeline.shards.ledger import (
 )
 from pipeline.shards.make import Progress
 from pipeline.shards.manifest import differences, make_manifest
-from pipeline.shards.output import PLAN_NAME, read_fingerprint
+from pipeline.shards.output import read_fingerprint
 from pipeline.shards.plan import ShardTask, location_of, shard_tasks
 from pipeline.tasks import Failure, run_tasks
 
@@ -99,9 +99,7 @@ def verify(
     if not result.damaged:
         names = differences(manifest, _manifest_of_records(result))
         if names:
-            result.problems[MANIFEST_NAME] = (
-                f"{', '.join(names)}: not what {PLAN_NAME} and the shards' records give"
-            )
+            result.problems[MANIFEST_NAME] = f"{', '.join(names)}: not what the records give"
     return result
 
 

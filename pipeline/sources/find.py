@@ -81,9 +81,7 @@ def find_layout(files: SourceFiles) -> str:
         return "webdataset"
     contents = summary_of(files)
     if not contents:
-        raise UserError(
-            f"source {files.source} is an empty folder; name the folder with the images."
-        )
+        raise UserError(f"source {files.source} is an empty folder; name that of the images.")
     raise UserError(f"source {files.source} has no known layout: {contents}. Known: {LAYOUT_HELP}.")
 
 

@@ -182,10 +182,8 @@ def _read_file(contents: _Contents, files: SourceFiles, path: str) -> None:
 
 
 def _repeated(files: SourceFiles, first: str, second: str) -> UserError:
-    return UserError(
-        f"{files.location(first)} and {files.location(second)} hold the same images; keep one of "
-        "them."
-    )
+    paths = f"{files.location(first)} and {files.location(second)}"
+    return UserError(f"{paths} hold the same images; keep one of them.")
 
 
 def _add_list(contents: _Contents, path: str, data: bytes) -> None:

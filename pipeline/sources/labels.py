@@ -31,9 +31,7 @@ def read_meta(data: bytes, path: str) -> dict[str, str]:
         by_id = {int(x["ILSVRC2012_ID"]): (str(x["WNID"]), str(x["words"])) for x in leaves}
     except Exception as error:  # scipy's parser raises errors of any kind for damaged files
         detail = " ".join(str(error).split())[:SHOWN]
-        raise UserError(
-            f"{path} cannot be read ({detail}); expected the devkit's data/meta.mat."
-        ) from error
+        raise UserError(f"{path} is not the devkit's data/meta.mat ({detail}).") from error
     names = dict(by_id[number] for number in sorted(by_id))
     if not names or sorted(by_id) != list(range(1, len(leaves) + 1)) or len(names) < len(leaves):
         raise UserError(
@@ -122,9 +120,7 @@ def read_names(data: bytes, path: str, separator: str | None = None) -> dict[str
     names: dict[str, str] = {}
     for number, wnid, name in class_lines(_text(data), separator):
         if wnid in names:
-            raise UserError(
-                f"{path} line {number} names {wnid[:SHOWN]} a second time; keep one line of it."
-            )
+            raise UserError(f"{path} line {number} names {wnid[:SHOWN]} a second time; keep one.")
         names[normalized(wnid)] = name or wnid
     return names
 

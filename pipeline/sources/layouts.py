@@ -116,9 +116,8 @@ def list_cub(files: SourceFiles) -> Listing:
     existing = {f"{folder}/{name}" for folder, contents in present for name in contents}
     builders = {"train": ListingBuilder(), "val": ListingBuilder()}
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
-        raise UserError(
-            f"{files.location(path_in(root, CUB_FILES[0]))} names {twice[0]} twice; keep one line."
-        )
+        location = files.location(path_in(root, CUB_FILES[0]))
+        raise UserError(f"{location} names {twice[0]} twice; keep one line.")
     for number, name in names.items():
         box, note = _cub_box(boxes.get(number, ""))
         problem = None

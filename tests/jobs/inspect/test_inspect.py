@@ -41,7 +41,7 @@ def test_pictures_are_of_the_batches_that_training_gets(
     lines = capsys.readouterr().out.splitlines()
     pictures = [Path(line.removeprefix("picture: ")) for line in lines[:2]]
     assert [path.name for path in pictures] == ["train-batch-0.png", "train-batch-1.png"]
-    assert re.fullmatch(r"rate: [\d,]+ images/s into cpu memory, over \d+ images", lines[2])
+    assert re.fullmatch(r"rate: [\d,]+ images/s into cpu memory, of \d+ images", lines[2])
     stream = load(config(small_set, tmp_path), read_manifest(small_set))
     for path, batch in zip(pictures, stream, strict=False):
         drawn = np.asarray(Image.open(path))
