@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from jobs import cli
 from jobs.report import tables
-from jobs.report.compare import Entry, entries_of, pairs
+from jobs.report.compare import Entry, compare, entries_of
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.evaluation.results import read_evaluation
@@ -99,7 +99,7 @@ def render(entries: Sequence[Entry], pictures: "dict[str, list[Picture]]", reaso
         groups=tables.groups(lines, entries),
         mains=[line for line in lines if line.own],
         columns=tables.shown_figures(lines),
-        pairs=pairs(entries, metrics["seed"]),
+        pairs=[(x, compare(entries[0], x, metrics["seed"])) for x in entries[1:]],
         iou_charts=iou_charts(lines),
         tables=tables,
         pictures=pictures,

@@ -44,21 +44,11 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """A figure of two rows; interval: 95 %, of second less first, paired by image."""
+    """A figure of two rows; interval: 95 %, of second less first."""
 
     first: float
     second: float
     interval: tuple[float, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two rows compared on the same images. differences: by figure that both have."""
-
-    first: Entry
-    second: Entry
-    rows: tuple[Row, Row]
-    differences: dict[str, Difference]
 
 
 def entries_of(evaluations: Sequence[Evaluation], titles: Sequence[str]) -> list[Entry]:
@@ -149,24 +139,9 @@ def right_classes(images: pa.Table, classes: str) -> np.ndarray:
     return same.fill_null(False).to_numpy(zero_copy_only=False)
 
 
-def pairs(entries: Sequence[Entry], seed: int) -> list[Pair]:
-    """Compare every entry with the first one: their main rows, then the other rows that both have
-    by the paper's box rule."""
-    first, *rest = entries
-    result = []
-    for second in rest:
-        shared = [
-            (row, row)
-            for row in first.members
-            if row in second.members and row.rule == "paper" and row.map != "mean map"
-        ]
-        for rows in dict.fromkeys([(first.main, second.main), *shared]):
-            result.append(_pair(first, second, rows, seed))
-    return result
-
-
-def _pair(first: Entry, second: Entry, rows: tuple[Row, Row], seed: int) -> Pair:
-    a, b = _per_image(first, rows[0]), _per_image(second, rows[1])
+def compare(first: Entry, second: Entry, seed: int) -> dict[str, Difference]:
+    """Return the differences of the figures that both main rows have, paired by image."""
+    a, b = _per_image(first), _per_image(second)
     differences = {}
     for figure in [name for name in a if name in b]:
         known = ~np.isnan(a[figure] + b[figure])
@@ -174,13 +149,13 @@ def _pair(first: Entry, second: Entry, rows: tuple[Row, Row], seed: int) -> Pair
             x, y = a[figure][known], b[figure][known]
             ((low, high),) = bootstrap_intervals((y - x)[:, None], seed).tolist()
             differences[figure] = Difference(first=fmean(x), second=fmean(y), interval=(low, high))
-    return Pair(first=first, second=second, rows=rows, differences=differences)
+    return differences
 
 
-def _per_image(entry: Entry, row: Row) -> dict[str, np.ndarray]:
-    """Return the row's figures that are means over images, image by image, as the mean over the
-    seeds: float64 [N], NaN where a figure is not known."""
-    seeds = []
+def _per_image(entry: Entry) -> dict[str, np.ndarray]:
+    """Return the main row's figures that are means over images, image by image, as the mean over
+    the seeds: float64 [N], NaN where a figure is not known."""
+    row, seeds = entry.main, []
     for evaluation, images in zip(entry.evaluations, entry.images, strict=True):
         table = evaluation.predictions(row.map, row.rule).take(images["image"])
         ious, auc, other = (table[name].to_numpy() for name in ("iou", "auc", "auc_other"))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jobs.report.compare import Entry, Pair, combined
+from jobs.report.compare import Entry, combined
 from pipeline.evaluation.results import CLASSES, RowFigures
 
 CONSTANT = ("whole image", "centred box", "mean map")  # the same box for every image
@@ -33,6 +33,7 @@ FIGURES = (
     Figure("top5_cls", "Class", "Top-5"),
 )
 GAP = Figure("auc_gap", "Pixel AUC", "Gap")
+PAIRED = (*(x for x in FIGURES if x.key in ("gt_known", "mean_iou", "top1_loc")), GAP)
 ERRORS = {  # in the order of the bars; metrics.py decides which one an image has
     "right": ("right", "box right, and the class where the row has one"),
     "class_wrong": ("class wrong", "box right, class wrong"),
@@ -173,17 +174,3 @@ def best_values(parts: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[st
         key: max((part[key] for part in parts if part.get(key) is not None), default=None)
         for key in keys
     }
-
-
-def paired_figures(pairs: Sequence[Pair]) -> list[Figure]:
-    """Return the figures that some pair is compared by."""
-    return [f for f in (*FIGURES, GAP) if any(f.key in pair.differences for pair in pairs)]
-
-
-def pair_title(pair: Pair) -> str:
-    """Return the titles of a pair's rows with what tells them apart, once where they are equal."""
-    named = []
-    for entry, row in zip((pair.second, pair.first), pair.rows[::-1], strict=True):
-        figures = entry.members[row][0]
-        named.append(", ".join(filter(None, (figures.title, _note(figures, "")))))
-    return " against ".join(dict.fromkeys(named))

@@ -23,7 +23,7 @@ from jobs.pictures import heat
 from jobs.report import tables
 from jobs.report.__main__ import main, render
 from jobs.report.charts import COLOURS, SOFT, iou_charts
-from jobs.report.compare import Entry, combined, entries_of, pairs
+from jobs.report.compare import Entry, combined, compare, entries_of
 from jobs.report.pictures import choose, most_different, report_pictures
 from pipeline.errors import UserError
 from pipeline.evaluation.results import Row, RowFigures, read_evaluation
@@ -356,35 +356,34 @@ def test_the_mean_of_a_figure_that_a_seed_lacks_is_unknown(evaluations: Evaluati
 
 
 def test_two_methods_are_compared_image_by_image(evaluations: Evaluations) -> None:
-    compared = pairs(entries(*evaluations), seed=0)
-    runs, boxes = compared[0], compared[-1]
-    assert runs.rows == (ALN, ALN)
-    assert boxes.rows == (ALN, Row(map="given", classes="boxes"))
-    assert {pair.rows[1].map for pair in compared} >= {"cam", "layercam", "gradient", "lrp"}
+    first, second, given = entries(*evaluations)
+    runs, boxes = (compare(first, other, seed=0) for other in (second, given))
     figures = [aln_figures(folder).figures for folder in evaluations[:2]]
-    for name, difference in runs.differences.items():
+    for name, difference in runs.items():
         assert difference.first == pytest.approx(figures[0][name])
         assert difference.second == pytest.approx(figures[1][name])
         low, high = difference.interval
         assert low <= difference.second - difference.first <= high
-    assert set(runs.differences) == {"gt_known", "top1_loc", "mean_iou", "auc_gap"}
-    assert set(boxes.differences) == {"gt_known", "top1_loc", "mean_iou"}
+    assert set(runs) == {"gt_known", "top1_loc", "mean_iou", "auc_gap"}
+    assert set(boxes) == {"gt_known", "top1_loc", "mean_iou"}
     # The boxes are those of the second run's ALN.
-    assert boxes.differences["mean_iou"].second == pytest.approx(figures[1]["mean_iou"])
+    assert boxes["mean_iou"].second == pytest.approx(figures[1]["mean_iou"])
 
 
-def test_pairing_leaves_what_the_images_share_out_of_the_interval(evaluations: Evaluations) -> None:
-    (pair, *_) = pairs(entries(evaluations[1], evaluations[1], titles=("a", "b")), seed=0)
-    assert pair.differences["mean_iou"].interval == (0, 0)
+def test_pairing_leaves_what_the_images_share_out_of_the_interval(
+    evaluations: Evaluations,
+) -> None:
+    first, second = entries(evaluations[1], evaluations[1], titles=("a", "b"))
+    same = compare(first, second, seed=0)
+    assert same["mean_iou"].interval == (0, 0)
     low, high = aln_figures(evaluations[1]).interval["mean_iou"] or (0, 0)
     assert high - low > 0.01
 
 
 def test_a_comparison_shows_differences_in_points(evaluations: Evaluations) -> None:
-    first, *_ = pairs(entries(*evaluations), seed=0)
-    shown = page(*evaluations)
-    row = shown.row("Image by image", "ALN, class: co-trained evaluation-1 less evaluation-0")
-    difference = first.differences["gt_known"]
+    first, second, _ = entries(*evaluations)
+    row = page(*evaluations).row("Image by image", "evaluation-1 less evaluation-0")
+    difference = compare(first, second, seed=0)["gt_known"]
     assert row[0].split()[0] == tables.points(difference.second - difference.first)
     assert row[0].split()[1:4:2] == [tables.points(bound) for bound in difference.interval]
 
