@@ -339,7 +339,7 @@ def test_seeds_are_shown_by_mean_and_range(evaluations: Evaluations) -> None:
     seeds = page(*evaluations[:2], titles=("ALN", "ALN"))
     texts = [tables.percent(value) for value in (sum(shares) / 2, min(shares), max(shares))]
     assert seeds.row("All methods", "ALN class: co-trained")[0] == "{} {}–{}".format(*texts)
-    assert "2 seeds" in seeds.text
+    assert "(mean of 2)" in seeds.text
     assert "Image by image" not in seeds.text
 
 
