@@ -134,16 +134,12 @@ def layerwise_relevance(network: nn.Module, images: Tensor, classes: Tensor) -> 
     weight * x, convolutions by the positive terms (z+), the first one evenly over its window
     (flat); normalizations and activations pass it on, sums share it, maxima give it to the largest;
     gates are factors. network: convolutional, of torch.nn layers or functions, in evaluation mode,
-    uncompiled. images: normalized float [B, 3, H, W]; classes: int64 [B]. Raises ValueError for a
-    network without a convolution. Blur the map before a box is found (docs/log.md)."""
+    uncompiled. images: normalized float [B, 3, H, W]; classes: int64 [B]. Blur the map before a box
+    is found (docs/log.md)."""
     rules = _RelevanceRules()
     with torch.enable_grad(), rules:
         logits = network(images.detach())
-    if rules.ones is None:
-        raise ValueError(
-            f"{type(network).__name__} has no convolution, where relevance would reach the pixels; "
-            "layer-wise relevance is for convolutional networks."
-        )
+    assert rules.ones is not None
     score = logits.gather(1, classes.unsqueeze(1)).sum()
     (relevance,) = torch.autograd.grad(score, rules.ones)
     maps = relevance.squeeze(1)

@@ -13,8 +13,8 @@ from jobs.cli import option
 from jobs.loading import LoadingConfig, choose_device
 from jobs.pictures import Cell, draw_grid, encode_png
 from pipeline.errors import UserError
-from pipeline.loading.order import Order, Position, steps_per_epoch
-from pipeline.shards.format import Manifest, read_manifest, split_of
+from pipeline.loading.order import Order
+from pipeline.shards.format import Manifest, read_manifest
 from pipeline.storage import is_file, join, make_folder, write_atomically
 
 if TYPE_CHECKING:
@@ -26,28 +26,23 @@ WARMUP_BATCHES = 5  # before the rate is measured
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig(LoadingConfig):
-    """What to look at. The train split comes as in training, others as in evaluation."""
+    """What to look at: the first batches of a training with these flags."""
 
     output: str = option(help="folder or URI for a picture per batch")
-    split: str = option("train", help="train: augmented and shuffled; others as they are, in order")
     batches: int = option(2, low=1, help="batches to draw")
     batch_size: int = option(32, low=1, help="images in a batch, of which up to 32 are drawn")
     seed: int = option(0, low=0, help="of order and augmentation")
-    epoch: int = option(0, low=0, help="whose first batches are taken")
     device: Literal["auto", "cpu", "cuda"] = option("auto", help="auto: cuda where there is one")
     seconds: float = option(5.0, low=0, help="how long to measure the rate")
 
 
 def load(config: InspectConfig, manifest: Manifest) -> "Iterator[Batch]":
-    """Yield the split's batches: endless ones of the train split, one pass over another split."""
+    """Yield batches of the train split, without end."""
     from pipeline.loading.loader import Loader
 
-    device = choose_device(config.device)
-    loader = Loader(config.data, manifest, device, config.cache_config())
-    if config.split != "train":
-        return loader.evaluation(config.split, config.batch_size)
+    loader = Loader(config.data, manifest, choose_device(config.device), config.cache_config())
     order = Order(batch_size=config.batch_size, seed=config.seed, window=config.window(manifest))
-    return loader.train(order, config.augmentation(), start=Position(epoch=config.epoch))
+    return loader.train(order, config.augmentation())
 
 
 def draw_batch(batch: "Batch", manifest: Manifest, title: str) -> np.ndarray:
@@ -67,40 +62,29 @@ def draw_batch(batch: "Batch", manifest: Manifest, title: str) -> np.ndarray:
 
 
 def measure(config: InspectConfig, manifest: Manifest) -> str:
-    """Measure images per second into the device's memory, after a warm-up, over --seconds of
-    batches or to the end of the split. Return the rate in words."""
+    """Measure images per second into the device's memory, after a warm-up, over --seconds. Return
+    the rate in words."""
     stream = load(config, manifest)
-    steps = steps_per_epoch(split_of(manifest, config.split).images, config.batch_size, ranks=1)
-    for _ in islice(stream, min(WARMUP_BATCHES, steps // 2)):
+    for _ in islice(stream, WARMUP_BATCHES):
         pass
     images, seconds, started = 0, 0.0, time.perf_counter()
-    for batch in stream:
+    while seconds < config.seconds or not images:
+        batch = next(stream)
         images += len(batch.labels)
         seconds = time.perf_counter() - started
-        if seconds >= config.seconds:
-            break
     return f"{images / seconds:,.0f} images/s into {batch.labels.device} memory, of {images} images"
 
 
-def inspect(config: InspectConfig) -> list[str]:
+def inspect(config: InspectConfig, manifest: Manifest) -> list[str]:
     """Draw the first batches into the output folder. Raises UserError for a set or output that
     cannot be used."""
-    manifest = read_manifest(config.data)
-    split = split_of(manifest, config.split)
     if is_file(config.output):
         raise UserError(f"--output {config.output} is a file; give a folder")
-    if not split.images:
-        raise UserError(f"split {config.split!r} of {config.data} has no images to look at")
     make_folder(config.output)
-    steps = steps_per_epoch(split.images, config.batch_size, ranks=1)
-    how = "augmented" if config.split == "train" else "as stored"
     paths = []
     for number, batch in enumerate(islice(load(config, manifest), config.batches)):
-        title = (
-            f"{config.split}, batch {number} of {steps} in epoch {config.epoch}: "
-            f"{len(batch.labels)} images, {how}"
-        )
-        paths.append(join(config.output, f"{config.split}-batch-{number}.png"))
+        title = f"train, batch {number}: {len(batch.labels)} images, augmented"
+        paths.append(join(config.output, f"train-batch-{number}.png"))
         write_atomically(paths[-1], encode_png(draw_batch(batch, manifest, title)))
     return paths
 
@@ -108,9 +92,10 @@ def inspect(config: InspectConfig) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with its flags (`--help` lists them)."""
     config = cli.parse(InspectConfig, argv, __doc__ or "")
-    for path in inspect(config):
+    manifest = read_manifest(config.data)
+    for path in inspect(config, manifest):
         print(f"picture: {path}")
-    print(f"rate: {measure(config, read_manifest(config.data))}")
+    print(f"rate: {measure(config, manifest)}")
 
 
 if __name__ == "__main__":

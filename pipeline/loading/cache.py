@@ -18,7 +18,6 @@ import socket
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,10 +104,9 @@ class ShardCache:
         self, data: str | Path, manifest: Manifest, split: str, config: CacheConfig
     ) -> None:
         """Open the cache. Raises UserError for an unusable folder or a limit below one shard."""
-        self._ahead: set[str] = set()  # hashes of shards to prefetch that are not in use yet
-        self._queue: deque[Shard] = deque()  # shards that its thread has still to fetch
+        self._ahead: list[Shard] = []  # to prefetch, and to keep until they are used
         self._thread: threading.Thread | None = None
-        self._mutex = threading.Lock()  # guards the three above
+        self._mutex = threading.Lock()  # guards the two above
         self._use = -1  # descriptor that holds the shared locks
         folder = config.folder or default_folder()
         self.data, self.split, self.folder, self.limit = data, split, folder, config.limit_bytes
@@ -132,7 +130,7 @@ class ShardCache:
     def close(self) -> None:
         """Release all shards and stop prefetching."""
         with self._mutex:
-            self._ahead, self._queue = set(), deque()
+            self._ahead = []
         if self._use >= 0:
             os.close(self._use)
             self._use = -1
@@ -149,7 +147,7 @@ class ShardCache:
         if not self.remote:
             return storage.local_path(self.data) / self.split / shard.name
         with self._mutex:
-            self._ahead.discard(shard.sha256)
+            self._ahead = [other for other in self._ahead if other is not shard]
         deadline = time.monotonic() + ROOM_WAIT
         while True:
             _lock(self._use, fcntl.F_RDLCK, _use_offset(shard.sha256))
@@ -180,31 +178,27 @@ class ShardCache:
         if not self.remote:
             return
         with self._mutex:
-            self._queue = deque(self.shards[number] for number in numbers)
-            self._ahead = {shard.sha256 for shard in self._queue}
+            self._ahead = [self.shards[number] for number in numbers]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._prefetch, daemon=True)
                 self._thread.start()
 
     def _prefetch(self) -> None:
+        failed: set[str] = set()
         while True:
             with self._mutex:
-                while self._queue and self._queue[0].sha256 not in self._ahead:
-                    self._queue.popleft()
-                if not self._queue:
+                waiting = (x for x in self._ahead if x.sha256 not in failed and not self._has(x))
+                shard = next(waiting, None)
+                if shard is None:
                     self._thread = None
                     return
-                shard, kept = self._queue[0], self._ahead.copy()
+                kept = {other.sha256 for other in self._ahead}
             try:
                 self._fetch(shard, kept)
             except NoRoomError:
                 time.sleep(ROOM_POLL)
-                continue
             except (UserError, OSError):
-                pass
-            with self._mutex:
-                if self._queue and self._queue[0] is shard:
-                    self._queue.popleft()
+                failed.add(shard.sha256)
 
     def _file(self, shard: Shard, extension: str) -> Path:
         return self.folder / f"{shard.sha256}.{extension}"

@@ -111,9 +111,3 @@ def test_relevance_of_the_classifier_is_conserved_and_of_each_image_alone(
     for i in range(2):
         alone = layerwise_relevance(classifier, images[i : i + 1], classes[i : i + 1])
         torch.testing.assert_close(alone[0], together[i], rtol=1e-3, atol=1e-6)
-
-
-def test_relevance_needs_a_convolution() -> None:
-    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    with pytest.raises(ValueError, match="no convolution"):
-        layerwise_relevance(net, torch.zeros((1, 3, 2, 2)), torch.tensor([0]))

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from jobs.cli import parse
-from jobs.inspect.__main__ import InspectConfig, inspect, load, main
+from jobs.inspect.__main__ import InspectConfig, load, main
 from jobs.loading import LoadingConfig
 from jobs.pictures import GAP, TITLE
 from pipeline.errors import UserError
@@ -50,16 +50,11 @@ def test_pictures_are_of_the_batches_that_training_gets(
         assert np.array_equal(drawn[top : top + 7 * 32 : 7, left : left + 7 * 32 : 7], first)
 
 
-def test_other_splits_are_shown_as_they_are_stored(small_set: Path, tmp_path: Path) -> None:
-    paths = inspect(config(small_set, tmp_path, split="val", batches=5))
-    assert [Path(path).name for path in paths] == ["val-batch-0.png", "val-batch-1.png"]
-
-
 def test_what_cannot_be_shown_is_one_line(small_set: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="is a file"):
-        inspect(config(small_set, tmp_path / "file"))
-    with pytest.raises(UserError, match="has no split 'test'"):
-        inspect(config(small_set, tmp_path, split="test"))
-    with pytest.raises(UserError, match="no finished set"):
-        inspect(config(tmp_path, tmp_path))
+    for data, output, message in (
+        (small_set, tmp_path / "file", "is a file"),
+        (tmp_path, tmp_path, "no finished set"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(["--data", str(data), "--output", str(output)])
