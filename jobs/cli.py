@@ -1,5 +1,4 @@
-"""Shared parts of the commands: flags from dataclasses, one-line errors, records, progress, tables,
-and the connection to Ray."""
+"""What commands share: flags from dataclasses, one-line errors, records, progress, tables, Ray."""
 
 import argparse
 import dataclasses

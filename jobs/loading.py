@@ -66,8 +66,7 @@ class LoadingConfig:
 
 
 def choose_device(name: str) -> "torch.device":
-    """Return the device named `cpu`, `cuda` or `auto`, which is cuda where there is one. Raises
-    UserError for cuda where there is none."""
+    """Return the device of that name; auto: cuda if any. Raises UserError for cuda without one."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():

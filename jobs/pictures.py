@@ -30,8 +30,7 @@ _font = functools.cache(ImageFont.load_default)
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """An image of a grid, its superpixel labels [H, W], its two lines of text, and boxes as
-    shares of its sides."""
+    """An image of a grid, its superpixel labels [H, W], two lines of text, boxes as shares."""
 
     image: np.ndarray
     segments: np.ndarray
@@ -129,8 +128,7 @@ def grey(values: np.ndarray) -> np.ndarray:
 
 
 def heat(values: np.ndarray) -> np.ndarray:
-    """Return the colours of a map of probabilities: float [H, W] in [0, 1] -> picture. Dark blue is
-    0, yellow 1, the same in every picture."""
+    """Return a map as colours: float [H, W] in [0, 1] -> picture. Dark blue is 0, yellow 1."""
     return cv2.applyColorMap(grey(values), cv2.COLORMAP_VIRIDIS)[..., ::-1]
 
 
@@ -180,8 +178,7 @@ def _frame(
 
 
 def _label(text: str, height: int, width: int, pad: int) -> np.ndarray | None:
-    """Draw the text on the box's colour, in the largest size that fits a picture; None where no
-    readable size does."""
+    """Draw the text on the box's colour, in the largest size that fits; None without one."""
     largest = max(SMALLEST_TEXT, round(min(height, width) / TEXTS_PER_SIDE))
     for size in range(largest, SMALLEST_TEXT - 1, -1):
         left, top, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox(

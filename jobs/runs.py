@@ -1,5 +1,4 @@
-"""The files of a run that commands share: the trained nets with everything needed to use them
-again, and how far a training has come."""
+"""The files of a run that commands share: its nets, and how far a training has come."""
 
 import copy
 import hashlib
@@ -122,8 +121,7 @@ def _shares(net: nn.Module, name: str) -> TypeGuard[PretrainedClassifier]:
 
 
 def load_net_tensors(nets: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Fill the nets, in place, from what `net_tensors` returned. Raises RuntimeError where they
-    are of another shape."""
+    """Fill the nets from what `net_tensors` returned. Raises RuntimeError for other shapes."""
     for name, net in nets.items():
         start = f"{name}."
         own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
@@ -246,8 +244,7 @@ def _other_training(run: str | Path) -> UserError:
 
 @contextmanager
 def exclusive_run(run: str | Path) -> Iterator[None]:
-    """Keep other trainings from a run's folder, which is made. Raises UserError where one is at
-    work. Nothing keeps them from a URI."""
+    """Make a run's folder and keep other trainings from it; not from a URI. Raises UserError."""
     if storage.is_remote(run):
         yield
         return

@@ -70,8 +70,7 @@ def load_shipped(path: Path = SHIPPED, *, accurate: bool = False) -> "Nets":
 
 
 def shipped_decoder(network: str | None, width: int) -> "dict[str, Tensor]":
-    """Return the shipped decoder's weights, for a training to begin with. Raises UserError where
-    they are of another network or width."""
+    """Return the shipped decoder's weights. Raises UserError for another network or width."""
     tensors, content = _read(SHIPPED)
     for name, value in (("network", network), ("decoder_width", width)):
         shipped = content["config"][name]

@@ -41,8 +41,7 @@ class Residual(nn.Module):
 class Classifier(nn.Module):
     """Normalized images [B, 3, H, W] -> logits [B, classes]. width: channels of the first layer (a
     multiple of 8); the others have 2, 4 and 5.33 times as many. residual_blocks: after each layer
-    but the first (the paper's: 0). The mean of the feature map goes to one linear layer, so that
-    CAM is defined."""
+    but the first (the paper's: 0). Its mean goes to one linear layer, so that CAM is defined."""
 
     def __init__(self, classes: int, width: int, residual_blocks: int = 0) -> None:
         super().__init__()
@@ -98,7 +97,6 @@ def ten_crops(images: Tensor) -> Iterator[Tensor]:
 def class_probabilities(
     logits_of: Callable[[Tensor], Tensor], images: Tensor, *, crops: bool
 ) -> Tensor:
-    """Return softmax probabilities of normalized images, float [B, classes]; of `crops` the mean
-    over `ten_crops`."""
+    """Return softmax probabilities, float [B, classes]; of `crops` the mean over `ten_crops`."""
     views = ten_crops(images) if crops else [images]
     return torch.stack([torch.softmax(logits_of(view), dim=1) for view in views]).mean(dim=0)

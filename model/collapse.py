@@ -22,8 +22,7 @@ TEXTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class CollapseState:
-    """area, joint, accuracy: running means, None before a phase's first step. The others: for how
-    many steps on end each sign has lasted."""
+    """area, joint, accuracy: running means or None. Others: steps on end that a sign has lasted."""
 
     area: float | None = None
     joint: float | None = None

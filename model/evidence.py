@@ -29,9 +29,8 @@ def evidence(
     classifier: AnyClassifier, images: Tensor, labels: Tensor, segments: Tensor, superpixels: int
 ) -> Tensor:
     """Return how much each superpixel speaks for its image's label: float32 [B, H, W] of mean 0 and
-    deviation 1 in each image, without a gradient. The square roots of `layer_cams` (a few large
-    values would rule otherwise), averaged over superpixels and standardized; their sum,
-    standardized."""
+    deviation 1 in each image, without a gradient. The roots of `layer_cams` (a few large values
+    would rule), averaged over superpixels and standardized; their sum, standardized."""
     cams = layer_cams(classifier, images, labels, enlargement=ENLARGEMENT)
     return superpixel_evidence(cams, segments, superpixels)
 

@@ -110,8 +110,7 @@ def _largest_component(above: np.ndarray) -> np.ndarray:
 
 
 def medoid(boxes: np.ndarray) -> np.ndarray:
-    """Return the box with the largest mean IoU with the others, the first of equal ones. boxes:
-    int64 [N, 4] -> int64 [4]."""
+    """Return the first box of the largest mean IoU with the others: int64 [N, 4] -> [4]."""
     ious = box_ious(boxes[:, None], boxes[None])
     return boxes[ious.mean(axis=1).round(12).argmax()]  # rounded: equal means stay equal
 
@@ -127,8 +126,7 @@ def box_ious(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def localize_by(maps: np.ndarray, rules: Sequence[Rule]) -> tuple[np.ndarray, np.ndarray]:
     """Return `map_boxes` of each map: float [B, H, W] -> boxes int64 [R, B, 4] by rule, found bool
-    [B]. A flat map says nothing about where the object is: its box is the whole map, `found`
-    False."""
+    [B]. The box of a flat map is the whole map, `found` False."""
     height, width = maps.shape[1:]
     whole = np.array([0, 0, width - 1, height - 1], np.int64)
     boxes = np.tile(whole, (len(rules), len(maps), 1))

@@ -19,10 +19,9 @@ def corruption_loss(logits: Tensor) -> Tensor:
 
 
 def confusion_loss(logits: Tensor, labels: Tensor, kind: Confusion) -> Tensor:
-    """Return what the corruption net minimizes beside the area: float [B, C], int64 [B] -> [B]; 0
-    where all classes score alike. top: equation 1, whatever the label. Not in the paper:
-    true-logit, the label's logit minus the mean of the others; true-log-probability, the logarithm
-    of the label's probability over 1/C."""
+    """Return what the corruption net minimizes beside the area: float [B, C], int64 [B] -> [B].
+    top: equation 1, whatever the label. Not in the paper: true-logit, the label's logit minus the
+    mean of the others; true-log-probability, the logarithm of the label's probability over 1/C."""
     if kind == "top":
         return corruption_loss(logits)
     if kind == "true-log-probability":
@@ -33,8 +32,7 @@ def confusion_loss(logits: Tensor, labels: Tensor, kind: Confusion) -> Tensor:
 
 def area_penalty(mask: Tensor, power: int) -> Tensor:
     """Return each image's masked share to the power: float [B, H, W] -> [B]. Power 1 is the
-    paper's. Power 2 costs nothing at the margin of an empty mask, which keeps the net from it
-    (section 2.4)."""
+    paper's. Power 2 costs nothing at an empty mask, which keeps the net from it."""
     return mask.flatten(1).mean(dim=1) ** power
 
 

@@ -14,8 +14,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def superpixel_mean(values: Tensor, segments: Tensor, superpixels: int) -> Tensor:
-    """Return the mean of `values` (float [B, H, W]) over each superpixel, 0 for absent ones:
-    float [B, K]."""
+    """Return means over superpixels, 0 for absent ones: float [B, H, W] -> [B, K]."""
     flat, pixels = segments.flatten(1), values.flatten(1)
     zeros = values.new_zeros(len(values), superpixels)
     counts = zeros.scatter_add(1, flat, torch.ones_like(pixels))

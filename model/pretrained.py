@@ -1,7 +1,6 @@
 """A pretrained convolutional network, cut into stages behind the interface of `Classifier`. Any
 network that torch.fx can trace is cut where its whole signal is one map: the frozen part can run
-once, and what follows a map can run alone. Batch norms keep their stored statistics, also where
-weights are trained."""
+once, and what follows a map alone. Batch norms keep their statistics."""
 
 import math
 from collections.abc import Sequence
@@ -291,8 +290,7 @@ class PretrainedClassifier(nn.Module):
         return self
 
     def copy(self, part: Part) -> Self:
-        """Return a copy of which `part` trains. Both share the other weights, which train in
-        neither."""
+        """Return a copy of which `part` trains. Both share the others, which train in neither."""
         own = {id(weight) for m in self._modules_of(part) for weight in m.parameters()}
         shared = {id(weight): weight for weight in self.parameters() if id(weight) not in own}
         return deepcopy(self, shared).train_only(part)

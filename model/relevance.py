@@ -58,8 +58,7 @@ class _Explained(torch.autograd.Function):
 class _RelevanceRules(TorchFunctionMode):
     """While entered, gradient x input of what torch computes is layer-wise relevance: only
     gradients change, and those of linear layers, pooling, sums and ReLU share it in proportion
-    already. ones: [B, 1, H, W], 1 for each pixel that the first convolution reads, whose gradient
-    is the relevance."""
+    already. ones: [B, 1, H, W], 1 for each pixel, whose gradient is the relevance."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,8 +133,7 @@ def layerwise_relevance(network: nn.Module, images: Tensor, classes: Tensor) -> 
     weight * x, convolutions by the positive terms (z+), the first one evenly over its window
     (flat); normalizations and activations pass it on, sums share it, maxima give it to the largest;
     gates are factors. network: convolutional, of torch.nn layers or functions, in evaluation mode,
-    uncompiled. images: normalized float [B, 3, H, W]; classes: int64 [B]. Blur the map before a box
-    is found (docs/log.md)."""
+    uncompiled. images: normalized float [B, 3, H, W]; classes: int64 [B]."""
     rules = _RelevanceRules()
     with torch.enable_grad(), rules:
         logits = network(images.detach())

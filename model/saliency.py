@@ -55,8 +55,7 @@ def layer_cams_of(classifier: AnyClassifier, maps: list[Tensor], classes: Tensor
 
 
 def gradient_saliency(network: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    """Return the largest magnitude, over the channels, of the class logit's gradient by the image
-    (Simonyan et al. 2014)."""
+    """Return the largest gradient of the class logit over the channels (Simonyan et al. 2014)."""
     images = images.detach().requires_grad_()
     score = network(images).gather(1, classes.unsqueeze(1)).sum()
     (gradient,) = torch.autograd.grad(score, images)

@@ -110,9 +110,8 @@ def adversary_view(images: Tensor, objective: Objective) -> Tensor:
 
 
 def imitation_step(nets: TrainingNets, batch: Inputs, objective: Objective) -> Step:
-    """Warm-up over a pretrained network: the corruption net imitates the evidence, unless imitation
-    has no weight, and a new head of the classifier, if it has one, learns the classes from clean
-    images."""
+    """Warm-up over a pretrained network: the corruption net imitates the evidence, if that has a
+    weight, and a new head of the classifier learns the classes from clean images."""
     logits = nets.classifier(adversary_view(batch.images, objective)).to(batch.images.dtype)
     loss = classification_loss(logits, batch.labels)
     sums = {"classifier_loss": loss, "correct": correct(logits, batch.labels)}
@@ -181,8 +180,7 @@ def probe(
 ) -> dict[str, Tensor]:
     """Count right answers that tell good masks from bad ones; it changes nothing. clean_correct: of
     the classifier on clean images. context_correct: of the clean classifier on masked ones.
-    swapped_correct: the same with each mask on the batch's next image, which are more where masks
-    hide their own image's object."""
+    swapped_correct: with each mask on the batch's next image; more, where masks hide objects."""
 
     def right(classifier: nn.Module, images: Tensor) -> Tensor:
         return correct(classifier(adversary_view(images, objective)), batch.labels).sum()
@@ -197,8 +195,7 @@ def probe(
 
 @torch.no_grad()
 def first_sums(nets: TrainingNets, batch: Inputs, objective: Objective) -> dict[str, Tensor]:
-    """Return the sums that the balance of the nets begins with: the confusion loss without masks,
-    and right answers under masks."""
+    """Return what the balance begins with: confusion without masks, right answers under masks."""
     mask = masks_of(nets.corruption, batch, objective).mask
     clean, masked = (
         nets.classifier(adversary_view(images, objective)).to(images.dtype)

@@ -62,8 +62,7 @@ def draw_batch(batch: "Batch", manifest: Manifest, title: str) -> np.ndarray:
 
 
 def measure(config: InspectConfig, manifest: Manifest) -> str:
-    """Measure images per second into the device's memory, after a warm-up, over --seconds. Return
-    the rate in words."""
+    """Measure images/s into the device's memory over --seconds, and return the rate in words."""
     stream = load(config, manifest)
     for _ in islice(stream, WARMUP_BATCHES):
         pass
@@ -76,8 +75,7 @@ def measure(config: InspectConfig, manifest: Manifest) -> str:
 
 
 def inspect(config: InspectConfig, manifest: Manifest) -> list[str]:
-    """Draw the first batches into the output folder. Raises UserError for a set or output that
-    cannot be used."""
+    """Draw the first batches into the output folder. Raises UserError for one that is a file."""
     if is_file(config.output):
         raise UserError(f"--output {config.output} is a file; give a folder")
     make_folder(config.output)

@@ -1,7 +1,6 @@
 """`python -m jobs.localize`: boxes, overlay pictures and masks for images of any size. Boxes and
 pictures are of each image as its EXIF turns it. OUTPUT/boxes.json has an entry per image, with the
-reason where one failed. The same command given again does only what is missing, has failed or has
-changed."""
+reason where one failed. The same command again does only what is missing, failed or changed."""
 
 import itertools
 import json
@@ -44,8 +43,7 @@ FEW = 20  # images: up to so many get a line each, more only a progress line
 def find_images(arguments: Sequence[Path], output: Path) -> dict[Path, str]:
     """List the files named, and those under the folders named that have an image's suffix, in
     order, each once; hidden ones and those in `output` are left out. Returns their stems under
-    their folders by path. Raises UserError for a folder without images; what cannot be read is
-    reported when it is its turn."""
+    their folders by path. Raises UserError for a folder without images."""
     images: dict[Path, tuple[Path, str]] = {}
     for argument in arguments:
         folder, paths = argument.parent, [argument]
@@ -167,8 +165,7 @@ def open_progress(
 def still_valid(
     latest: Mapping[Path, dict[str, Any]], jobs: Sequence[Job], config: LocalizeConfig
 ) -> dict[Path, dict[str, Any]]:
-    """Return the entries of jobs that hold today, by image: it was located, its file is as it was,
-    and the pictures asked for are there."""
+    """Return the entries that hold today, by image: its file is as it was, its pictures exist."""
     valid = {}
     for job in jobs:
         entry = latest.get(job.path.absolute(), {"status": "new"})
@@ -254,8 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_boxes(config: LocalizeConfig, output: Path, nets: "Nets") -> None:
-    """Write a local output folder, and print what came of it. Raises UserError where images
-    failed."""
+    """Write a local output folder, and print the outcome. Raises UserError where images failed."""
     from jobs.shipped import nets_hash
 
     location, config = config.output, replace(config, output=output)

@@ -11,8 +11,7 @@ SAMPLES = 24
 
 
 def write_previews(output: str, manifest: Manifest) -> list[str]:
-    """Draw every split of the set at `output` that has no picture; return the locations. The same
-    set gives the same bytes."""
+    """Draw every split of the set at `output` that has no picture; return the locations."""
     written = []
     for split, entry in manifest.splits.items():
         location = storage.join(output, split, PREVIEW_NAME)

@@ -1,5 +1,4 @@
-"""The report's charts: curves of the rows, drawn by matplotlib as SVG. The page inverts their
-lightness where its ground is dark."""
+"""The report's charts, drawn by matplotlib as SVG, which the page inverts on a dark ground."""
 
 import io
 from collections.abc import Sequence
@@ -94,9 +93,8 @@ def iou_charts(lines: Sequence[Line]) -> list[Chart]:
 
 
 def _curves(lines: Sequence[Line]) -> list[Curve]:
-    """Return the lines' curves over the IoU, the best first. Those with the same values are drawn
-    once. Rows of one map have its colour and differ by their dash; the main rows of several methods
-    have a colour each."""
+    """Return the lines' curves over the IoU, the best first. Equal ones are drawn once. Rows of one
+    map share a colour and differ by dash; the main rows of several methods have a colour each."""
     mains = [line for line in lines if line.own]
     curves: list[Curve] = []
     for line in lines:

@@ -103,8 +103,7 @@ def _check_same_truth(entries: Sequence[Entry]) -> None:
 
 
 def combined(members: Sequence[RowFigures]) -> RowFigures:
-    """Return the mean of seeds' figures; as interval, the lowest and the highest of them. One
-    evaluation's figures stay as they are."""
+    """Return the mean of several seeds' figures; as interval, the lowest and the highest."""
     if len(members) == 1:
         return members[0]
     parts = {name: _mean([getattr(m, name) for m in members]) for name in AVERAGED}

@@ -40,8 +40,8 @@ class ServeConfig:
 
 
 def read_token(host: str) -> str | None:
-    """Take the token out of the environment, so that no other process inherits it. Raises
-    UserError where the address needs one."""
+    """Take the token out of the environment, so that no other process inherits it. Raises UserError
+    where the address needs one."""
     token = os.environ.pop(TOKEN, None)
     loopback = host == "localhost"
     with suppress(ValueError):

@@ -72,8 +72,7 @@ class Localizer:
 
 
 def deploy(run: str | None, *, accurate: bool, replicas: int) -> DeploymentHandle:
-    """Start the replicas on the connected Ray, without a proxy of Serve's own: it would hold
-    waiting uploads of any size in memory."""
+    """Start the replicas, without Serve's proxy, which holds uploads of any size in memory."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
     # All wait for a batch within the replica: a router that finds it full asks again and again.

@@ -45,8 +45,7 @@ class NoRoomError(UserError):
 
 
 def default_folder() -> Path:
-    """Return a folder in the user's cache folder (XDG_CACHE_HOME, or ~/.cache). Raises UserError
-    where the user has no home."""
+    """Return a folder in XDG_CACHE_HOME or ~/.cache. Raises UserError for a user without a home."""
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:
@@ -65,8 +64,7 @@ def check_use(data: str | None, folder: Path | None, limit: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """Folder and size of the cache. folder: None for `default_folder` of the node that uses it.
-    limit_bytes: of all its files."""
+    """The cache. folder: None for each node's `default_folder`. limit_bytes: of all its files."""
 
     folder: Path | None = None
     limit_bytes: int = round(DEFAULT_LIMIT * GIB)
@@ -166,8 +164,7 @@ class ShardCache:
         return path
 
     def release(self, number: int) -> None:
-        """End this process's use of a shard, so that it may be evicted. Its space is freed once
-        nothing maps the file any more."""
+        """End this process's use of a shard. Evicted, it takes space while something maps it."""
         if self.remote:
             _lock(self._use, fcntl.F_UNLCK, _use_offset(self.shards[number].sha256))
 
@@ -289,8 +286,7 @@ class ShardCache:
         return used, sorted(last.keys() - set(kept), key=lambda sha256: (last[sha256], sha256))
 
     def _evict(self, sha256: str) -> int:
-        """Delete a shard that no process uses, or its unfinished files; return the bytes freed.
-        Return 0 where it is in use."""
+        """Delete the files of a shard; return the bytes freed, 0 where a process uses it."""
         use, freed = _use_offset(sha256), 0
         with self._locked(use + 1, use, wait=False) as is_unused:
             for path in self.folder.glob(f"{sha256}.*") if is_unused else ():
@@ -327,8 +323,7 @@ def check_window(
     data: str | Path, manifest: Manifest, limit: int, order: Order, ranks: int
 ) -> None:
     """Raise UserError where a cache of `limit` bytes is too small for training in this order. A
-    rank may wait for its batch while another uses the shards of the batch before: without room for
-    both, each would wait for the other."""
+    rank may wait for its batch while another uses shards of the one before: both need room."""
     shards = split_of(manifest, "train").shards
     if order.window is None or order.window >= len(shards):
         return

@@ -1,5 +1,4 @@
-"""The format of shards and of their manifest (docs/formats.md). No other file knows how a sample is
-laid out in a shard."""
+"""The format of shards and their manifest (docs/formats.md): no other file knows it."""
 
 import hashlib
 import json
@@ -222,8 +221,7 @@ def index_shard(path: Path) -> bytes:
 
 
 def index_content(content: np.ndarray) -> bytes:
-    """Make the index of a shard from its bytes, uint8 [N]. Raises ValueError where they are no
-    whole tar of samples."""
+    """Make the index of a shard from its bytes, uint8 [N]. Raises ValueError for no whole tar."""
     samples: list[list[str]] = []
     position, last = 0, None
     while (block := content[position : position + BLOCK].tobytes()) != bytes(BLOCK):

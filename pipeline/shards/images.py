@@ -168,8 +168,7 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
 
 
 def _critical_chunks(data: bytes) -> bytes:
-    """Return a PNG without the chunks that decide no pixel: texts, profiles, EXIF. Pillow refuses
-    pictures for large or damaged ones."""
+    """Return a PNG without texts, profiles and EXIF, for which Pillow refuses some pictures."""
     kept, end = [data[: len(PNG)]], len(PNG)
     while end < len(data):
         start, end = end, end + 12 + int.from_bytes(data[end : end + 4])

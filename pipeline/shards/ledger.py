@@ -177,8 +177,7 @@ def merge_records(
     records: Iterable[str | Path], output: str | Path, splits: Sequence[str], classes: int
 ) -> tuple[dict[str, Totals], str]:
     """Write the rows of these records, in order, to `output`/ledger.parquet, a row group each.
-    Returns the totals by split, and the file's SHA-256. A bounded number of records is in
-    memory."""
+    Returns the totals by split, and the file's SHA-256."""
     totals = {name: Totals(class_counts=np.zeros(classes, np.int64)) for name in splits}
     with storage.atomic_file(storage.join(output, LEDGER_NAME)) as file:
         with pq.ParquetWriter(file, SCHEMA) as writer:

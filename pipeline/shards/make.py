@@ -150,8 +150,7 @@ def make_shards(
     progress: Progress,
     show: Callable[[Progress], None],
 ) -> dict[str, ShardFacts]:
-    """Make these shards in Ray tasks, and return their facts by name. Raises UserError, once all
-    others are made, where some fail."""
+    """Make these shards in Ray tasks; return their facts. Raises UserError last, if some failed."""
     sizes = file_sizes(plan.output, pending)
     for task in pending:
         if f"{task.name}.parquet" in sizes[task.split]:
@@ -191,8 +190,7 @@ def make_shards(
 
 
 def _metrics(pending: list[ShardTask]) -> Callable[[int, int], None]:
-    """Return a function that adds a finished shard's images and rejected images to counters of
-    Ray's dashboard."""
+    """Return a function that adds a shard's images and rejected ones to Ray's dashboard."""
     names = {"images": "source images read", "rejected": "of them rejected", "shards": "written"}
     counters = [
         metrics.Counter(f"preprocess_{name}", f"preprocessing: {name} {text}")

@@ -13,8 +13,7 @@ PLAN_NAME = "plan.json"
 
 
 def read_fingerprint(output: str) -> dict[str, Any]:
-    """Read the plan.json at location `output`. Raises MissingError where there is none and
-    UserError where it is damaged."""
+    """Read OUTPUT/plan.json. Raises MissingError without one and UserError for a damaged one."""
     location = storage.join(output, PLAN_NAME)
     try:
         content = json.loads(storage.read_bytes(location))

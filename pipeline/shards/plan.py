@@ -114,8 +114,7 @@ class ShardTask:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """All that is to be made. order: uint32 [images], the number of each ledger row's image in its
-    split's table. fingerprint: content of plan.json; two plans that differ in it would write other
-    bytes."""
+    split's table. fingerprint: content of plan.json, which decides the bytes."""
 
     source: str
     output: str

@@ -1,5 +1,4 @@
-"""RGB -> superpixel label map. fast_slic is imported here alone, and only once labels are made:
-drivers check their configuration here."""
+"""RGB -> superpixel labels. fast_slic is imported here alone, once labels are made."""
 
 import functools
 from typing import Any
@@ -49,8 +48,7 @@ def superpixels(image: np.ndarray, count: int, compactness: float = 10.0) -> np.
 
 @functools.cache
 def _fastest_slic() -> Any:
-    """Return SlicAvx2 where fast-slic was compiled on a CPU that has it, else the plain class. The
-    labels are the same, bit for bit."""
+    """Return SlicAvx2 where fast-slic has it, else the plain class: the same labels."""
     try:
         from fast_slic.avx2 import SlicAvx2
     except ImportError:

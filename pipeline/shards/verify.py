@@ -1,6 +1,5 @@
 """Check every file of a finished set. The manifest holds the hash of every shard and of the ledger;
-a shard's index and record are compared with both. Our own reader and the `webdataset` library must
-read the same samples."""
+index and record are compared with both. Our reader and `webdataset` must read the same samples."""
 
 import hashlib
 import io
@@ -47,8 +46,7 @@ Members = dict[str, bytes]  # by extension
 
 @dataclass(frozen=True, kw_only=True)
 class ShardCheck:
-    """The result of checking one shard. problems: one line each. facts, totals: of its record, None
-    where that is damaged."""
+    """The result of checking one shard. problems: a line each. facts, totals: of its record."""
 
     problems: tuple[str, ...]
     facts: ShardFacts | None = None

@@ -13,9 +13,8 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Annotation:
-    """The content of one XML file. wnid: of the image; None where it has no objects or they differ.
-    box_size: (width, height) of the image that the boxes refer to; None where unknown. note: the
-    parts that could not be read."""
+    """The content of one XML file. wnid: None where objects differ. box_size: (width, height) of
+    the image that the boxes refer to, if known. note: what could not be read."""
 
     wnid: str | None = None
     boxes: tuple[Box, ...] = ()

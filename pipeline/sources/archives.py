@@ -26,8 +26,7 @@ Read = Callable[[int, int], bytes]  # offset, size -> bytes, fewer at the end
 
 
 class Member(NamedTuple):
-    """A file in an archive: `size` bytes of content from `offset` on. link: the target of a link,
-    which has no content; None for a file."""
+    """A file in an archive: `size` bytes from `offset` on. link: a link's target, else None."""
 
     name: str
     offset: int

@@ -158,9 +158,8 @@ class SourceFiles:
 
     def read(self, path: str, offset: int | None = None, size: int | None = None) -> bytes:
         """Read a whole file, or `size` bytes of it from `offset` on. A file that is read in ranges
-        stays open. Raises FileNotFoundError for a whole file that is missing, other OSErrors as the
-        local disk does, and UserError where object storage cannot be reached or a file ends before
-        the range."""
+        stays open. Raises FileNotFoundError for a missing file, OSErrors of the disk, and UserError
+        where storage cannot be reached or a file ends before the range."""
         if offset is None or size is None:
             self.used.append(path_hash(path))
             return self._read_whole(path)
@@ -174,8 +173,7 @@ class SourceFiles:
         return data
 
     def open(self, path: str) -> BinaryIO:
-        """Open a whole file to be read in order; of a remote one a copy on the local disk. Raises
-        as `read`."""
+        """Open a whole file; of a remote one a copy on the local disk. Raises as `read`."""
         self.used.append(path_hash(path))
         location = self.location(path)
         if not self.remote:

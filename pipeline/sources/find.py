@@ -59,8 +59,7 @@ class Source:
 
 
 def find_layout(files: SourceFiles) -> str:
-    """Return the layout of a collection, a key of LAYOUTS. Raises UserError where it is empty or of
-    no known layout."""
+    """Return a collection's layout, a key of LAYOUTS. Raises UserError for none that is known."""
     if is_list(files.only or ""):
         return "list"
     if is_tiny_imagenet(files):

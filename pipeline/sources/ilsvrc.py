@@ -68,8 +68,7 @@ class _Contents:
 def list_ilsvrc(files: SourceFiles) -> Listing:
     """List the images by split, and readable names by wnid. Images come from
     `ILSVRC2012_img_<split>.tar` where it exists, else from the folders. Boxes come from the XML,
-    else from Kaggle's solutions. Raises UserError for a damaged archive, and for labels or boxes
-    that contradict each other."""
+    else from Kaggle's solutions. Raises UserError for damaged archives, and for contradictions."""
     contents = _read_contents(files)
     for split, path in contents.archives.items():
         contents.images[split] = ListingBuilder()
@@ -293,8 +292,7 @@ def _refuse_contradictions(rows: pa.Table, loose: pa.Array, kind: str) -> None:
 
 
 def _annotated(images: pa.Table, boxes: pa.Table, solutions: pa.Table) -> pa.Table:
-    """Return the images with the boxes and notes of their XML, else of a solution. Both also give
-    the class where the image has none."""
+    """Return the images with boxes, notes and missing classes of their XML, else of a solution."""
     from_solution = pc.and_(pc.is_null(boxes["path"]), pc.is_valid(solutions["path"]))
 
     def column(name: str) -> pa.ChunkedArray:

@@ -144,8 +144,7 @@ def list_cub(files: SourceFiles) -> Listing:
 
 
 def _cub_box(text: str) -> tuple[Box | None, str | None]:
-    """Return `x y width height`, which may be fractions, as pixels, or the reason why not. A pixel
-    that the box touches belongs to it."""
+    """Return `x y width height`, perhaps fractions, as the pixels touched, or why not."""
     if not text:
         return None, None
     try:

@@ -181,8 +181,7 @@ def _sorted(table: pa.Table, order: Sequence[str]) -> pa.Table:
 
 
 def _ranges(runs: list[pa.Table], order: Sequence[str]) -> Iterator[pa.Table]:
-    """Yield the rows of sorted tables in ranges of `order` that follow each other, each of about as
-    many rows as a table has."""
+    """Yield the rows of sorted tables in consecutive ranges of `order`, each about a table long."""
 
     def key(run: pa.Table, row: int) -> list[tuple[bool, str]]:
         values = (run[name][row].as_py() for name in order)

@@ -64,8 +64,7 @@ def list_rows(files: SourceFiles) -> Listing:
 
 
 def _columns_and_rows(files: SourceFiles) -> tuple[list[str], Iterator[tuple[str, Row]]]:
-    """Return the names of the columns, and each line that is not blank with its number. Raises
-    UserError for missing columns."""
+    """Return the columns' names, and each line with its number. Raises UserError."""
     location, name = files.location(), files.only or ""
     try:
         file = files.open(name)
@@ -167,8 +166,7 @@ def _path(files: SourceFiles, text: str) -> tuple[str, str | None]:
 
 
 def _image(line: str, row: Row, problem: str | None) -> dict[str, Any]:
-    """Return what one line says of its image, as a ListingBuilder of LINES takes it. problem: that
-    of its path."""
+    """Return what a line says of its image, for a ListingBuilder. problem: that of its path."""
     label, split = ((row.get(name) or "").strip() for name in ("label", "split"))
     problem = row.get("problem") or problem
     if problem is None and "split" in row and split.lower() not in SPLITS:
@@ -197,8 +195,7 @@ def _size(image: Row) -> tuple[int, int] | None:
 
 
 def _merged(location: str, image: Row, other: Row) -> Row:
-    """Return an image, a row of LINES, with the boxes of another line of it. Raises UserError where
-    the two differ."""
+    """Return an image's row with the boxes of another line. Raises UserError where they differ."""
     facts = {"label": (image["wnid"], other["wnid"]), "split": (image["split"], other["split"])}
     if image["boxes"] and other["boxes"]:
         facts["size"] = _size(image), _size(other)
