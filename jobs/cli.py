@@ -32,15 +32,7 @@ from pipeline.storage import is_file, is_remote, local_path
 
 Config = TypeVar("Config")
 
-RECORDED_PACKAGES = (
-    "ray",
-    "torch",
-    "nvidia-dali-cuda130",
-    "fast-slic",
-    "webdataset",
-    "pyarrow",
-    "numpy",
-)
+PACKAGES = ("ray", "torch", "nvidia-dali-cuda130", "fast-slic", "webdataset", "pyarrow", "numpy")
 ROOT = Path(__file__).parents[1]
 LINE_SECONDS = 5.0  # between progress lines
 ADDRESS = re.compile(r"auto|[^/]+:\d+")
@@ -225,7 +217,7 @@ def record(config: Any) -> dict[str, Any]:
         "configuration": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         "commit": commit,
         "version": tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"],
-        "versions": {name: _version(name) for name in RECORDED_PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
@@ -385,7 +377,7 @@ def host_facts(*files: str | Path) -> dict[str, str | None]:
     for folder in ("jobs", "model", "pipeline"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             code.update(path.read_bytes())
-    packages = {name: _version(name) for name in RECORDED_PACKAGES}
+    packages = {name: _version(name) for name in PACKAGES}
     return {"Python": platform.python_version(), **packages, "code": code.hexdigest()[:12]}
 
 

@@ -15,7 +15,7 @@ from model.localization import Rule, localize
 from model.masking import normalize
 from pipeline.errors import UserError
 from pipeline.evaluation.protocols import TOP, scale_boxes
-from pipeline.shards.images import read_image
+from pipeline.shards.images import DecodedImage, read_image
 from pipeline.shards.images import resize as resize_pixels
 from pipeline.shards.superpixels import superpixels
 
@@ -23,18 +23,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """An image at the sizes that the nets see. pixels: uint8 [h, w, 3], for the corruption net;
-    view: uint8 [h, w, 3], for the classifier; segments: labels [h, w] of `pixels`; height, width:
-    of the image as turned by EXIF's orientation; note: harmless damage to the file, or None."""
+class Prepared(DecodedImage):
+    """An image as the nets see it, its `pixels` for the corruption net. view: uint8 [h, w, 3], for
+    the classifier; segments: labels [h, w] of `pixels`."""
 
-    pixels: np.ndarray
     view: np.ndarray
     segments: np.ndarray
-    height: int
-    width: int
-    orientation: int = 1
-    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +68,7 @@ def prepare(config: ModelConfig, data: bytes) -> Prepared:
             view = resize_pixels(image.pixels, *size)
         else:  # enlarged pixels would reach the classifier blurred
             view = read_image(data, *size, as_shown=True).pixels
-    return Prepared(
-        pixels=image.pixels,
-        view=view,
-        segments=segments,
-        height=image.height,
-        width=image.width,
-        orientation=image.orientation,
-        note=image.note,
-    )
+    return Prepared(**vars(image), view=view, segments=segments)
 
 
 def locate(

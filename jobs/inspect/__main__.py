@@ -49,15 +49,11 @@ def draw_batch(batch: "Batch", manifest: Manifest, title: str) -> np.ndarray:
     """Draw the batch's first images, each beside itself with superpixel borders."""
     images = batch.images[:MOST_DRAWN].permute(0, 2, 3, 1).cpu().numpy()
     segments = batch.segments[:MOST_DRAWN].cpu().numpy()
-    cells = [
-        Cell(
-            image=images[n],
-            segments=segments[n],
-            name=manifest.class_names[int(batch.labels[n])].split(",")[0],
-            note=f"row {int(batch.rows[n])}, {len(np.unique(segments[n]))} superpixels",
-        )
-        for n in range(len(images))
-    ]
+    cells = []
+    for n, (image, labels) in enumerate(zip(images, segments, strict=True)):
+        name = manifest.class_names[int(batch.labels[n])].split(",")[0]
+        note = f"row {int(batch.rows[n])}, {len(np.unique(labels))} superpixels"
+        cells.append(Cell(image=image, segments=labels, name=name, note=note))
     return draw_grid(cells, title)
 
 

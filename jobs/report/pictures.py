@@ -90,17 +90,12 @@ def report_pictures(entries: Sequence[Entry], seed: int) -> dict[str, list[Pictu
             views[i].append(view)
             if len(shown) == 1 and levels is not None:
                 covered[i] = _jpeg_uri(_covered(pixels[i], levels, manifest))
-    pictures = {
-        positions[i]: {name: row[name] for name in ("id", "width", "height")}
-        | {
-            "label": manifest.class_names[row["label"]],
-            "truths": row["boxes"] or [],
-            "image": _jpeg_uri(pixels[i]),
-            "covered": covered[i],
-            "views": views[i],
-        }
-        for i, row in enumerate(images.take(positions).to_pylist())
-    }
+    pictures = {}
+    for i, row in enumerate(images.take(positions).to_pylist()):
+        picture = {name: row[name] for name in ("id", "width", "height")}
+        picture |= {"label": manifest.class_names[row["label"]], "truths": row["boxes"] or []}
+        picture |= {"image": _jpeg_uri(pixels[i]), "covered": covered[i], "views": views[i]}
+        pictures[positions[i]] = picture
     return {name: [pictures[i] for i in group] for name, group in groups.items()}
 
 

@@ -100,7 +100,7 @@ def test_only_due_lines_are_printed_and_the_last_one_once(
 def test_a_record_has_the_projects_version_and_none_for_what_is_not_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cli, "RECORDED_PACKAGES", ("numpy", "no-such-package"))
+    monkeypatch.setattr(cli, "PACKAGES", ("numpy", "no-such-package"))
     record = cli.record(Config(output="a"))
     project = tomllib.loads((cli.ROOT / "pyproject.toml").read_text())["project"]
     assert record["version"] == project["version"]
