@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 
 from pipeline.errors import SHOWN, UserError
 from pipeline.sources import labels
-from pipeline.sources.annotations import Box, parse_box
+from pipeline.sources.annotations import Box, parse_boxes
 from pipeline.sources.files import SourceFiles, path_in
 from pipeline.sources.labels import MAPPING, WNID
 from pipeline.sources.listing import Listing, ListingBuilder, is_image, stem
 from pipeline.sources.webdatasets import SPLITS
 
 SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})\d*", re.IGNORECASE)
+MISSING = "file missing: the annotations name it"
 CUB_FOLDER = "CUB_200_2011"  # the name in its archive
 CUB_FILES = (
     "images.txt",
@@ -40,7 +41,8 @@ def list_tiny_imagenet(files: SourceFiles) -> Listing:
     images = files.ahead(lambda x: _tiny_paths(files, f"train/{x}"), wnids)
     for wnid, box_of, paths in zip(wnids, boxes, images, strict=True):
         for name, path in sorted(_with_missing(paths, box_of, f"train/{wnid}/images")):
-            _add_tiny(train, path, wnid, box_of.get(name, []), path in paths)
+            problem = None if path in paths else MISSING
+            _add_tiny(train, path, wnid, box_of.get(name, []), problem)
     annotations = _tab_rows(files, "val/val_annotations.txt")
     folders = [name for name in files.entries("val")[0] if name != "images"]
     in_folders = files.ahead(lambda x: _tiny_paths(files, f"val/{x}"), folders)
@@ -49,7 +51,12 @@ def list_tiny_imagenet(files: SourceFiles) -> Listing:
     for name, path in sorted(_with_missing(folder_of, annotations, "val/images")):
         wnid, *box = annotations.get(name) or [""]
         folder = folder_of.get(path) or wnid
-        _add_tiny(val, path, folder, box, path in folder_of, disputed=wnid not in ("", folder))
+        problem = None if path in folder_of else MISSING
+        if not problem and wnid not in ("", folder):
+            problem = "label unknown: its folder and val_annotations.txt differ"
+        elif not problem and not folder:
+            problem = "label unknown: val_annotations.txt does not name it"
+        _add_tiny(val, path, folder, box, problem)
     class_names = labels.read_names(files.read_optional("words.txt"), "words.txt", "\t")
     return Listing({"train": train.table(), "val": val.table()}, class_names)
 
@@ -70,29 +77,10 @@ def _with_missing(
 
 
 def _add_tiny(
-    builder: ListingBuilder,
-    path: str,
-    wnid: str,
-    box: list[str],
-    exists: bool,
-    disputed: bool = False,
+    builder: ListingBuilder, path: str, wnid: str, box: list[str], problem: str | None
 ) -> None:
-    problem = None
-    if not exists:
-        problem = "file missing: the annotations name it"
-    elif disputed:
-        problem = "label unknown: its folder and val_annotations.txt differ"
-    elif not wnid:
-        problem = "label unknown: val_annotations.txt does not name it"
-    parsed, note = parse_box(box) if box else (None, None)
-    builder.add(
-        id=stem(path),
-        path=path,
-        wnid=wnid or None,
-        boxes=(parsed,) if parsed else (),
-        note=f"box dropped: {note}" if note else None,
-        problem=problem,
-    )
+    boxes, note = parse_boxes([box] if box else [])
+    builder.add(id=stem(path), path=path, wnid=wnid, boxes=boxes, note=note, problem=problem)
 
 
 def cub_root(files: SourceFiles) -> str | None:

@@ -80,7 +80,7 @@ def test_tiny_imagenet_lists_boxes_and_every_odd_image(tmp_path: Path) -> None:
     assert (boxed["boxes"], boxed["path"]) == ([[0, 10, 63, 58]], "train/n1/images/n1_0.JPEG")
     assert (plain["boxes"], plain["note"], plain["problem"]) == ([], None, None)
     assert (broken["boxes"], broken["problem"]) == ([], None)
-    assert broken["note"] == "box dropped: not four whole numbers (1 x 3 4)"
+    assert broken["note"] == "box 0 dropped: not four whole numbers (1 x 3 4)"
     assert [(x["id"], (x["problem"] or "fine").split(":")[0]) for x in rows(source, "val")] == [
         ("val_0", "fine"),
         ("val_1", "file missing"),
