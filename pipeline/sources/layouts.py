@@ -56,7 +56,7 @@ def list_tiny_imagenet(files: SourceFiles) -> Listing:
             problem = "label unknown: its folder and val_annotations.txt differ"
         elif not problem and not folder:
             problem = "label unknown: val_annotations.txt does not name it"
-        _add_tiny(val, path, folder, box, problem)
+        _add_tiny(val, path, folder or None, box, problem)
     class_names = labels.read_names(files.read_optional("words.txt"), "words.txt", "\t")
     return Listing({"train": train.table(), "val": val.table()}, class_names)
 
@@ -77,7 +77,7 @@ def _with_missing(
 
 
 def _add_tiny(
-    builder: ListingBuilder, path: str, wnid: str, box: list[str], problem: str | None
+    builder: ListingBuilder, path: str, wnid: str | None, box: list[str], problem: str | None
 ) -> None:
     boxes, note = parse_boxes([box] if box else [])
     builder.add(id=stem(path), path=path, wnid=wnid, boxes=boxes, note=note, problem=problem)
