@@ -31,16 +31,8 @@ DECODE_FACTOR = 2  # JPEGs are decoded to at least this many times the stored si
 # as long as 4/8, and 5/8 to 7/8 longer than the whole.
 EIGHTHS = (1, 2, 4, 8)
 
-ORIENTATIONS = {  # by EXIF: whether rows and columns change places, then the step along each
-    1: (False, 1, 1),
-    2: (False, 1, -1),
-    3: (False, -1, -1),
-    4: (False, -1, 1),
-    5: (True, 1, 1),
-    6: (True, 1, -1),
-    7: (True, -1, -1),
-    8: (True, -1, 1),
-}
+# By EXIF's orientation: where rows and columns change places, rows run upwards, columns leftwards.
+SWAPPED, UPWARDS, LEFTWARDS = (5, 6, 7, 8), (3, 4, 7, 8), (2, 3, 6, 7)
 
 # Images are spread over processes; threads inside one would only fight for the same cores.
 cv2.setNumThreads(1)
@@ -72,12 +64,13 @@ def read_image(data: bytes, height: int, width: int, *, as_shown: bool = False) 
     if not data:
         raise ImageError("empty file: it has 0 bytes")
     orientation = _orientation(data) if as_shown else 1
-    swaps, down, right = ORIENTATIONS[orientation]
+    swaps = orientation in SWAPPED
     stored = (width, height) if swaps else (height, width)
     image = _decode(data, *stored)
     pixels, sides = resize(image.pixels, *stored), (image.height, image.width)
     if swaps:
         pixels, sides = pixels.swapaxes(0, 1), sides[::-1]
+    down, right = (-1 if orientation in x else 1 for x in (UPWARDS, LEFTWARDS))
     return DecodedImage(
         pixels=np.ascontiguousarray(pixels[::down, ::right]),
         height=sides[0],
@@ -96,7 +89,7 @@ def _orientation(data: bytes) -> int:
             exif.load(image.info.get("exif", b""))  # getexif() would decode PNGs, and read XMP
             own = image.getexif() if image.format == "TIFF" else exif
             stated = own.get(ExifTags.Base.Orientation)
-            return stated if stated in ORIENTATIONS else 1
+            return stated if stated in range(1, 9) else 1
     return 1
 
 
