@@ -89,7 +89,7 @@ def _orientation(data: bytes) -> int:
             exif.load(image.info.get("exif", b""))  # getexif() would decode PNGs, and read XMP
             own = image.getexif() if image.format == "TIFF" else exif
             stated = own.get(ExifTags.Base.Orientation)
-            return stated if stated in range(1, 9) else 1
+            return stated if isinstance(stated, int) and 1 <= stated <= 8 else 1
     return 1
 
 
