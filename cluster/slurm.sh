@@ -32,6 +32,15 @@ if ((SLURM_JOB_NUM_NODES > 1)); then
     others=$((SLURM_JOB_NUM_NODES - 1))
     srun --nodes=$others --ntasks=$others --ntasks-per-node=1 --exclude="$(hostname -s)" \
         ray start --address="$RAY_ADDRESS" "${own[@]}" &
+    python - << END || echo "not all hosts joined within 2 minutes; going on without them"
+import ray, sys, time
+ray.init(logging_level="warning", log_to_driver=False)
+end = time.monotonic() + 120
+while sum(node["Alive"] for node in ray.nodes()) < $SLURM_JOB_NUM_NODES:
+    if time.monotonic() > end:
+        sys.exit(1)
+    time.sleep(1)
+END
 fi
 
 "$@" &

@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 Result = TypeVar("Result")
 
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*://")
+SECRET = re.compile("key|secret|token|passw|sig", re.IGNORECASE)  # names in a URI's query
 WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts, so one more attempt than waits
 CONNECT_SECONDS = 5
 SILENT_SECONDS = 10  # without a byte, before a connection counts as lost
@@ -140,11 +141,11 @@ def _open(location: str | Path) -> tuple[fs.FileSystem, str]:
     if not is_remote(location):
         return fs.LocalFileSystem(), str(local_path(location))
     parts = urlsplit(str(location))
-    if parts.password is not None:
-        hidden = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    if parts.password is not None or any(map(SECRET.search, parse_qs(parts.query))):
+        hidden = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
         raise UserError(
-            f"the address of {hidden} holds a password, which would be kept in run records; set "
-            "credentials in the environment instead (AWS_ACCESS_KEY_ID, ...)."
+            f"the address of {hidden} holds a password or key, which would be kept in run records; "
+            "set credentials in the environment instead (AWS_ACCESS_KEY_ID, ...)."
         )
     try:
         if parts.scheme == "s3":

@@ -58,22 +58,26 @@ def run_tasks(
     be called several times for one item, in several processes at once. Closing the generator stops
     the tasks that still run: a caller that gives up early does so within `contextlib.closing`.
 
-    at_once: tasks in flight; by default two for each CPU. gpus: share of a GPU that a task takes.
-    Arguments are made when a task is submitted. `tick` is called after each round, about every
-    second at least. Ray must be initialized.
+    at_once: tasks in flight; by default two for each CPU, also of hosts that join. gpus: share of
+    a GPU that a task takes. Arguments are made when a task is submitted. `tick` is called after
+    each round, about every second at least. Ray must be initialized.
     """
-    at_once = at_once or PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
     # Ray's own retries would go on for ever where it is Ray that ends the process, for its memory.
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(function)
     waiting = iter(items)
     attempts = _Attempts(lambda item: remote.remote(*arguments(item)))
+    limit, asked = at_once or 0, -math.inf
     try:
         while True:
-            for item in itertools.islice(waiting, at_once - len(attempts.running)):
+            if at_once is None and time.monotonic() - asked >= POLL_SECONDS:
+                # An autoscaler adds hosts for tasks that wait.
+                limit = PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+                asked = time.monotonic()
+            for item in itertools.islice(waiting, max(0, limit - len(attempts.running))):
                 attempts.start(_Task(item))
             if not attempts.running:
                 return
-            if len(attempts.running) < at_once:
+            if len(attempts.running) < limit:
                 attempts.start_slow_again()
             try:
                 finished, _ = ray.wait(list(attempts.running), timeout=POLL_SECONDS)

@@ -56,7 +56,7 @@ def check_resources(resources: ResourcesConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         print(
             f"waiting for {fewest} {resource}s; the cluster has {available}. Start more hosts, or "
-            "give fewer --workers"
+            "give fewer --workers: an autoscaler adds hosts only where it can have all of them"
         )
     else:
         raise UserError(

@@ -127,9 +127,12 @@ def test_the_endpoint_comes_from_the_environment_too(
     assert proxy.gets("dataset.json") == {"dataset.json": 1}
 
 
-def test_a_password_in_a_uri_is_refused_and_not_shown() -> None:
-    with pytest.raises(UserError, match="environment instead") as caught:
-        storage.read_bytes("s3://key:hidden@bucket/a")
+@pytest.mark.parametrize(
+    "location", ["s3://name:hidden@bucket/a", "gs://bucket/a?secret_key=hidden&access_key=hidden"]
+)
+def test_a_secret_in_a_uri_is_refused_and_not_shown(location: str) -> None:
+    with pytest.raises(UserError, match=r"://bucket/a holds .* environment instead") as caught:
+        storage.read_bytes(location)
     assert "hidden" not in str(caught.value)
 
 

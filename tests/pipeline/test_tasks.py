@@ -79,6 +79,24 @@ def test_a_slow_task_is_started_again_and_the_first_result_counts(
     assert len(caplog.messages) == 1
 
 
+def test_more_tasks_are_made_as_hosts_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster: dict[str, float] = {}
+    submitted = []
+
+    def arguments(item: int) -> tuple:
+        submitted.append(item)
+        return tmp_path, item
+
+    monkeypatch.setattr(tasks, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(tasks.ray, "cluster_resources", lambda: cluster)
+    monkeypatch.setattr(tasks.ray, "wait", lambda tasks, **_: (tasks[:1], tasks[1:]))
+    with closing(run_tasks(tally, range(30), arguments)) as results:
+        for cpus, expected in ((0, 2), (1, 3), (4, 10), (2, 10), (2, 10)):
+            cluster["CPU"] = cpus
+            next(results)
+            assert len(submitted) == expected
+
+
 def fail_or_run_on(folder: Path, item: int, ignore_interrupts: bool) -> None:
     """Item 0 fails once another one runs; the others never end, and leave their process's id."""
     if item == 0:
