@@ -111,8 +111,11 @@ def adversary_view(images: Tensor, objective: Objective) -> Tensor:
 
 def imitation_step(nets: TrainingNets, batch: Inputs, objective: Objective) -> Step:
     """Warm-up over a pretrained network: the corruption net imitates the evidence, if that has a
-    weight, and a new head of the classifier learns the classes from clean images."""
-    logits = nets.classifier(adversary_view(batch.images, objective)).to(batch.images.dtype)
+    weight, and a new head of the classifier learns the classes from clean images, at the size at
+    which it will name them."""
+    head = trainable(nets.classifier)
+    seen = batch.images if head else adversary_view(batch.images, objective)
+    logits = nets.classifier(seen).to(batch.images.dtype)
     loss = classification_loss(logits, batch.labels)
     sums = {"classifier_loss": loss, "correct": correct(logits, batch.labels)}
     gradients = None
@@ -122,7 +125,6 @@ def imitation_step(nets: TrainingNets, batch: Inputs, objective: Objective) -> S
         )
         gradients = torch.autograd.grad(imitated.sum() / batch.total, trainable(nets.corruption))
         sums["imitation_loss"] = imitated
-    head = trainable(nets.classifier)
     return Step(
         corruption_gradients=gradients,
         classifier_gradients=torch.autograd.grad(loss.sum() / batch.total, head) if head else None,

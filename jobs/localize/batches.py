@@ -46,7 +46,7 @@ class LocalizeConfig:
     accurate: bool = option(
         False,
         help="average maps over all of the run's --sides and over mirror images, then look again "
-        "at the part around the box, enlarged (nets over a pretrained network): 3.5 times slower, "
+        "at the part around the box, enlarged (nets over a pretrained network): 3.7 times slower, "
         "on photographs 73.0 percent of boxes right instead of 71.3 (docs/results.md)",
     )
     rule: Rule | None = option(None, help="how a box follows from a map (default: as the run says)")

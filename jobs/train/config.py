@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 1,
         "batch_size": 32,
         "controller_rate": 0.012,
+        "warmup_rate": 1e-2,  # of a new head, which alone trains then
         "classifier_rate": 5e-5,
         "precision": "bfloat16",
     },

@@ -141,7 +141,7 @@ def test_a_step_over_a_network_trains_the_decoder_and_the_last_stages(
 
 
 def test_the_warm_up_imitates_and_trains_a_new_head(nets: TrainingNets, batch: Inputs) -> None:
-    imitating = Objective(imitation_weight=10)
+    imitating = Objective(imitation_weight=10, adversary_side=64)
     known = TrainingNets(nets.corruption, network(), nets.clean_classifier)
     assert imitation_step(known, batch, imitating).classifier_gradients is None
     assert imitation_step(nets, batch, Objective()).corruption_gradients is None
