@@ -30,6 +30,15 @@ def test_files_that_nodes_mount_exist() -> None:
         assert (ROOT / local).is_file()
 
 
+@pytest.mark.parametrize("name", ["ray_config.yaml", "cluster/own_machines.yaml"])
+def test_every_node_is_started_with_the_token(name: str) -> None:
+    config = yaml.safe_load((ROOT / name).read_text())
+    assert "~/.ray/auth_token" in config["file_mounts"].values()
+    for kind in ("head", "worker"):
+        (start,) = (c for c in config[f"{kind}_start_ray_commands"] if "ray start" in c)
+        assert "RAY_AUTH_MODE=token" in start
+
+
 def test_runtime_environment_is_one_that_ray_accepts_and_leaves_the_code_in() -> None:
     content = yaml.safe_load((ROOT / "cluster" / "runtime_env.yaml").read_text())
     environment = RuntimeEnv(working_dir=str(ROOT), **content)
