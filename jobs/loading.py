@@ -25,12 +25,8 @@ class LoadingConfig:
     cache: Path | None = option(
         None, help="folder for shards of a remote set (default: in the user's cache folder)"
     )
-    cache_limit: float = option(
-        DEFAULT_LIMIT, above=0, help="GiB that the files in it may take together"
-    )
-    min_crop_area: float = option(
-        0.7, above=0, high=1, help="smallest share of an image that a crop keeps"
-    )
+    cache_limit: float = option(DEFAULT_LIMIT, above=0, help="GiB that its files may take together")
+    min_crop_area: float = option(0.7, above=0, high=1, help="smallest share of an image in a crop")
     max_crop_aspect: float = option(1.16, low=1, help="largest change of a crop's aspect")
     flip: bool = option(True, help="mirror half of the images left to right")
     translation: float = option(

@@ -20,6 +20,7 @@ from jobs.loading import choose_device
 from jobs.localize.batches import (
     MASKS_NAME,
     MOST_THREADS,
+    Entry,
     Job,
     LocalizeConfig,
     file_state,
@@ -56,7 +57,7 @@ def find_images(arguments: Sequence[Path], output: Path) -> dict[Path, str]:
 
 
 def name_results(
-    images: Mapping[Path, str], output: Path, latest: Mapping[Path, dict[str, Any]]
+    images: Mapping[Path, str], output: Path, latest: Mapping[Path, Entry]
 ) -> list[Job]:
     """Return the jobs over images, whose pictures have the images' stems as names. From the second
     one of the same name (letter case aside) on they are numbered. No picture replaces an image
@@ -130,7 +131,7 @@ def _search(folder: Path, output: str) -> list[Path]:
 @contextmanager
 def open_progress(
     output: Path, settings: dict[str, Any]
-) -> Iterator[tuple[BinaryIO, dict[Path, dict[str, Any]]]]:
+) -> Iterator[tuple[BinaryIO, dict[Path, Entry]]]:
     """Open OUTPUT/progress.jsonl: a line with the settings, then an entry per image as it was done.
     Yields the file, to append to, and the last entry of each image by its absolute path. The end of
     a line that an interruption cut is removed. Raises UserError for a file of other settings, and
@@ -163,8 +164,8 @@ def open_progress(
 
 
 def still_valid(
-    latest: Mapping[Path, dict[str, Any]], jobs: Sequence[Job], config: LocalizeConfig
-) -> dict[Path, dict[str, Any]]:
+    latest: Mapping[Path, Entry], jobs: Sequence[Job], config: LocalizeConfig
+) -> dict[Path, Entry]:
     """Return the entries that hold today, by image: its file is as it was, its pictures exist."""
     valid = {}
     for job in jobs:
@@ -179,14 +180,14 @@ def still_valid(
     return valid
 
 
-def _is_unchanged(path: Path, entry: dict[str, Any]) -> bool:
+def _is_unchanged(path: Path, entry: Entry) -> bool:
     try:
         return file_state(path).items() <= entry.items()
     except OSError:
         return False
 
 
-def report(entries: Sequence[dict[str, Any]], each: bool) -> None:
+def report(entries: Sequence[Entry], each: bool) -> None:
     """Print why images failed, and with `each` a line for every other image too."""
     for entry in entries:
         # a name may hold bytes that are not UTF-8, which standard output would refuse
@@ -199,7 +200,7 @@ def report(entries: Sequence[dict[str, Any]], each: bool) -> None:
 
 def process(
     nets: "Nets", config: LocalizeConfig, jobs: Sequence[Job], progress: BinaryIO
-) -> dict[Path, dict[str, Any]]:
+) -> dict[Path, Entry]:
     """Locate the images, append an entry for each to the progress file, and return them. Each
     thread takes whole batches: decoding, superpixels, PNG and the nets release Python's lock."""
     threads = config.threads or min(len(os.sched_getaffinity(0)), MOST_THREADS)
@@ -207,7 +208,7 @@ def process(
     work = partial(process_batch, nets, config)
     done = run_ahead(work, batches, threads=threads, depth=2 * threads + 1)
     line, failed = cli.ProgressPrinter(), 0
-    results: dict[Path, dict[str, Any]] = {}
+    results: dict[Path, Entry] = {}
     for batch, entries in zip(batches, done, strict=True):
         for job, entry in zip(batch, entries, strict=True):
             progress.write(json.dumps(entry).encode() + b"\n")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # the flags are read without torch, which takes seconds to lo
     from jobs.locate import Located, Prepared
     from jobs.runs import Nets
 
+Entry = dict[str, Any]  # of an image in boxes.json
+
 MASKS_NAME = "masks"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 MOST_THREADS = 8  # by default: a thread may need 0.7 GB for an image of the largest size
@@ -82,16 +84,14 @@ def file_state(path: Path) -> dict[str, int]:
     return {"bytes": state.st_size, "modified_ns": state.st_mtime_ns}
 
 
-def process_batch(
-    nets: "Nets", config: LocalizeConfig, jobs: Sequence[Job]
-) -> list[dict[str, Any]]:
+def process_batch(nets: "Nets", config: LocalizeConfig, jobs: Sequence[Job]) -> list[Entry]:
     """Locate up to `config.batch_size` files, write their pictures, and return an entry of
     boxes.json for each, in order; that of a file that cannot be used says why. Files are read again
     to be drawn, rather than kept in memory. Raises what would fail every other image too: UserError
     for nets without finite maps, OSError for the disk of the output."""
     from jobs.locate import facts, locate, prepare
 
-    entries: list[dict[str, Any]] = []
+    entries: list[Entry] = []
     prepared: dict[int, Prepared] = {}
     for i, job in enumerate(jobs):
         try:
@@ -116,13 +116,10 @@ def process_batch(
     return entries
 
 
-def _failure(job: Job, error: Exception) -> dict[str, Any]:
+def _failure(job: Job, error: Exception) -> Entry:
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return {
-        "image": str(job.path),
-        "status": "failed",
-        "error": reason or "too large for this machine's memory",
-    }
+    reason = reason or "too large for this machine's memory"
+    return {"image": str(job.path), "status": "failed", "error": reason}
 
 
 def _write_pictures(

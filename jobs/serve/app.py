@@ -71,9 +71,8 @@ class Front:
             content = await self._answer(bytes(body))
         except RefusedError as error:
             # A client that is still sending would see a broken connection and not the reason.
-            with suppress(
-                TimeoutError, ClientDisconnect, RuntimeError
-            ):  # the last: nothing is left
+            # RuntimeError: nothing is left to read.
+            with suppress(TimeoutError, ClientDisconnect, RuntimeError):
                 async with asyncio.timeout(LINGER_SECONDS):
                     async for _ in request.stream():
                         pass
@@ -87,9 +86,9 @@ class Front:
         content["rule"] = rule or content["rule"]
         content["box"] = content["boxes"][content["rule"]]
         mask = content.pop("mask")
-        return JSONResponse(
-            content | ({"mask": base64.b64encode(mask).decode()} if with_mask else {})
-        )
+        if with_mask:
+            content["mask"] = base64.b64encode(mask).decode()
+        return JSONResponse(content)
 
     def _check_token(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")

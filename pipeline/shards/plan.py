@@ -55,9 +55,7 @@ class PreprocessConfig:
         None, "Ray tasks in flight; by default one runs and one waits for each CPU of the cluster"
     )
     seed: int = _flag(0, "of the order of the train images; from 0")
-    max_bad_share: float = _flag(
-        0.01, "share of rejected images, 0 to 1, above which the job fails"
-    )
+    max_bad_share: float = _flag(0.01, "share of rejected images, 0 to 1, above which it fails")
 
     def __post_init__(self) -> None:
         size = SIZE.fullmatch(str(self.image_size))

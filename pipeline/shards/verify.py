@@ -77,10 +77,7 @@ class Verification:
 
 
 def verify(
-    output: str,
-    workers: int | None,
-    show: Callable[[Progress], None],
-    connect: Callable[[], None],
+    output: str, workers: int | None, show: Callable[[Progress], None], connect: Callable[[], None]
 ) -> Verification:
     """Check every file of the set at location `output`, each shard in a Ray task. Raises UserError
     where no finished set lies there, or its plan.json cannot be read."""
