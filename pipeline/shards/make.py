@@ -80,46 +80,37 @@ def preprocess(
     plan = make_plan(config)
     claim_output(plan)
     with exclusive_output(plan.output):
-        return _resume(plan, config, show, connect)
-
-
-def _resume(
-    plan: Plan,
-    config: PreprocessConfig,
-    show: Callable[[Progress], None],
-    connect: Callable[[], None],
-) -> Outcome:
-    facts = finished_shards(plan.output, plan.tasks)
-    try:
-        manifest: Manifest | None = read_manifest(plan.output)
-    except storage.UnreachableError:
-        raise
-    except UserError:  # there is none, or it must be made again
-        manifest = None
-    recorded = shards_by_name(manifest) if manifest else {}
-    if manifest:  # a shard that is not the recorded one was made of another source
-        facts = {name: x for name, x in facts.items() if x.shard == recorded.get(f"{name}.tar")}
-    pending = [task for task in plan.tasks if task.name not in facts]
-    total = sum(task.rows for task in plan.tasks)
-    if not pending and manifest and storage.is_file(storage.join(plan.output, LEDGER_NAME)):
-        progress = Progress(total=total, resumed=total)
-        return Outcome(output=plan.output, manifest=manifest, totals=None, progress=progress)
-    if not pending and not manifest:  # refused for rejected images, which may be repaired by now
-        rejected = {task.name: task.rows - facts[task.name].images for task in plan.tasks}
-        if _too_many(sum(rejected.values()), total, config):
-            pending = [task for task in plan.tasks if rejected[task.name]]
-    resumed = total - sum(task.rows for task in pending)
-    unread = sum(x["files"] for x in plan.collection.unread.values())
-    progress = Progress(total=total, resumed=resumed, unread=unread)
-    if pending:
-        connect()
-        facts |= make_shards(plan, pending, config, progress, show)
-    if manifest:
-        names = [task.name for task in pending]
-        changed = [x for x in names if facts[x].shard != recorded.get(f"{x}.tar")]
-        if changed:
-            raise _changed(plan, ", ".join(changed))
-    return _finish(plan, facts, config, progress, manifest)
+        facts = finished_shards(plan.output, plan.tasks)
+        try:
+            manifest: Manifest | None = read_manifest(plan.output)
+        except storage.UnreachableError:
+            raise
+        except UserError:  # there is none, or it must be made again
+            manifest = None
+        recorded = shards_by_name(manifest) if manifest else {}
+        if manifest:  # a shard that is not the recorded one was made of another source
+            facts = {name: x for name, x in facts.items() if x.shard == recorded.get(f"{name}.tar")}
+        pending = [task for task in plan.tasks if task.name not in facts]
+        total = sum(task.rows for task in plan.tasks)
+        if not pending and manifest and storage.is_file(storage.join(plan.output, LEDGER_NAME)):
+            progress = Progress(total=total, resumed=total)
+            return Outcome(output=plan.output, manifest=manifest, totals=None, progress=progress)
+        if not pending and not manifest:  # refused for rejected images, perhaps repaired by now
+            rejected = {task.name: task.rows - facts[task.name].images for task in plan.tasks}
+            if _too_many(sum(rejected.values()), total, config):
+                pending = [task for task in plan.tasks if rejected[task.name]]
+        resumed = total - sum(task.rows for task in pending)
+        unread = sum(x["files"] for x in plan.collection.unread.values())
+        progress = Progress(total=total, resumed=resumed, unread=unread)
+        if pending:
+            connect()
+            facts |= make_shards(plan, pending, config, progress, show)
+        if manifest:
+            names = [task.name for task in pending]
+            changed = [x for x in names if facts[x].shard != recorded.get(f"{x}.tar")]
+            if changed:
+                raise _changed(plan, ", ".join(changed))
+        return _finish(plan, facts, config, progress, manifest)
 
 
 def file_sizes(output: str, tasks: Iterable[ShardTask]) -> dict[str, dict[str, int]]:
