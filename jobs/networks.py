@@ -37,8 +37,8 @@ class Network:
     name: str
     classifier: PretrainedClassifier
     size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     new_classes: tuple[str, ...] = ()
 
 
@@ -265,17 +265,10 @@ def _network(name: str, module: nn.Module, usual: Mapping[str, Any], size: int |
             f"{name} cannot be fed images of {side} x {side} pixels: below {SMALLEST_SIZE} hardly "
             "a feature has a position; give a larger size, to which images are enlarged."
         )
-    mean_r, mean_g, mean_b = (255 * float(value) for value in usual["mean"])
-    std_r, std_g, std_b = (255 * float(value) for value in usual["std"])
     classifier = _stages(name, module, side)
     nn.utils.convert_conv2d_weight_memory_format(classifier, torch.channels_last)  # the fastest
-    return Network(
-        name=name,
-        classifier=classifier,
-        size=(side, side),
-        mean=(mean_r, mean_g, mean_b),
-        std=(std_r, std_g, std_b),
-    )
+    mean, std = (tuple(255 * float(value) for value in usual[x]) for x in ("mean", "std"))
+    return Network(name=name, classifier=classifier, size=(side, side), mean=mean, std=std)
 
 
 def untrained_network(name: str, outputs: int, size: int | None = None) -> Network:

@@ -43,8 +43,8 @@ class ModelConfig:
     width: int
     net_width: int
     bottleneck: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     superpixels: int
     compactness: float
     logit_limit: float = LOGIT_LIMIT

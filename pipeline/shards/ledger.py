@@ -116,13 +116,9 @@ def read_facts(record: str | Path) -> ShardFacts:
 
     def facts(file: pa.NativeFile) -> ShardFacts:
         content = json.loads(pq.read_schema(file).metadata[FACTS])
-        return ShardFacts(
-            shard=Shard(**content["shard"]) if content["shard"] else None,
-            index_bytes=content["index_bytes"],
-            pixels=content["pixels"],
-            sums=tuple(content["sums"]),
-            squares=tuple(content["squares"]),
-        )
+        content["shard"] = Shard(**content["shard"]) if content["shard"] else None
+        content |= {name: tuple(content[name]) for name in ("sums", "squares")}
+        return ShardFacts(**content)
 
     return _read(record, facts)
 

@@ -233,19 +233,10 @@ def _finish(
             "names them all. Repair the source and run the same command, which makes the shards "
             "with rejected images again, or allow more."
         )
-    manifest = make_manifest(
-        classes=plan.collection.classes,
-        class_names=plan.collection.class_names,
-        unread=recorded.unread if recorded else plan.collection.unread,
-        source=recorded.configuration["source"] if recorded else plan.source,
-        fingerprint=plan.fingerprint,
-        facts={
-            split: [facts[task.name] for task in plan.tasks if task.split == split]
-            for split in splits
-        },
-        totals=totals,
-        ledger=ledger,
-    )
+    in_order = {x: [facts[task.name] for task in plan.tasks if task.split == x] for x in splits}
+    source = recorded.configuration["source"] if recorded else plan.source
+    listed = recorded or plan.collection
+    manifest = make_manifest(listed, source, plan.fingerprint, in_order, totals, ledger)
     if recorded is None:
         content = manifest_to_json(manifest).encode()
         storage.write_atomically(storage.join(plan.output, MANIFEST_NAME), content)

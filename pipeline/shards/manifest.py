@@ -10,29 +10,28 @@ from pipeline.shards.format import Manifest, Split
 from pipeline.shards.ledger import ShardFacts, Totals
 from pipeline.shards.plan import PreprocessConfig
 from pipeline.shards.superpixels import label_dtype
+from pipeline.sources.find import Source
 
 Triple = tuple[float, float, float]
 
 
 def make_manifest(
-    *,
-    classes: tuple[str, ...],
-    class_names: tuple[str, ...],
-    unread: Mapping[str, Mapping[str, Any]],
+    listed: Source | Manifest,
     source: str,
     fingerprint: dict[str, Any],
     facts: Mapping[str, Sequence[ShardFacts]],
     totals: Mapping[str, Totals],
     ledger: str,
 ) -> Manifest:
-    """Make the manifest of a set. fingerprint: content of plan.json. facts: by split, in the order
-    of the shards. ledger: the ledger's SHA-256. Raises UserError where no image was accepted."""
+    """Make the manifest of a set. listed: what has its classes and unread files. fingerprint:
+    content of plan.json. facts: by split, in the order of the shards. ledger: the ledger's SHA-256.
+    Raises UserError where no image was accepted."""
     config = PreprocessConfig(source=source, output="", **fingerprint["configuration"])
     # The train split comes first; a collection without one is normalized by what it has.
     mean, std = _mean_std(next(iter(facts.values())))
     return Manifest(
-        classes=classes,
-        class_names=class_names,
+        classes=listed.classes,
+        class_names=listed.class_names,
         height=config.height,
         width=config.width,
         image_format=config.image_format,
@@ -53,7 +52,7 @@ def make_manifest(
         configuration=fingerprint["configuration"]
         | {"source": source, "layout": fingerprint["layout"]},
         versions=fingerprint["versions"],
-        unread={reason: dict(files) for reason, files in unread.items()},
+        unread={reason: dict(files) for reason, files in listed.unread.items()},
     )
 
 

@@ -245,13 +245,5 @@ def _manifest_of_records(result: Verification) -> Manifest:
         assert check.totals is not None
         facts[task.split].append(check.facts)
         totals[task.split].merge(check.totals)
-    return make_manifest(
-        classes=result.manifest.classes,
-        class_names=result.manifest.class_names,
-        unread=result.manifest.unread,
-        source=result.manifest.configuration["source"],
-        fingerprint=result.fingerprint,
-        facts=facts,
-        totals=totals,
-        ledger=result.manifest.ledger,
-    )
+    recorded, source = result.manifest, result.manifest.configuration["source"]
+    return make_manifest(recorded, source, result.fingerprint, facts, totals, recorded.ledger)
