@@ -58,8 +58,8 @@ class ShardFacts:
     shard: Shard | None
     index_bytes: int
     pixels: int
-    sums: tuple[int, int, int]
-    squares: tuple[int, int, int]
+    sums: tuple[int, ...]
+    squares: tuple[int, ...]
 
     @property
     def images(self) -> int:

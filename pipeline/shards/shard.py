@@ -41,13 +41,12 @@ def make_shard(
     # Readers of tars dislike empty ones.
     tar = storage.with_suffix(record, ".tar")
     shard = write_shard(tar, packer) if packer.images else None
-    (r, g, b), (rr, gg, bb) = sums.tolist()
     facts = ShardFacts(
         shard=shard,
         index_bytes=len(packer.index()) if shard else 0,
         pixels=packer.images * config.height * config.width,
-        sums=(r, g, b),
-        squares=(rr, gg, bb),
+        sums=tuple(sums[0].tolist()),
+        squares=tuple(sums[1].tolist()),
     )
     write_record(record, rows, facts)
     return facts
