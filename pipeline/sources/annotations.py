@@ -1,7 +1,7 @@
 """Boxes of images: read from XML files, and fitted to the pixels of the image they belong to."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 from pipeline.errors import SHOWN
@@ -11,8 +11,7 @@ MAX_WNID = 100  # characters
 Box = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Annotation:
+class Annotation(NamedTuple):
     """The content of one XML file. wnid: None where objects differ. box_size: (width, height) of
     the image that the boxes refer to, if known. note: what could not be read."""
 

@@ -239,14 +239,7 @@ def _add_annotation(
         id = f"{folders[-1]}/{id}"
     splits = SPLIT_WORD.findall(path)[-1:] or [*builders]
     for split in splits:
-        builders[split].add(
-            id=id,
-            path=path,
-            wnid=annotation.wnid,
-            boxes=annotation.boxes,
-            box_size=annotation.box_size,
-            note=annotation.note,
-        )
+        builders[split].add(id=id, path=path, **annotation._asdict())
 
 
 def _matched(images: pa.Table, rows: pa.Table, kind: str) -> pa.Table:

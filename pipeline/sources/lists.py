@@ -47,15 +47,8 @@ def list_rows(files: SourceFiles) -> Listing:
     in_order = chain.from_iterable(batch.to_pylist() for batch in batches)
     for id, same in groupby(in_order, key=itemgetter("id")):
         image = reduce(partial(_merged, files.location()), same)
-        builders[image["split"] or "train"].add(
-            id=id,
-            path=image["path"],
-            wnid=image["wnid"],
-            boxes=image["boxes"],
-            box_size=_size(image),
-            note=image["note"],
-            problem=image["problem"],
-        )
+        row = {name: image[name] for name in ("path", "wnid", "boxes", "note", "problem")}
+        builders[image["split"] or "train"].add(id=id, box_size=_size(image), **row)
     tables = {split: builder.table() for split, builder in builders.items()}
     others = [name for name in columns if name not in KNOWN]
     reason = f"column: none of {', '.join(KNOWN)}"
