@@ -167,14 +167,8 @@ def _frame(
 ) -> None:
     """Draw the border of a box, `line` pixels wide and within it; what is outside is cut off."""
     x0, y0, x1, y1 = box
-    line = min(line, x1 - x0 + 1, y1 - y0 + 1)
-    for top, bottom, left, right in (
-        (y0, y0 + line, x0, x1 + 1),
-        (y1 + 1 - line, y1 + 1, x0, x1 + 1),
-        (y0, y1 + 1, x0, x0 + line),
-        (y0, y1 + 1, x1 + 1 - line, x1 + 1),
-    ):
-        picture[max(0, top) : max(0, bottom), max(0, left) : max(0, right)] = colour
+    for inset in range(min(line, (min(x1 - x0, y1 - y0) + 2) // 2)):
+        cv2.rectangle(picture, (x0 + inset, y0 + inset), (x1 - inset, y1 - inset), colour)
 
 
 def _label(text: str, height: int, width: int, pad: int) -> np.ndarray | None:
