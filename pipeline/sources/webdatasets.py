@@ -40,6 +40,7 @@ CLASSES = "classes.txt"
 MAX_LABEL_BYTES = 1 << 20
 MAX_CLASSES = 100  # without a list of them, if no more than a tenth of them occur
 NUMBER = re.compile(r"(\d{1,9})(?:\.0*)?")
+Row = dict[str, Any]  # columns of an image, as ListingBuilder.add takes them
 NO_CLASS = r"^(?:-\d+(?:\.\d*)?|nan|NaN)$"  # stands for an unknown class
 
 
@@ -72,7 +73,7 @@ def list_webdataset(files: SourceFiles) -> Listing:
     return with_classes(files, images)._replace(unread=unread)
 
 
-def _rows(files: SourceFiles, path: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _rows(files: SourceFiles, path: str) -> tuple[list[Row], list[str]]:
     """Return a row for each sample, in the order of the tar, and the members that are not read."""
     shard = path.rpartition("/")[2].rpartition(".")[0]
     parts = [(*_key_and_extension(member.name), member) for member in members(files, path)]
@@ -87,9 +88,7 @@ def _rows(files: SourceFiles, path: str) -> tuple[list[dict[str, Any]], list[str
     return rows, others
 
 
-def _samples(
-    files: SourceFiles, path: str, run: list[tuple[str, Member]]
-) -> Iterator[dict[str, Any]]:
+def _samples(files: SourceFiles, path: str, run: list[tuple[str, Member]]) -> Iterator[Row]:
     """Yield the columns of each sample in a run of members that share a key. An extension that
     repeats begins the next sample. Samples that would then have different members cannot be told
     apart, so each of their images is a problem."""
@@ -113,7 +112,7 @@ def _key_and_extension(path: str) -> tuple[str, str]:
     return (path_in(folder, start), extension.lower()) if start and dot else ("", "")
 
 
-def _row(files: SourceFiles, path: str, sample: dict[str, Member]) -> dict[str, Any]:
+def _row(files: SourceFiles, path: str, sample: dict[str, Member]) -> Row:
     """Return the columns of an image besides id and path. sample: its members by extension."""
     image = next((sample[x] for x in IMAGE_EXTENSIONS if x in sample), None)
     has = f"the sample has {', '.join(sorted(sample))}"
