@@ -25,6 +25,7 @@ TEXTS_PER_SIDE = 22  # heights of the label's text in the shorter side
 SMALLEST_TEXT = 9  # pixels; below it letters cannot be read
 LABEL_SHARE = 0.25  # of the picture's height that a label may cover
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Colour = tuple[int, int, int]
 _font = functools.cache(ImageFont.load_default)
 
 
@@ -100,10 +101,7 @@ def _draw_cell(cell: Cell) -> np.ndarray:
 
 
 def _text_lines(
-    lines: Sequence[tuple[str, int, tuple[int, int, int], int]],
-    width: int,
-    height: int,
-    margin: int = 0,
+    lines: Sequence[tuple[str, int, Colour, int]], width: int, height: int, margin: int = 0
 ) -> np.ndarray:
     """Write lines of (text, size, colour, y) on white, each cut to the width."""
     sheet = Image.new("RGB", (width, height), BACKGROUND)
@@ -162,9 +160,7 @@ def draw_overlay(pixels: np.ndarray, values: np.ndarray, box: list[int], text: s
     return picture
 
 
-def _frame(
-    picture: np.ndarray, box: tuple[int, int, int, int], line: int, colour: tuple[int, int, int]
-) -> None:
+def _frame(picture: np.ndarray, box: Sequence[int], line: int, colour: Colour) -> None:
     """Draw the border of a box, `line` pixels wide and within it; what is outside is cut off."""
     x0, y0, x1, y1 = box
     for inset in range(min(line, (min(x1 - x0, y1 - y0) + 2) // 2)):

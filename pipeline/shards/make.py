@@ -61,6 +61,10 @@ class Progress:
         return tick
 
 
+Show = Callable[[Progress], None]
+Connect = Callable[[], None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """A finished set. totals: by split, None where it was finished before this run."""
@@ -71,9 +75,7 @@ class Outcome:
     progress: Progress
 
 
-def preprocess(
-    config: PreprocessConfig, show: Callable[[Progress], None], connect: Callable[[], None]
-) -> Outcome:
+def preprocess(config: PreprocessConfig, show: Show, connect: Connect) -> Outcome:
     """Make the set of shards that `config` asks for, or what is missing of it. `show` is called
     about every second; `connect`, which must leave Ray initialized, only where there is something
     to make. Raises UserError."""
@@ -135,11 +137,7 @@ def _too_many(rejected: int, total: int, config: PreprocessConfig) -> bool:
 
 
 def make_shards(
-    plan: Plan,
-    pending: list[ShardTask],
-    config: PreprocessConfig,
-    progress: Progress,
-    show: Callable[[Progress], None],
+    plan: Plan, pending: list[ShardTask], config: PreprocessConfig, progress: Progress, show: Show
 ) -> dict[str, ShardFacts]:
     """Make these shards in Ray tasks; return their facts. Raises UserError last, if some failed."""
     sizes = file_sizes(plan.output, pending)

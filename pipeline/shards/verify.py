@@ -3,7 +3,7 @@ index and record are compared with both. Our reader and `webdataset` must read t
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
@@ -35,13 +35,14 @@ from pipeline.shards.ledger import (
     read_record,
     read_row_group,
 )
-from pipeline.shards.make import Progress
+from pipeline.shards.make import Connect, Progress, Show
 from pipeline.shards.manifest import differences, make_manifest
 from pipeline.shards.output import read_fingerprint
 from pipeline.shards.plan import ShardTask, location_of, shard_tasks
 from pipeline.tasks import Failure, run_tasks
 
 Members = dict[str, bytes]  # by extension
+Keyed = tuple[str, Members]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +77,7 @@ class Verification:
         return not self.problems and not self.damaged
 
 
-def verify(
-    output: str, workers: int | None, show: Callable[[Progress], None], connect: Callable[[], None]
-) -> Verification:
+def verify(output: str, workers: int | None, show: Show, connect: Connect) -> Verification:
     """Check every file of the set at location `output`, each shard in a Ray task. Raises UserError
     where no finished set lies there, or its plan.json cannot be read."""
     output = location_of(output)
@@ -114,9 +113,7 @@ def _ledger_problem(output: str, manifest: Manifest) -> str | None:
     return None if sha256 == manifest.ledger else f"its SHA-256 is not the one in {MANIFEST_NAME}"
 
 
-def _check_shards(
-    result: Verification, workers: int | None, show: Callable[[Progress], None]
-) -> dict[str, ShardCheck]:
+def _check_shards(result: Verification, workers: int | None, show: Show) -> dict[str, ShardCheck]:
     progress = Progress(total=sum(task.rows for task in result.tasks), resumed=0)
     recorded = shards_by_name(result.manifest)
     groups = {task.name: group for group, task in enumerate(result.tasks)}
@@ -195,16 +192,14 @@ def _shard_problems(
         yield from (f"{own[0]}: {text}" for text in _sample_problems(own, row, manifest))
 
 
-def _own_samples(
-    content: bytes, index: Index, names: tuple[str, ...]
-) -> Iterator[tuple[str, Members]]:
+def _own_samples(content: bytes, index: Index, names: tuple[str, ...]) -> Iterator[Keyed]:
     """Yield key and members of each sample, read as our loader does."""
     for keyed, offsets, sizes in zip(index.names, index.offsets, index.sizes, strict=True):
         members = zip(names, offsets, offsets + sizes, strict=True)
         yield keyed[0].split(".")[0], {name: content[low:high] for name, low, high in members}
 
 
-def _webdataset_samples(content: bytes) -> Iterator[tuple[str, Members]]:
+def _webdataset_samples(content: bytes) -> Iterator[Keyed]:
     """Yield key and members of each sample as the `webdataset` library reads them."""
     from webdataset.tariterators import group_by_keys, tar_file_iterator
 
@@ -214,9 +209,7 @@ def _webdataset_samples(content: bytes) -> Iterator[tuple[str, Members]]:
         yield sample["__key__"], members
 
 
-def _sample_problems(
-    keyed: tuple[str, Members], row: LedgerRow, manifest: Manifest
-) -> Iterator[str]:
+def _sample_problems(keyed: Keyed, row: LedgerRow, manifest: Manifest) -> Iterator[str]:
     """Yield what is wrong with a sample, decoded, beside its ledger row."""
     try:
         sample = decode_sample(*keyed, manifest)
