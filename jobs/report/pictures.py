@@ -73,29 +73,26 @@ def report_pictures(entries: Sequence[Entry], seed: int) -> dict[str, list[Pictu
     _, evaluation, images = next(x for x in every if x[1].metrics["data"] is not None)
     manifest = read_manifest(evaluation.metrics["data"])
     pixels = _read_images(evaluation, images, positions, manifest)
-    views: list[list[dict[str, Any]]] = [[] for _ in positions]
-    covered: list[str | None] = [None] * len(positions)
+    pictures, listed = dict[int, Picture](), images.take(positions).to_pylist()
+    for position, image, row in zip(positions, pixels, listed, strict=True):
+        picture = {name: row[name] for name in ("id", "width", "height")}
+        picture |= {"label": manifest.class_names[row["label"]], "truths": row["boxes"] or []}
+        pictures[position] = picture | {"image": _jpeg_uri(image), "covered": None, "views": []}
     for number, ((entry, evaluation, _), table) in enumerate(zip(shown, boxes, strict=True)):
         rows = table.take(positions).to_pylist()
         maps = evaluation.maps(row["image"] for row in rows)
-        for i, row in enumerate(rows):
-            levels = maps.get(row["image"])
+        for picture, image, row in zip(pictures.values(), pixels, rows, strict=True):
             view = {name: row[name] for name in ("box", "iou", "error", "found", "score")}
             view["title"] = entry.title if several else f"{entry.title} {number + 1}"
-            view["number"] = number
+            view["number"], view["map"] = number, None
             known = row["class"] is not None
             view["predicted"] = manifest.class_names[row["class"]] if known else None
-            coloured = None if levels is None else encode_heat_png(levels / LEVELS)
-            view["map"] = coloured and data_uri(coloured, "png")
-            views[i].append(view)
+            levels = maps.get(row["image"])
+            if levels is not None:
+                view["map"] = data_uri(encode_heat_png(levels / LEVELS), "png")
             if len(shown) == 1 and levels is not None:
-                covered[i] = _jpeg_uri(_covered(pixels[i], levels, manifest))
-    pictures = {}
-    for i, row in enumerate(images.take(positions).to_pylist()):
-        picture = {name: row[name] for name in ("id", "width", "height")}
-        picture |= {"label": manifest.class_names[row["label"]], "truths": row["boxes"] or []}
-        picture |= {"image": _jpeg_uri(pixels[i]), "covered": covered[i], "views": views[i]}
-        pictures[positions[i]] = picture
+                picture["covered"] = _jpeg_uri(_covered(image, levels, manifest))
+            picture["views"].append(view)
     return {name: [pictures[i] for i in group] for name, group in groups.items()}
 
 
