@@ -73,8 +73,8 @@ def report_pictures(entries: Sequence[Entry], seed: int) -> dict[str, list[Pictu
     _, evaluation, images = next(x for x in every if x[1].metrics["data"] is not None)
     manifest = read_manifest(evaluation.metrics["data"])
     pixels = _read_images(evaluation, images, positions, manifest)
-    pictures, listed = dict[int, Picture](), images.take(positions).to_pylist()
-    for position, image, row in zip(positions, pixels, listed, strict=True):
+    pictures, facts = dict[int, Picture](), images.take(positions).to_pylist()
+    for position, image, row in zip(positions, pixels, facts, strict=True):
         picture = {name: row[name] for name in ("id", "width", "height")}
         picture |= {"label": manifest.class_names[row["label"]], "truths": row["boxes"] or []}
         pictures[position] = picture | {"image": _jpeg_uri(image), "covered": None, "views": []}

@@ -233,8 +233,8 @@ def _finish(
         )
     in_order = {x: [facts[task.name] for task in plan.tasks if task.split == x] for x in splits}
     source = recorded.configuration["source"] if recorded else plan.source
-    listed = recorded or plan.collection
-    manifest = make_manifest(listed, source, plan.fingerprint, in_order, totals, ledger)
+    collection = recorded or plan.collection
+    manifest = make_manifest(collection, source, plan.fingerprint, in_order, totals, ledger)
     if recorded is None:
         content = manifest_to_json(manifest).encode()
         storage.write_atomically(storage.join(plan.output, MANIFEST_NAME), content)

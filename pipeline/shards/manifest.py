@@ -16,22 +16,22 @@ Triple = tuple[float, float, float]
 
 
 def make_manifest(
-    listed: Source | Manifest,
+    collection: Source | Manifest,
     source: str,
     fingerprint: dict[str, Any],
     facts: Mapping[str, Sequence[ShardFacts]],
     totals: Mapping[str, Totals],
     ledger: str,
 ) -> Manifest:
-    """Make the manifest of a set. listed: what has its classes and unread files. fingerprint:
+    """Make the manifest of a set. collection: its classes and unread files. fingerprint:
     content of plan.json. facts: by split, in the order of the shards. ledger: the ledger's SHA-256.
     Raises UserError where no image was accepted."""
     config = PreprocessConfig(source=source, output="", **fingerprint["configuration"])
     # The train split comes first; a collection without one is normalized by what it has.
     mean, std = _mean_std(next(iter(facts.values())))
     return Manifest(
-        classes=listed.classes,
-        class_names=listed.class_names,
+        classes=collection.classes,
+        class_names=collection.class_names,
         height=config.height,
         width=config.width,
         image_format=config.image_format,
@@ -52,7 +52,7 @@ def make_manifest(
         configuration=fingerprint["configuration"]
         | {"source": source, "layout": fingerprint["layout"]},
         versions=fingerprint["versions"],
-        unread={reason: dict(files) for reason, files in listed.unread.items()},
+        unread={reason: dict(files) for reason, files in collection.unread.items()},
     )
 
 
