@@ -28,10 +28,10 @@ def make_shard(
         storage.local_path(record).parent.mkdir(parents=True, exist_ok=True)
     packer, rows = ShardPacker(config.image_format), []
     sums = np.zeros((2, 3), np.int64)
-    listed = images.to_pylist()
+    entries = images.to_pylist()
     with SourceFiles(source) as files:
-        fetched = files.fetch((x["path"], x["offset"], x["size"]) for x in listed)
-        for number, (image, fetch) in enumerate(zip(listed, fetched, strict=True)):
+        fetched = files.fetch((x["path"], x["offset"], x["size"]) for x in entries)
+        for number, (image, fetch) in enumerate(zip(entries, fetched, strict=True)):
             row, sample = make_sample(task, number, image, fetch, config)
             if sample is not None:
                 row |= {"shard": f"{task.name}.tar", "position": packer.images}
