@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,13 +164,15 @@ def write_shard(location: str | Path, packer: ShardPacker) -> Shard:
     content += bytes(2 * BLOCK)  # the end of a tar
     content += bytes(-len(content) % RECORD)
     storage.write_atomically(storage.with_suffix(location, ".idx"), packer.index())
-    storage.write_atomically(location, memoryview(content))
-    return Shard(
-        name=storage.name(location),
-        images=packer.images,
-        bytes=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-    )
+    with ThreadPoolExecutor(1) as thread:  # disk and hash take their time side by side
+        sha256 = thread.submit(hashlib.sha256, content)
+        storage.write_atomically(location, memoryview(content))
+        return Shard(
+            name=storage.name(location),
+            images=packer.images,
+            bytes=len(content),
+            sha256=sha256.result().hexdigest(),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,10 @@
 """The output of a plan, which its plan.json describes and one driver at a time writes."""
 
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from pipeline import storage
@@ -52,22 +54,31 @@ def claim_output(plan: Plan) -> None:
 def exclusive_output(output: str) -> Iterator[None]:
     """Keep other drivers from a claimed local output, and leave no temporary file there. Raises
     UserError where another is at work. On a remote output nothing is locked: objects appear whole,
-    and two drivers of one plan write the same bytes."""
-    with storage.locked_folder(output) as is_locked:
-        if not is_locked:
+    and two drivers of one plan write the same bytes. Nor is what cannot be written to."""
+    if storage.is_remote(output):
+        yield
+        return
+    folder = storage.local_path(output)
+    try:  # a file, whose lock network file systems share between hosts, unlike a folder's
+        file = (folder / PLAN_NAME).open("r+b")
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        yield
+        return
+    with file:
+        if not storage.lock(file):
             raise UserError(f"another process is at work on {output}; wait for it, or end it.")
-        _clean(output)
+        _clean(folder)
         try:
             yield
         finally:  # tasks that were killed and repeated
-            _clean(output)
+            _clean(folder)
 
 
-def _clean(output: str) -> None:
-    if not storage.is_remote(output):
-        folder = storage.local_path(output)
-        for path in (folder, *(x for x in folder.iterdir() if x.is_dir())):
-            storage.remove_temporaries(path)
+def _clean(folder: Path) -> None:
+    for path in (folder, *(x for x in folder.iterdir() if x.is_dir())):
+        storage.remove_temporaries(path)
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
