@@ -369,7 +369,9 @@ def host_facts(*files: str | Path) -> dict[str, str | None]:
     """Return what must be the same on all hosts, by name. Raises UserError for a file that this
     host does not see."""
     for file in files:
-        if not (is_file(file) if is_remote(file) else local_path(file).exists()):
+        is_folder = not is_remote(file) and local_path(file).is_dir()
+        # A folder that is not mounted is an empty one.
+        if not (any(os.scandir(local_path(file))) if is_folder else is_file(file)):
             raise UserError(
                 f"it does not see {file}; give a folder that all hosts mount, or a URI (s3://...)"
             )

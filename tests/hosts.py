@@ -33,6 +33,7 @@ class Host:
             RAY_AUTH_TOKEN=token,
             RAY_ADDRESS=f"{HEAD}:{PORT}",
             RAY_health_check_failure_threshold="10",  # as cluster/README.md advises
+            RAY_memory_monitor_refresh_ms="0",  # the memory is the whole machine's
         )
 
     def start(self, *command: str, **options: object) -> subprocess.Popen:

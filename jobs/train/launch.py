@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray._private.state import state
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -146,6 +147,10 @@ def launch(config: TrainConfig, record: dict[str, Any]) -> None:
             f"training failed {resources.max_failures + 1} times, the last time with: {reason}. "
             f"{way_on(config.output).capitalize()}"
         ) from error
+    except RayError as error:  # Ray Train's own process ended, as for want of memory
+        reason = str(getattr(error, "cause", None) or error).splitlines()[0].rstrip(".")
+        way = way_on(config.output).capitalize()
+        raise UserError(f"Ray Train ended: {reason}. {way}") from error
     if failure is not None:
         raise UserError(failure)
 

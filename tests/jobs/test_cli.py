@@ -193,6 +193,9 @@ def test_a_host_with_other_versions_or_without_the_files_is_named(
     cli.check_hosts(tmp_path / "seen", tmp_path)
     with pytest.raises(UserError, match=r"^host .*does not see .*/nothing"):
         cli.check_hosts(tmp_path / "seen", tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^host .*does not see .*/empty"):
+        cli.check_hosts(tmp_path / "empty")
     monkeypatch.setattr(cli, "_version", lambda name: "0.1" if name == "ray" else version(name))
     with pytest.raises(UserError, match=r"^host \S+ \(\S+\) has ray 2\S+, this one 0\.1"):
         cli.check_hosts()
