@@ -16,7 +16,8 @@ import pytest
 from tests.e2e.commands import ROOT, environment
 
 RAY = str(Path(sys.executable).parent / "ray")
-NETWORK, PORT = "10.213.77", 6379
+NETWORK = f"10.213.{os.getpid() % 256}"  # so that two runs of the tests do not meet
+PORT = 6379
 HEAD, OUTSIDE = f"{NETWORK}.1", f"{NETWORK}.254"
 
 
