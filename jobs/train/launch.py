@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import ray
-from ray._private.state import state
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -43,17 +42,11 @@ REQUEST_SECONDS = 15  # to finish a step and write a checkpoint, before an inter
 
 def check_resources(resources: ResourcesConfig) -> None:
     """Raise UserError for more workers than this machine's cores or GPUs, for which Ray Train would
-    wait for ever; a cluster may still grow."""
+    wait for ever. On a cluster print what it waits for: Ray does not tell how far that can grow."""
     resource = "GPU" if resources.device == "cuda" else "CPU"
     available, (fewest, _) = int(ray.cluster_resources().get(resource, 0)), resources.worker_range
     if available >= fewest:
         return
-    most = state.get_max_resources_from_cluster_config()  # None where no autoscaler tells
-    if most is not None and most.get(resource, 0) < fewest:
-        raise UserError(
-            f"--workers {resources.workers} asks for as many {resource}s, the cluster can grow to "
-            f"{most.get(resource, 0):.0f}. Lower --workers, or raise max_workers of the cluster"
-        )
     if os.environ.get("RAY_ADDRESS"):
         print(
             f"waiting for {fewest} {resource}s; the cluster has {available}. Start more hosts, or "

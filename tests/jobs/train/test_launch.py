@@ -77,15 +77,14 @@ def test_what_no_attempt_can_mend_is_tried_once(
         train_worker(config, {})
 
 
-@pytest.mark.parametrize("most", [None, {"CPU": 2.0}, {"CPU": 3.0}])
-def test_more_workers_than_a_cluster_can_grow_to_are_refused(
-    most: dict[str, float] | None, monkeypatch: pytest.MonkeyPatch
+def test_more_workers_than_a_cluster_has_are_waited_for_and_a_machine_refuses_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(launch.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    resources = ResourcesConfig(workers="3:4")
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    monkeypatch.setattr(launch.ray, "cluster_resources", lambda: {"CPU": 1.0})
-    monkeypatch.setattr(launch.state, "get_max_resources_from_cluster_config", lambda: most)
-    if most == {"CPU": 2.0}:
-        with pytest.raises(UserError, match=r"--workers 3:4 asks for as many CPUs, .* to 2\. "):
-            launch.check_resources(ResourcesConfig(workers="3:4"))
-    else:
-        launch.check_resources(ResourcesConfig(workers="3:4"))
+    launch.check_resources(resources)
+    assert "waiting for 3 CPUs; the cluster has 2" in capsys.readouterr().out
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(UserError, match=r"--workers 3:4 asks for as many CPUs, .* has 2\. "):
+        launch.check_resources(resources)
