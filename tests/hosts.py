@@ -57,13 +57,13 @@ class Host:
             pytest.skip("no namespaces of processes can be made here")
         return machine
 
-    def start_ray(self, folder: Path, cpus: int) -> None:
-        """Start a Ray node, on the first host the head, which is waited for."""
+    def start_ray(self, folder: Path) -> None:
+        """Start a Ray node of one CPU, on the first host the head, which is waited for."""
         own, head = folder / self.name[:4], self.address == HEAD
         where = ["--head", f"--port={PORT}"] if head else [f"--address={HEAD}:{PORT}"]
         if head:
             where += ["--include-dashboard=false", f"--temp-dir={own}"]
-        where += [f"--num-cpus={cpus}", f"--node-ip-address={self.address}"]
+        where += ["--num-cpus=1", f"--node-ip-address={self.address}"]
         where += ["--disable-usage-stats", "--object-store-memory=100000000"]
         deadline = time.monotonic() + 90
         with own.with_suffix(".log").open("a") as log:

@@ -1,7 +1,7 @@
 """Hosts that fail during the three jobs: same bytes and figures in the end, one clear line each.
 
 One cluster's life over two hosts, since starting Ray costs most. `make hosts` runs all of it; CI
-leaves out those marked slow, whose faults others show during another job.
+leaves out those marked slow, which wait for half a minute or start everything anew.
 """
 
 import os
@@ -73,10 +73,6 @@ class Lab:
         wait_for(works, job)
         return job
 
-    def restart(self, host: Host) -> None:
-        """Start Ray on a host that is new or was killed."""
-        host.start_ray(self.folder, cpus=1)
-
     def finish(self, name: str, job: subprocess.Popen, output: Path) -> str:
         """Wait for the job's end and compare what it made. Returns its standard error."""
         _, errors = job.communicate(timeout=400)
@@ -127,7 +123,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
             hosts[1].environment |= {"LD_PRELOAD": str(CLOCK[0]), "FAKETIME": "+1h"}
         lab = Lab(*hosts, folder, inputs, {})
         for host in hosts:
-            lab.restart(host)
+            host.start_ray(folder)
         for name in TITLES:
             _, errors = lab.start(name, inputs / name).communicate(timeout=400)
             lab.expected[name] = results(name, inputs / name)
@@ -148,7 +144,7 @@ def test_the_clocks_of_these_hosts_are_an_hour_apart(lab: Lab) -> None:
 def test_a_host_that_dies_takes_nothing_along(lab: Lab, tmp_path: Path, name: str) -> None:
     job = lab.at_work(name, tmp_path)
     lab.second.kill()
-    lab.restart(lab.second)
+    lab.second.start_ray(lab.folder)
     errors = lab.finish(name, job, tmp_path)
     if name == "train":
         log = (tmp_path / "log.txt").read_text()
@@ -159,14 +155,8 @@ def test_a_host_that_dies_takes_nothing_along(lab: Lab, tmp_path: Path, name: st
         assert lab.second.address in line
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "train",
-        pytest.param("preprocess", marks=pytest.mark.slow),
-        pytest.param("evaluate", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TITLES)
 def test_a_network_that_is_cut_for_30_s_loses_nothing(lab: Lab, tmp_path: Path, name: str) -> None:
     job = lab.at_work(name, tmp_path)
     lab.second.cut()
@@ -193,14 +183,14 @@ def test_when_the_head_dies_a_line_says_so_and_the_same_command_goes_on(
 ) -> None:
     job = lab.at_work(name, tmp_path, lab.second)
     lab.first.kill()
-    lab.restart(lab.first)
+    lab.first.start_ray(lab.folder)
     errors = job.communicate(timeout=120)[1].splitlines()
     assert job.returncode == 1
     (line,) = [line for line in errors if line.startswith("error: ")]
     assert lab.first.address in line
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.tar")}
     lab.second.kill()
-    lab.restart(lab.second)
+    lab.second.start_ray(lab.folder)
     lab.finish(name, lab.start(name, tmp_path), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in written} == written
     if name == "train":

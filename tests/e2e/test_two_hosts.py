@@ -23,7 +23,7 @@ def test_two_hosts_with_loopback_names_train_to_s3(
     with two_hosts() as hosts, short_folder() as folder, remote.s3_server(tmp_path, OUTSIDE) as s3:
         data, output = remote.upload(small_set, s3, "set"), remote.uri(s3, "run")
         for host in hosts:
-            host.start_ray(folder, cpus=1)
+            host.start_ray(folder)
         flags = words(data=data, output=output, cache=tmp_path / "cache", workers=2)
         small = "--warmup-epochs=1 --epochs=2 --batch-size=16 --net-width=8 --bottleneck=16"
         command = [sys.executable, "-m", "jobs.train", *flags, *small.split(), "--log-interval=1"]
