@@ -342,6 +342,7 @@ def check_hosts(*files: str | Path) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         return
     import ray
+    from ray.exceptions import NodeDiedError, TaskUnschedulableError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     own, task = host_facts(), ray.remote(num_cpus=0, max_retries=0)(host_facts)
@@ -354,6 +355,8 @@ def check_hosts(*files: str | Path) -> None:
     for name, answer in answers.items():
         try:
             facts = ray.get(answer, timeout=HOST_SECONDS)
+        except (NodeDiedError, TaskUnschedulableError):  # the host is gone since
+            continue
         except Exception as error:  # Ray's, or the task's own
             cause = getattr(error, "cause", None) or error
             raise UserError(f"{name} cannot work for this job: {_first_line(cause)}") from error
