@@ -75,7 +75,7 @@ class Lab:
 
     def finish(self, name: str, job: subprocess.Popen, output: Path) -> str:
         """Wait for the job's end and compare what it made. Returns its standard error."""
-        _, errors = job.communicate(timeout=400)
+        _, errors = job.communicate(timeout=900)
         assert job.returncode == 0, errors
         assert results(name, output) == self.expected[name]
         return errors
