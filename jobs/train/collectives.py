@@ -2,6 +2,10 @@
 
 Gradients are already divided by the global number of images, so one sum over the ranks, of one
 vector per step, is the whole synchronization.
+
+`ranks` is their number when the group started. torch's group is not asked for it: Ray Train ends
+that of workers which it is about to stop, and a rank would go on alone. Without a group every
+function here raises ValueError.
 """
 
 import hashlib
@@ -16,17 +20,13 @@ from model.step import Step
 from pipeline.errors import UserError
 
 
-def _several_ranks() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def reduce_step(step: Step) -> Step:
+def reduce_step(step: Step, ranks: int) -> Step:
     """Return a step's gradients and sums, added up over all ranks; each gets the same bits."""
     corruption, classifier = step.corruption_gradients, step.classifier_gradients
     names = sorted(step.sums)
     tensors = [*(corruption or ()), *(classifier or ()), *(step.sums[name] for name in names)]
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    if _several_ranks():
+    if ranks > 1:
         dist.all_reduce(flat)
     pieces = flat.split([tensor.numel() for tensor in tensors])
     reduced = iter([piece.view(t.shape) for piece, t in zip(pieces, tensors, strict=True)])
@@ -37,9 +37,9 @@ def reduce_step(step: Step) -> Step:
     )
 
 
-def check_ranks(state: TrainingState) -> None:
+def check_ranks(state: TrainingState, ranks: int) -> None:
     """Raise TrainingError, on every rank, where controllers or weights differ in any bit."""
-    if not _several_ranks():
+    if ranks == 1:
         return
     hashed = hashlib.sha256()
     for net in state.nets().values():
@@ -47,7 +47,7 @@ def check_ranks(state: TrainingState) -> None:
             hashed.update(parameter.detach().cpu().contiguous().numpy().tobytes())
     hashed.update(repr((state.target, state.collapse)).encode())
     text = f"step {state.step}, {state.controller}, weights {hashed.hexdigest()[:12]}"
-    texts = [""] * dist.get_world_size()
+    texts = [""] * ranks
     dist.all_gather_object(texts, text)
     if len(set(texts)) > 1:
         states = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
@@ -58,10 +58,16 @@ def check_ranks(state: TrainingState) -> None:
         )
 
 
-def on_first_rank(action: Callable[[], None], what: str) -> None:
+def check_group(ranks: int) -> None:
+    """Raise ValueError where the group has ended: on a GPU the last sum may lack a rank's part."""
+    if ranks > 1:
+        dist.get_rank()
+
+
+def on_first_rank(action: Callable[[], None], what: str, ranks: int) -> None:
     """Let rank 0 write something. Where it cannot, every rank raises TrainingError."""
     failure: list[str | None] = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if ranks == 1 or dist.get_rank() == 0:
         try:
             action()
         except OSError as error:
@@ -71,7 +77,7 @@ def on_first_rank(action: Callable[[], None], what: str) -> None:
             )
         except UserError as error:
             failure[0] = f"{what} cannot be written: {error}"
-    if _several_ranks():
+    if ranks > 1:
         dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise TrainingError(failure[0])

@@ -72,7 +72,7 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, manifest: Manifest, device: torch.device, ranks: int
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.ranks = config, device, ranks
         network = pretrained_network(config, manifest)
         self.model = model_config(config, manifest, network)
         settings = config.optimization
@@ -158,7 +158,7 @@ class Trainer:
         settings = StepSettings(
             total=batch.total, half=self.half, objective=self.objective if over_network else None
         )
-        step = reduce_step(self.compute(settings, tensors))
+        step = reduce_step(self.compute(settings, tensors), self.ranks)
         factor = warmup_factor(state.step, self.warmup_steps)
         gradients, optimizer = step.classifier_gradients, state.optimizers["warmup"]
         apply_gradients(state.classifier, optimizer, gradients, config.warmup_rate * factor)
@@ -183,7 +183,7 @@ class Trainer:
             probing=(state.step + 1) % self.config.logging.log_interval == 0,
         )
         area_weight = torch.full((), state.controller.area_weight, device=self.device)
-        step = reduce_step(self.compute(settings, (*tensors, area_weight)))
+        step = reduce_step(self.compute(settings, (*tensors, area_weight)), self.ranks)
         factor = adversarial_factor(state.step - self.warmup_steps, self.steps - self.warmup_steps)
         for net, name, gradients, rate in (
             (state.corruption, "corruption", step.corruption_gradients, config.corruption_rate),
@@ -220,7 +220,7 @@ class Trainer:
             x = net_inputs(images, self.colours)
             batch = Inputs(x, segments, labels, noise, total)
             local = first_sums(self.nets, batch, self.objective)
-        sums = reduce_step(Step(sums=local)).sums
+        sums = reduce_step(Step(sums=local), self.ranks).sums
         loss, accuracy = float(sums["confusion"]) / total, float(sums["correct"]) / total
         if not loss > 0:
             raise TrainingError(

@@ -12,7 +12,7 @@ from jobs.runs import save_nets
 from jobs.train.box_rule import agreement, choose_rule, training_images
 from jobs.train.checkpoints import FAULT_NAME, REQUEST_NAME, read_checkpoint, write_checkpoint
 from jobs.train.cluster import Notices
-from jobs.train.collectives import check_ranks, on_first_rank
+from jobs.train.collectives import check_group, check_ranks, on_first_rank
 from jobs.train.config import TrainConfig
 from jobs.train.examples import Examples, draw_examples, load_examples
 from jobs.train.log import TrainingLog
@@ -44,7 +44,7 @@ def write_state(trainer: Trainer, examples: Examples | None = None) -> None:
     the example images where this rank has them."""
     state = trainer.state
     trainer.check_weights()
-    check_ranks(state)
+    check_ranks(state, trainer.ranks)
 
     def write() -> None:
         write_own_state(trainer)
@@ -54,7 +54,7 @@ def write_state(trainer: Trainer, examples: Examples | None = None) -> None:
         if trainer.log is not None:
             trainer.log.upload()
 
-    on_first_rank(write, f"the checkpoint of step {state.step}")
+    on_first_rank(write, f"the checkpoint of step {state.step}", trainer.ranks)
 
 
 def write_own_state(trainer: Trainer) -> None:
@@ -78,7 +78,7 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
     if optimization.warmup_from is not None and not notes:
         trainer.take_warmup(optimization.warmup_from)
         notes = [f"began with the clean classifier of {optimization.warmup_from}"]
-    check_ranks(trainer.state)
+    check_ranks(trainer.state, ranks)
     examples = None
     if rank == 0:
         trainer.log = TrainingLog(config.output, trainer.read_step)
@@ -101,6 +101,7 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
             write_state(trainer, examples)
         if notices.due():
             trainer.check_weights()
+            check_group(ranks)
             write_own_state(trainer)
             notices.done()
     if trainer.log is not None:
@@ -114,7 +115,7 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
             content = record | {"rule_agreement": agreements}
         save_nets(config.output, nets, content)
 
-    on_first_rank(save, "the trained nets")
+    on_first_rank(save, "the trained nets", ranks)
 
 
 def train_worker(config: TrainConfig, record: dict[str, Any]) -> str | None:

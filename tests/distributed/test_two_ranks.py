@@ -11,15 +11,15 @@ import torch.multiprocessing as mp
 
 from jobs.loading import LoadingConfig
 from jobs.runs import ModelConfig
-from jobs.train.collectives import check_ranks, on_first_rank, reduce_step
+from jobs.train.collectives import check_group, check_ranks, on_first_rank, reduce_step
 from jobs.train.config import TrainConfig
-from jobs.train.state import TrainingError, apply_gradients, new_state
+from jobs.train.state import TrainingError, TrainingState, apply_gradients, new_state
 from model.classifier import Classifier
 from model.controller import ControllerState, update
 from model.corruption import CorruptionNet
 from model.masking import gumbel_difference
 from model.settings import Objective
-from model.step import Inputs, TrainingNets, adversarial_step, clean_step
+from model.step import Inputs, Step, TrainingNets, adversarial_step, clean_step
 
 pytestmark = pytest.mark.slow
 IMAGES = 8
@@ -32,8 +32,9 @@ def _enter(rank: int, ranks: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
     works = (two_steps, agreement)
     results = {work.__name__: work(rank, ranks) for work in works}
-    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    results[without_the_group.__name__] = without_the_group(ranks)
+    torch.save(results, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +62,13 @@ def two_steps(rank: int, ranks: int) -> dict[str, Any]:
     first = sum(SPLITS[ranks][:rank])
     part = slice(first, first + SPLITS[ranks][rank])
     state = ControllerState(area_weight=1.0, accuracy=0.3)
-    step = reduce_step(clean_step(classifier, images[part], labels[part], IMAGES))
+    step = reduce_step(clean_step(classifier, images[part], labels[part], IMAGES), ranks)
     apply_gradients(classifier, optimizers[1], step.classifier_gradients, 1e-3)
     for _ in range(2):
         noise = gumbel_difference((IMAGES, 16), generator).double()
         batch = Inputs(images[part], segments[part], labels[part], noise[part], IMAGES)
         weight = torch.tensor(state.area_weight)
-        step = reduce_step(adversarial_step(nets, batch, Objective(), weight, joint=True))
+        step = reduce_step(adversarial_step(nets, batch, Objective(), weight, joint=True), ranks)
         apply_gradients(corruption, optimizers[0], step.corruption_gradients, 1e-3)
         apply_gradients(classifier, optimizers[1], step.classifier_gradients, 1e-3)
         state = update(state, float(step.sums["correct"]), IMAGES, target=0.4, rate=0.006)
@@ -92,9 +93,8 @@ def test_ranks_with_parts_of_a_batch_equal_one_rank_with_the_whole_and_each_othe
         assert torch.equal(result["weights"], together[0]["weights"]), "to the last bit"
 
 
-def agreement(rank: int, ranks: int) -> list[str]:
-    """Return each rank's errors where all are alike, where rank 1 has another lambda, where the
-    last rank has another bit in one weight, and where rank 0 cannot write."""
+def small_state() -> TrainingState:
+    """The state of small nets before their first step."""
     model = ModelConfig(
         classes=("a", "b"),
         class_names=("a", "b"),
@@ -108,7 +108,13 @@ def agreement(rank: int, ranks: int) -> list[str]:
         compactness=10.0,
     )
     config = TrainConfig(loading=LoadingConfig(data="shards"), output="run")
-    state = new_state(config, model, torch.device("cpu"))
+    return new_state(config, model, torch.device("cpu"))
+
+
+def agreement(rank: int, ranks: int) -> list[str]:
+    """Return each rank's errors where all are alike, where rank 1 has another lambda, where the
+    last rank has another bit in one weight, and where rank 0 cannot write."""
+    state = small_state()
     sound = state.controller = ControllerState(area_weight=1.25, accuracy=0.3)
     errors = []
 
@@ -120,20 +126,20 @@ def agreement(rank: int, ranks: int) -> list[str]:
         else:
             errors.append("")
 
-    collect(lambda: check_ranks(state))
+    collect(lambda: check_ranks(state, ranks))
     if rank == 1:
         state.controller = ControllerState(area_weight=1.5, accuracy=0.3)
-    collect(lambda: check_ranks(state))
+    collect(lambda: check_ranks(state, ranks))
     state.controller = sound
     if rank == ranks - 1:
         weight = next(state.classifier.parameters()).detach()
         weight.view(torch.int32)[0, 0, 0, 0] ^= 1
-    collect(lambda: check_ranks(state))
+    collect(lambda: check_ranks(state, ranks))
 
     def fail() -> None:
         raise OSError(28, "No space left on device", "run/x")
 
-    collect(lambda: on_first_rank(fail, "the checkpoint of step 3"))
+    collect(lambda: on_first_rank(fail, "the checkpoint of step 3", ranks))
     return errors
 
 
@@ -153,3 +159,30 @@ def test_ranks_that_no_longer_agree_all_stop_and_show_both_states(
     assert disk.startswith(
         "the checkpoint of step 3 cannot be written: No space left on device (run/x). Make room"
     )
+
+
+def without_the_group(ranks: int) -> dict[str, bool]:
+    """Return which of the common works a rank refuses once the group has ended, as Ray Train ends
+    it before it stops the ranks: they must not train on or write alone."""
+    step = Step(sums={"correct": torch.ones(())})
+    works: dict[str, Callable[[], object]] = {
+        "step": lambda: reduce_step(step, ranks),
+        "state": lambda: check_ranks(small_state(), ranks),
+        "group": lambda: check_group(ranks),
+        "writing": lambda: on_first_rank(lambda: None, "a file", ranks),
+    }
+    refused = dict.fromkeys(works, False)
+    for name, work in works.items():
+        try:
+            work()
+        except ValueError:
+            refused[name] = True
+    return refused
+
+
+@pytest.mark.parametrize("ranks", SPLITS)
+def test_no_rank_of_several_goes_on_once_their_group_has_ended(
+    ranks: int, results: dict[int, list[dict[str, Any]]]
+) -> None:
+    refused = [result["without_the_group"] for result in results[ranks]]
+    assert refused == [dict.fromkeys(("step", "state", "group", "writing"), ranks > 1)] * ranks
