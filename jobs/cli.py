@@ -23,6 +23,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -316,20 +317,19 @@ def _watch_head() -> None:
     client = global_worker.gcs_client
     address, cluster = client.address, client.cluster_id
     host, _, port = address.rpartition(":")
-    answered, steady = time.monotonic(), True
+    answered = time.monotonic()
     while ray.is_initialized():
         time.sleep(WATCH_SECONDS)
-        reason = f"has not answered for {HEAD_SECONDS} s"
-        try:
+        found = None
+        with suppress(Exception):  # Ray's, or the connection's
             socket.create_connection((host.strip("[]"), int(port)), timeout=WATCH_SECONDS).close()
-            if not steady and type(client)(address=address).cluster_id != cluster:
-                answered, reason = -math.inf, "was started anew"
-            else:
-                answered, steady = time.monotonic(), True
-        except Exception:  # Ray's, or the connection's
-            steady = False
-        if time.monotonic() - answered > HEAD_SECONDS and ray.is_initialized():
+            found = type(client)(address=address).cluster_id  # a new head may be up at once
+        if found == cluster:
+            answered = time.monotonic()
+        silent = time.monotonic() - answered > HEAD_SECONDS
+        if ray.is_initialized() and (silent or found not in (None, cluster)):
             sys.stdout.flush()
+            reason = "was started anew" if found else f"has not answered for {HEAD_SECONDS} s"
             line = f"error: the head of the Ray cluster, {address}, {reason}; "
             print(f"{line}once it runs, the same command goes on", file=sys.stderr, flush=True)
             os._exit(1)

@@ -1,12 +1,16 @@
 """What the commands share: flags and their bounds, progress lines, records, one-line errors."""
 
 import contextlib
+import itertools
 import os
 import signal
+import socket
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 from unittest.mock import Mock
 
 import pytest
@@ -201,16 +205,30 @@ def test_a_host_with_other_versions_or_without_the_files_is_named(
         cli.check_hosts()
 
 
-def test_a_head_that_no_longer_answers_ends_the_process_with_a_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@dataclass
+class Client:
+    """In place of Ray's, whose head listens at `address`; each one finds another cluster there."""
+
+    address: str
+    ids: ClassVar[Iterator[int]] = itertools.count(1)
+
+    def __post_init__(self) -> None:
+        self.cluster_id = next(self.ids)
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_head_that_is_gone_or_another_ends_the_process_with_a_line(
+    listens: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    client = Mock(address="127.0.0.1:1")
-    monkeypatch.setattr(ray._private.worker, "global_worker", Mock(gcs_client=client))
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(cli, "HEAD_SECONDS", 0.2)
-    monkeypatch.setattr(cli, "WATCH_SECONDS", 0.1)
-    monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit))
-    with pytest.raises(SystemExit):
-        cli._watch_head()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = Client(f"127.0.0.1:{server.getsockname()[1] if listens else 1}")
+        monkeypatch.setattr(ray._private.worker, "global_worker", Mock(gcs_client=client))
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(cli, "HEAD_SECONDS", 0.2)
+        monkeypatch.setattr(cli, "WATCH_SECONDS", 0.1)
+        monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit))
+        with pytest.raises(SystemExit):
+            cli._watch_head()
     (line,) = capsys.readouterr().err.splitlines()
-    assert "127.0.0.1:1, has not answered for 0.2 s" in line
+    reason = "was started anew" if listens else "has not answered for 0.2 s"
+    assert f"{client.address}, {reason}; " in line
