@@ -13,7 +13,9 @@
 set -euo pipefail
 export PATH="$PWD/.venv/bin:$PATH"
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=15  # of Slurm's KillWait, 30 s, for a checkpoint
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_health_check_failure_threshold=10
+# Why keepalive: cluster/README.md, a network that is cut.
+export RAY_grpc_client_keepalive_time_ms=60000 RAY_grpc_client_keepalive_timeout_ms=20000
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')  # of this job alone
 
 # The first address of this node, the allocation's first; set HEAD_IP where it is not the network's.

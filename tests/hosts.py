@@ -33,7 +33,8 @@ class Host:
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN=token,
             RAY_ADDRESS=f"{HEAD}:{PORT}",
-            RAY_health_check_failure_threshold="10",  # as cluster/README.md advises
+            RAY_grpc_client_keepalive_time_ms="60000",  # as cluster/README.md advises
+            RAY_grpc_client_keepalive_timeout_ms="20000",
             RAY_memory_monitor_refresh_ms="0",  # the memory is the whole machine's
         )
 
