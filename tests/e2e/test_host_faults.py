@@ -62,11 +62,13 @@ class Lab:
         return (host or self.first).start(*command, **pipes)
 
     def at_work(self, name: str, output: Path, host: Host | None = None) -> subprocess.Popen:
-        """Start a job, and return when both hosts work for it."""
+        """Start a job, and return when it has something to lose and both hosts work for it."""
         job, steps = self.start(name, output, host), output / "metrics.jsonl"
 
         def works() -> bool:
             if name == "train" and not (steps.exists() and steps.read_text().count("\n") > 20):
+                return False
+            if name == "preprocess" and not any(output.glob("train/*.parquet")):
                 return False
             return all(each.tasks(TITLES[name]) for each in (self.first, self.second))
 
@@ -188,8 +190,9 @@ def test_when_the_head_dies_a_line_says_so_and_the_same_command_goes_on(
     assert job.returncode == 1
     (line,) = [line for line in errors if line.startswith("error: ")]
     assert lab.first.address in line
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.tar")}
     lab.second.kill()
+    finished = [path.with_suffix(".tar") for path in tmp_path.glob("train/*.parquet")]
+    written = {path: path.stat().st_mtime_ns for path in finished}
     lab.second.start_ray(lab.folder)
     lab.finish(name, lab.start(name, tmp_path), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in written} == written
