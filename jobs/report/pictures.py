@@ -1,7 +1,7 @@
 """The report's pictures: images from the shards, with true boxes, predicted ones and the maps."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -20,10 +20,36 @@ PER_GROUP = 6  # pictures of each of best, worst, random, each kind of error, an
 JPEG_QUALITY = 85
 LEVELS = 255  # a stored map's largest value
 
-# An image: id, label, width, height (original pixels, in which boxes are), truths (true boxes),
-# image and covered (data URIs, `covered` of a single evaluation with maps, else None), and `views`:
-# of each evaluation its title, number, box, iou, error, found, predicted (class), score, map (URI).
-Picture = dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What one evaluation says of an image. number: the evaluation's, which gives its colour. box:
+    in original pixels. predicted, score: the first class and its probability. map: a data URI."""
+
+    title: str
+    number: int
+    box: list[float] | None
+    iou: float | None
+    error: str | None
+    found: bool | None
+    predicted: str | None
+    score: float | None
+    map: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image of the report. width, height, truths (its boxes): in original pixels. image: a data
+    URI. covered: the same as far masked as the map says, of a single evaluation with maps."""
+
+    id: str
+    label: str
+    width: int
+    height: int
+    truths: list[list[float]]
+    image: str
+    covered: str | None
+    views: tuple[View, ...]
 
 
 def choose(
@@ -73,26 +99,36 @@ def report_pictures(entries: Sequence[Entry], seed: int) -> dict[str, list[Pictu
     _, evaluation, images = next(x for x in every if x[1].metrics["data"] is not None)
     manifest = read_manifest(evaluation.metrics["data"])
     pixels = _read_images(evaluation, images, positions, manifest)
-    pictures, facts = dict[int, Picture](), images.take(positions).to_pylist()
-    for position, image, row in zip(positions, pixels, facts, strict=True):
-        picture = {name: row[name] for name in ("id", "width", "height")}
-        picture |= {"label": manifest.class_names[row["label"]], "truths": row["boxes"] or []}
-        pictures[position] = picture | {"image": _jpeg_uri(image), "covered": None, "views": []}
+    views: dict[int, list[View]] = {position: [] for position in positions}
+    covered = {}
     for number, ((entry, evaluation, _), table) in enumerate(zip(shown, boxes, strict=True)):
         rows = table.take(positions).to_pylist()
         maps = evaluation.maps(row["image"] for row in rows)
-        for picture, image, row in zip(pictures.values(), pixels, rows, strict=True):
-            view = {name: row[name] for name in ("box", "iou", "error", "found", "score")}
-            view["title"] = entry.title if several else f"{entry.title} {number + 1}"
-            view["number"], view["map"] = number, None
-            known = row["class"] is not None
-            view["predicted"] = manifest.class_names[row["class"]] if known else None
+        for position, image, row in zip(positions, pixels, rows, strict=True):
             levels = maps.get(row["image"])
-            if levels is not None:
-                view["map"] = data_uri(encode_heat_png(levels / LEVELS), "png")
+            heat = None if levels is None else data_uri(encode_heat_png(levels / LEVELS), "png")
+            view = View(
+                title=entry.title if several else f"{entry.title} {number + 1}",
+                number=number,
+                predicted=None if row["class"] is None else manifest.class_names[row["class"]],
+                map=heat,
+                **{name: row[name] for name in ("box", "iou", "error", "found", "score")},
+            )
+            views[position].append(view)
             if len(shown) == 1 and levels is not None:
-                picture["covered"] = _jpeg_uri(_covered(image, levels, manifest))
-            picture["views"].append(view)
+                covered[position] = _jpeg_uri(_covered(image, levels, manifest))
+    facts = images.take(positions).to_pylist()
+    pictures = {
+        position: Picture(
+            label=manifest.class_names[row["label"]],
+            truths=row["boxes"] or [],
+            image=_jpeg_uri(image),
+            covered=covered.get(position),
+            views=tuple(views[position]),
+            **{name: row[name] for name in ("id", "width", "height")},
+        )
+        for position, image, row in zip(positions, pixels, facts, strict=True)
+    }
     return {name: [pictures[i] for i in group] for name, group in groups.items()}
 
 

@@ -242,18 +242,20 @@ def test_pictures_show_the_chosen_images_with_their_boxes_and_maps(
     images = {row["id"]: row for row in evaluation.images().to_pylist()}
     boxes = evaluation.predictions("aln", "paper").to_pylist()
     best = sorted((box["iou"] for box in boxes), reverse=True)[: len(pictures["best"])]
-    assert [picture["views"][0]["iou"] for picture in pictures["best"]] == best
+    assert [picture.views[0].iou for picture in pictures["best"]] == best
     colours = {tuple(colour) for colour in heat(np.arange(256)[None] / 255)[0].tolist()}
     for picture in chain(*pictures.values()):
-        (view,) = picture["views"]
-        row = images[picture["id"]]
+        (view,) = picture.views
+        assert view.map
+        assert picture.covered
+        row = images[picture.id]
         box = boxes[row["image"]]
-        assert (view["box"], view["iou"]) == (box["box"], box["iou"])
-        assert picture["truths"] == row["boxes"]
-        for uri in (picture["image"], view["map"], picture["covered"]):
+        assert (view.box, view.iou) == (box["box"], box["iou"])
+        assert picture.truths == row["boxes"]
+        for uri in (picture.image, view.map, picture.covered):
             assert decoded(uri).shape == (32, 32, 3)
-        assert {tuple(c) for c in decoded(view["map"]).reshape(-1, 3).tolist()} <= colours
-        loss = abs(decoded(picture["image"]).astype(int) - stored[row["row"]])
+        assert {tuple(c) for c in decoded(view.map).reshape(-1, 3).tolist()} <= colours
+        loss = abs(decoded(picture.image).astype(int) - stored[row["row"]])
         assert loss.mean() < 10  # JPEG's
 
 
@@ -272,8 +274,8 @@ def test_a_right_box_with_a_wrong_class_is_an_error_of_the_class(
     groups = report_pictures([entry], 0)
     assert 0 < len(groups["class_wrong"]) == min(6, wrong)
     for picture in groups["class_wrong"]:
-        assert picture["views"][0]["error"] == "class_wrong"
-        assert picture["views"][0]["predicted"] != picture["label"]
+        assert picture.views[0].error == "class_wrong"
+        assert picture.views[0].predicted != picture.label
 
 
 @pytest.mark.parametrize("damage", ["gone", "others"])
