@@ -134,7 +134,8 @@ class Watch(ControllerCallback, WorkerGroupCallback):
             waited, self.stopped = time.time() - self.stopped, 0.0
             names = ", ".join(sorted(set(self.hosts.values())))
             self._say(
-                f"{len(workers)} workers start again on {names} after {waited:.0f} s, from {begin}"
+                f"training starts again after {waited:.0f} s, from {begin} (workers: "
+                f"{len(workers)}, on {names})"
             )
 
     def after_controller_state_update(self, _: Any, current_state: Any) -> None:
@@ -160,8 +161,8 @@ class Watch(ControllerCallback, WorkerGroupCallback):
             gone = [node for node in self.hosts if node not in alive]
             missing = f"{self._names(gone)} is gone; " if gone else ""
             self._say(
-                f"{missing}waiting since {began} for {self.fewest} workers of one {self.resource} "
-                f"each; the cluster has {room} in all"
+                f"{missing}waiting since {began} for room (workers: {self.fewest}, one "
+                f"{self.resource} each); the cluster has {room} in all"
             )
             time.sleep(POLL_SECONDS)
 

@@ -4,6 +4,7 @@ One cluster's life over two hosts, since starting Ray costs most. `make hosts` r
 leaves out those marked slow, which wait for half a minute or start everything anew.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -48,9 +49,11 @@ class Lab:
     inputs: Path
     expected: dict[str, Any]
 
-    def start(self, name: str, output: Path, host: Host | None = None) -> subprocess.Popen:
-        """Start one of the jobs, on the first host if not said otherwise."""
-        flags = dict(FLAGS[name])
+    def start(
+        self, name: str, output: Path, host: Host | None = None, **others: Any
+    ) -> subprocess.Popen:
+        """Start one of the jobs, on the first host if not said otherwise. others: flags."""
+        flags = FLAGS[name] | others
         if name == "preprocess":
             flags["source"] = self.inputs / "images"
         else:
@@ -61,9 +64,11 @@ class Lab:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return (host or self.first).start(*command, **pipes)
 
-    def at_work(self, name: str, output: Path, host: Host | None = None) -> subprocess.Popen:
+    def at_work(
+        self, name: str, output: Path, host: Host | None = None, **others: Any
+    ) -> subprocess.Popen:
         """Start a job, and return when it has something to lose and both hosts work for it."""
-        job, steps = self.start(name, output, host), output / "metrics.jsonl"
+        job, steps = self.start(name, output, host, **others), output / "metrics.jsonl"
 
         def works() -> bool:
             if name == "train" and not (steps.exists() and steps.read_text().count("\n") > 20):
@@ -151,10 +156,22 @@ def test_a_host_that_dies_takes_nothing_along(lab: Lab, tmp_path: Path, name: st
     if name == "train":
         log = (tmp_path / "log.txt").read_text()
         assert "waiting since" in log
-        assert "2 workers start again on" in log
+        assert "training starts again" in log
     else:
         (line,) = errors.splitlines()
         assert lab.second.address in line
+
+
+@pytest.mark.slow
+def test_an_elastic_training_goes_on_with_the_host_that_is_left(lab: Lab, tmp_path: Path) -> None:
+    job = lab.at_work("train", tmp_path, workers="1:2")
+    lab.second.kill()
+    _, errors = job.communicate(timeout=400)
+    lab.second.start_ray(lab.folder)
+    assert job.returncode == 0, errors
+    assert f"(workers: 1, on {lab.first.name})" in (tmp_path / "log.txt").read_text()
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [values["step"] for values in steps] == list(range(1, steps[0]["steps"] + 1))
 
 
 @pytest.mark.slow

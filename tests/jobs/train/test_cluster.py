@@ -95,11 +95,9 @@ def test_the_log_says_what_a_stopped_group_waits_for_and_where_it_goes_on(
     first, *_, waits, goes_on = lines(tmp_path)
     assert first == "host-b is about to go: a checkpoint is written"
     assert waits.startswith("host-b is gone; waiting since ")
-    assert waits.endswith("for 2 workers of one CPU each; the cluster has 1 in all")
-    assert (
-        goes_on
-        == "2 workers start again on host-a, host-b after 0 s, from the checkpoint of step 7"
-    )
+    assert waits.endswith("for room (workers: 2, one CPU each); the cluster has 1 in all")
+    begin = "training starts again after 0 s, from the checkpoint of step 7"
+    assert goes_on == f"{begin} (workers: 2, on host-a, host-b)"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
