@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import stat
 import tempfile
 import threading
@@ -49,7 +50,7 @@ class SourceFiles:
     file, and paths are relative to the folder where it lies. Absolute paths and URIs are read too,
     since a list may name them. only: the name of that file; None for a folder. used: the
     `path_hash` of each file that was read, or whose size was. A context manager, which closes the
-    archives that it opened. Raises UserError where the source does not exist."""
+    archives that it opened. Raises UnreachableError where the source is not there or is empty."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -59,10 +60,11 @@ class SourceFiles:
         else:
             path = storage.local_path(source)
             is_file = path.is_file()
-            if not is_file and not path.is_dir():
-                raise UserError(
-                    f"source {source} does not exist on this node; name a folder of images or "
-                    "archives, an archive or a list, and mount it on every node."
+            if not is_file and (reason := _why_unseen(str(path))):
+                raise storage.UnreachableError(
+                    f"source {source} cannot be read on host {socket.gethostname()} ({reason}); "
+                    "name a folder of images or archives, an archive or a list, and mount it on "
+                    "every node."
                 )
         self.only = storage.name(source) if is_file else None
         self._folder = storage.parent(source) if is_file else source
@@ -197,6 +199,13 @@ class SourceFiles:
                     "link, and their names are two classes; remove one of them."
                 )
 
+    def sees_folder_of(self, path: str) -> bool:
+        """Return whether the folder of a file, also of one that is missing, holds anything on this
+        host. True of object storage, which no host mounts."""
+        if self.remote or "://" in path:
+            return True
+        return not _why_unseen(str(Path(os.path.realpath(self._local(path))).parent))
+
     def set_aside(self, paths: set[str]) -> None:
         """Take files that were read for nothing from those that are `used`."""
         hashes = {*map(path_hash, paths)}
@@ -241,6 +250,18 @@ class SourceFiles:
         for file in self._opened.values():
             file.close()
         self._opened.clear()
+
+
+def _why_unseen(folder: str) -> str:
+    """Return why nothing is to be read in a local folder, an empty text where something is. What
+    is not mounted on a host is an empty folder there, or none."""
+    try:
+        with os.scandir(folder) as entries:
+            return "" if any(entries) else "it is an empty folder"
+    except FileNotFoundError:
+        return "it does not exist"
+    except OSError as error:
+        return str(error.strerror)
 
 
 def _open_at_once(path: str, flags: int) -> int:

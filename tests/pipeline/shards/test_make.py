@@ -4,10 +4,12 @@ import io
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from urllib.request import urlopen
 
 import numpy as np
@@ -25,6 +27,8 @@ from pipeline.shards.make import Outcome, Progress, preprocess
 from pipeline.shards.output import claim_output, exclusive_output
 from pipeline.shards.plan import Plan, PreprocessConfig, make_plan
 from pipeline.shards.shard import make_shard
+from pipeline.sources.files import SourceFiles
+from pipeline.storage import UnreachableError
 from tests.pipeline.made_set import stored_samples
 from tests.pipeline.sources.miniature import xml
 
@@ -325,6 +329,47 @@ def test_a_shard_of_nothing_but_rejected_images_leaves_only_its_ledger(tmp_path:
     facts = make_shard(plan.tasks[0], plan.images(plan.tasks[0]), plan.source, plan.output, config)
     assert facts.images == 0
     assert [x.name for x in (tmp_path / "out" / "train").iterdir()] == ["train-000000.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [
+        ("source not mounted", UnreachableError),
+        ("folder of a link not mounted", FileNotFoundError),
+        ("access denied", PermissionError),
+        ("files deleted", None),
+    ],
+)
+def test_a_host_that_sees_no_image_of_a_shard_fails_it_where_missing_files_are_rejected(
+    state: str, error: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, far = tmp_path / "source", tmp_path / "far"
+    for folder in (source / "train" / "cat", source / "val" / "cat", far):
+        folder.mkdir(parents=True)
+    for i in range(2):
+        (far / f"{i}.jpg").write_bytes(jpeg(i))
+        (source / "train" / "cat" / f"{i}.jpg").symlink_to(far / f"{i}.jpg")
+    (source / "val" / "cat" / "0.jpg").write_bytes(jpeg(0))
+    (far / "another").touch()
+    config = configured(source, tmp_path / "out")
+    plan = make_plan(config)
+    if state == "access denied":
+        denied = Mock(side_effect=PermissionError(errno.EACCES, "denied", "0.jpg"))
+        monkeypatch.setattr(SourceFiles, "read", denied)
+    elif state == "files deleted":
+        for i in range(2):
+            (far / f"{i}.jpg").unlink()
+    else:
+        emptied = source if state == "source not mounted" else far
+        emptied.rename(tmp_path / "away")
+        emptied.mkdir()
+    task, arguments = plan.tasks[0], (plan.source, plan.output, config)
+    if error is None:
+        assert make_shard(task, plan.images(task), *arguments).images == 0
+        return
+    with pytest.raises(error, match=f" on host {socket.gethostname()}"):
+        make_shard(task, plan.images(task), *arguments)
+    assert not list(tmp_path.rglob("train-000000.*"))
 
 
 @pytest.mark.parametrize(
