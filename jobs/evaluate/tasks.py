@@ -3,6 +3,7 @@ cut into batches in its own order, and the tasks take whole batches: what a net 
 image does not depend on the number of tasks, so neither do the figures."""
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -18,14 +19,14 @@ from jobs.evaluate.config import EvaluateConfig
 from jobs.evaluate.maps import NetworkSource, RunSource
 from jobs.evaluate.scorer import MapTruth, Part, score_maps
 from jobs.networks import load_network
-from jobs.runs import MODEL_NAME, load_nets
+from jobs.runs import MODEL_NAME, load_nets, model_hash
 from model.localization import RULES
 from pipeline.errors import NAMED, UserError
 from pipeline.evaluation.protocols import TOP
 from pipeline.evaluation.results import maps_bytes
 from pipeline.evaluation.sweep import quantize, stretch
 from pipeline.loading.cache import GIB, CacheConfig
-from pipeline.shards.format import MANIFEST_NAME, Manifest, read_manifest
+from pipeline.shards.format import MANIFEST_NAME, Manifest, manifest_hash, read_manifest
 from pipeline.storage import join
 from pipeline.tasks import Failure, run_tasks
 
@@ -86,14 +87,35 @@ def top_classes(probabilities: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return classes[:, :TOP].cpu().numpy(), scores[:, :TOP].cpu().numpy()
 
 
+def read_files(config: EvaluateConfig) -> dict[str, str]:
+    """Return the SHA-256 of what an evaluation reads everywhere, by location."""
+    assert config.data is not None
+    hashes = {join(config.data, MANIFEST_NAME): manifest_hash(config.data)}
+    if config.run is not None:
+        hashes[join(config.run, MODEL_NAME)] = model_hash(config.run)
+    return hashes
+
+
 def score_range(
-    config: EvaluateConfig, truth: MapTruth, first: int, stop: int, use_gpu: bool
+    config: EvaluateConfig,
+    truth: MapTruth,
+    first: int,
+    stop: int,
+    use_gpu: bool,
+    hashes: dict[str, str],
 ) -> Part:
     """Score what the source makes of batches number first..stop-1 of the split. Runs in a Ray task,
-    on CUDA where the task was given a GPU. Raises UserError for nets that give no finite map."""
+    on CUDA where the task was given a GPU. hashes: what `read_files` gave the driver. Raises
+    UserError for other files on this host, and for nets that give no finite map."""
     from pipeline.loading.loader import Loader
 
     assert config.data is not None
+    for path, value in read_files(config).items():
+        if value != hashes[path]:
+            raise UserError(
+                f"host {platform.node()} finds another {path} than the host of the command; give a "
+                "folder that all hosts mount, or a URI (s3://...)"
+            )
     device = set_up_process(use_gpu)
     manifest = read_manifest(config.data)
     source = load_source(config, manifest, device)
@@ -150,10 +172,8 @@ def shard_parts(config: EvaluateConfig, truth: MapTruth) -> Iterator[Part]:
     UserError as it is, when the other tasks have been stopped."""
     connect_ray()
     assert config.data is not None
-    read = [join(config.data, MANIFEST_NAME)]
-    if config.run is not None:
-        read.append(join(config.run, MODEL_NAME))
-    check_hosts(*read)
+    hashes = read_files(config)
+    check_hosts(*hashes)
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     workers = config.workers or int(gpus / GPU_SHARE) or max(1, int(resources.get("CPU", 1)))
@@ -162,7 +182,7 @@ def shard_parts(config: EvaluateConfig, truth: MapTruth) -> Iterator[Part]:
     results = run_tasks(
         score_range,
         ranges(batches, config.shards or TASKS_PER_WORKER * workers),
-        lambda part: (config, shared, *part, gpus > 0),
+        lambda part: (config, shared, *part, gpus > 0, hashes),
         workers,
         gpus=min(GPU_SHARE, gpus / workers),
     )

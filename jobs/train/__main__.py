@@ -55,9 +55,9 @@ def train(config: TrainConfig) -> None:
         choose_device(config.resources.device)
     cli.connect_ray()
     check_resources(config.resources)
-    with claimed_output(output, content):
+    with claimed_output(output, content) as run:
         cli.check_hosts(join(output, RUN_NAME), join(config.loading.data, MANIFEST_NAME))
-        launch(config, record)
+        launch(config, record, run)
     print(summary(output), waiting_summary(output), sep="\n")
     print(f"trained nets: {model}")
 

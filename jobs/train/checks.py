@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import platform
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,19 +100,43 @@ def check_output(output: str, content: dict[str, Any]) -> None:
             )
     elif is_file(output):
         raise UserError(f"--output {output} is a file; give a folder")
+    elif newest_step(output) is not None:
+        raise UserError(
+            f"{output} holds checkpoints but no {RUN_NAME}, so their flags are unknown. Remove the "
+            "folder, or use a new --output"
+        )
 
 
 @contextmanager
-def claimed_output(output: str, content: dict[str, Any]) -> Iterator[None]:
+def claimed_output(output: str, content: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Keep other trainings from the output folder, and write its run.json where there is none yet.
-    Raises UserError for a folder of another training, or of one at work."""
+    Yields what that says. Raises UserError for a folder of another training, or of one at work."""
     check_output(output, content)
     with exclusive_run(output):
         check_output(output, content)
         path = join(output, RUN_NAME)
         if not is_file(path):
-            write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-        yield
+            own = content | {"id": uuid.uuid4().hex}
+            write_atomically(path, (json.dumps(own, indent=1) + "\n").encode())
+        yield read_run(output)
+
+
+def check_own(output: str, run: Mapping[str, Any]) -> None:
+    """Raise UserError where the folder is no longer of this run: after the head's death workers go
+    on for a minute, in which a user may have removed the folder or begun another run there."""
+    if not is_file(join(output, RUN_NAME)) or read_run(output).get("id") != run.get("id"):
+        raise UserError(
+            f"{join(output, RUN_NAME)} is not this training's any more; it ends without writing"
+        )
+
+
+def check_same_data(data: str, run: Mapping[str, Any]) -> None:
+    """Raise UserError where this host finds another set there than the run is of."""
+    if manifest_hash(data) != run["data_sha256"]:
+        raise UserError(
+            f"host {platform.node()} finds another set at {data} than the run is of: give a folder "
+            "that all hosts mount, restore the set, or train anew in another --output"
+        )
 
 
 def check_warmup(config: TrainConfig, manifest: Manifest) -> None:

@@ -75,7 +75,7 @@ def note_termination() -> None:
 
 
 class Notices:
-    """Tell a rank, after each of its steps, whether to write a checkpoint."""
+    """Tell a rank, in each of its steps, whether to ask the others for a checkpoint."""
 
     def __init__(self, rank: int, request: str) -> None:
         self.rank, self.request = rank, request
@@ -99,9 +99,10 @@ class Notices:
         return False
 
     def done(self) -> None:
-        """Take note that the checkpoint is written. A terminated process ends here."""
+        """Take note that a checkpoint is written. A terminated process ends here."""
         self.written = time.monotonic()
-        remove(self.request)
+        if self.rank == 0:
+            remove(self.request)
         if terminated.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
 

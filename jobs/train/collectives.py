@@ -58,12 +58,6 @@ def check_ranks(state: TrainingState, ranks: int) -> None:
         )
 
 
-def check_group(ranks: int) -> None:
-    """Raise ValueError where the group has ended: on a GPU the last sum may lack a rank's part."""
-    if ranks > 1:
-        dist.get_rank()
-
-
 def on_first_rank(action: Callable[[], None], what: str, ranks: int) -> None:
     """Let rank 0 write something. Where it cannot, every rank raises TrainingError."""
     failure: list[str | None] = [None]

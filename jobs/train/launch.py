@@ -106,8 +106,9 @@ def appended(location: str) -> Callable[[], str]:
     return read
 
 
-def launch(config: TrainConfig, record: dict[str, Any]) -> None:
-    """Train to the end. Raises UserError with the cause where training cannot go on."""
+def launch(config: TrainConfig, record: dict[str, Any], run: dict[str, Any]) -> None:
+    """Train to the end. record: saved with the nets. run: what RUN/run.json says. Raises UserError
+    with the cause where training cannot go on."""
     resources = config.resources
     fewest, most = resources.worker_range
     gpus = ray.cluster_resources().get("GPU", 0)
@@ -120,7 +121,7 @@ def launch(config: TrainConfig, record: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as empty, following(join(config.output, LOG_NAME)):
             trainer = TorchTrainer(
                 _work,
-                train_loop_config={"config": config, "record": record},
+                train_loop_config={"config": config, "record": record, "run": run},
                 torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
                 scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
                 run_config=RunConfig(
@@ -183,4 +184,4 @@ def _work(settings: dict[str, Any]) -> str | None:
     # Imported in the worker: the driver needs no loader.
     from jobs.train.worker import train_worker
 
-    return train_worker(settings["config"], settings["record"])
+    return train_worker(**settings)

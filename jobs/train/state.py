@@ -33,6 +33,7 @@ RAMP_STEPS = 50  # of the learning rates at the start of the adversarial phase
 DECAY_SHARE = 0.3  # of the adversarial phase, at its end, in which they fall to 0
 WARMUP_RAMP_SHARE = 0.1  # of the warm-up, in which the rate rises
 WARMUP_WEIGHT_DECAY = 0.05
+ASKS = "asks"  # among a step's sums: the ranks that ask for a checkpoint
 ADVERSARIAL_BETAS = (0.5, 0.999)
 
 
@@ -61,7 +62,8 @@ class Pending:
 
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"step": self.step, "total": self.total, "joint": self.joint, "sums": self.read()}
+        sums = {name: value for name, value in self.read().items() if name != ASKS}
+        return {"step": self.step, "total": self.total, "joint": self.joint, "sums": sums}
 
 
 def send(step: int, batch: "Batch", sums: Mapping[str, Tensor], joint: bool) -> Pending:

@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from jobs.train.config import REMEDIES, TrainConfig
 from jobs.train.graphs import Recordings, StepSettings, autocast, compute_step, net_inputs
 from jobs.train.log import TrainingLog
 from jobs.train.state import (
+    ASKS,
     Interval,
     TrainingError,
     adversarial_factor,
@@ -95,6 +96,10 @@ class Trainer:
         self.noise = torch.Generator(device)
         self.loading = False  # whether the loader has given its first batch
         self.log: TrainingLog | None = None
+        self.due: Callable[[], bool] = lambda: False  # whether this rank asks for a checkpoint
+        # Whether a rank did, which all learn at the same step; and the last step that was kept.
+        self.asked, self.kept = False, self.state.step
+        self.reads_at_once = device.type == "cpu"  # on a GPU the host would wait for the step
 
     @property
     def position(self) -> Position:
@@ -114,9 +119,10 @@ class Trainer:
 
     @property
     def at_checkpoint(self) -> bool:
-        """Whether the state is to be kept: every so many steps, and at the end of an epoch."""
+        """Whether the state is to be kept: every so many steps, at the end of an epoch, and where a
+        rank asked for it."""
         intervals = (self.config.logging.checkpoint_interval, self.epoch_steps)
-        return any(self.state.step % interval == 0 for interval in intervals)
+        return self.asked or any(self.state.step % interval == 0 for interval in intervals)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Take the next step. At the end of an epoch nothing is pending."""
@@ -129,6 +135,8 @@ class Trainer:
         else:
             self.adversarial_step(batch)
         state.step += 1
+        if self.reads_at_once:
+            self.asked |= state.pending[-1].read()[ASKS] > 0
         lag = 0 if state.step % self.epoch_steps == 0 else LAG - 1
         while len(state.pending) > lag:
             self._read()
@@ -158,7 +166,7 @@ class Trainer:
         settings = StepSettings(
             total=batch.total, half=self.half, objective=self.objective if over_network else None
         )
-        step = reduce_step(self.compute(settings, tensors), self.ranks)
+        step = self._reduce(self.compute(settings, tensors))
         factor = warmup_factor(state.step, self.warmup_steps)
         gradients, optimizer = step.classifier_gradients, state.optimizers["warmup"]
         apply_gradients(state.classifier, optimizer, gradients, config.warmup_rate * factor)
@@ -183,7 +191,7 @@ class Trainer:
             probing=(state.step + 1) % self.config.logging.log_interval == 0,
         )
         area_weight = torch.full((), state.controller.area_weight, device=self.device)
-        step = reduce_step(self.compute(settings, (*tensors, area_weight)), self.ranks)
+        step = self._reduce(self.compute(settings, (*tensors, area_weight)))
         factor = adversarial_factor(state.step - self.warmup_steps, self.steps - self.warmup_steps)
         for net, name, gradients, rate in (
             (state.corruption, "corruption", step.corruption_gradients, config.corruption_rate),
@@ -192,6 +200,11 @@ class Trainer:
             apply_gradients(net, state.optimizers[name], gradients, rate * factor)
         self._average()
         state.pending.append(send(state.step + 1, batch, step.sums, settings.joint))
+
+    def _reduce(self, step: Step) -> Step:
+        """Add a step up over the ranks, with the number of those that ask for a checkpoint."""
+        asks = torch.full((), float(self.due()), device=self.device)
+        return reduce_step(replace(step, sums=step.sums | {ASKS: asks}), self.ranks)
 
     def _average(self) -> None:
         average = list(self.state.corruption_average.parameters())
@@ -264,6 +277,7 @@ class Trainer:
         state = self.state
         pending = state.pending.popleft()
         sums = pending.read()
+        self.asked |= sums.pop(ASKS, 0) > 0 and pending.step > self.kept
         bad = ", ".join(name for name, value in sums.items() if not math.isfinite(value))
         if bad:
             raise TrainingError(

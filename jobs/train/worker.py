@@ -1,6 +1,8 @@
 """The function that every Ray Train worker runs: from the last checkpoint to the trained nets."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -11,8 +13,9 @@ from jobs.pictures import encode_png
 from jobs.runs import save_nets
 from jobs.train.box_rule import agreement, choose_rule, training_images
 from jobs.train.checkpoints import FAULT_NAME, REQUEST_NAME, read_checkpoint, write_checkpoint
+from jobs.train.checks import check_own, check_same_data
 from jobs.train.cluster import Notices
-from jobs.train.collectives import check_group, check_ranks, on_first_rank
+from jobs.train.collectives import check_ranks, on_first_rank
 from jobs.train.config import TrainConfig
 from jobs.train.examples import Examples, draw_examples, load_examples
 from jobs.train.log import TrainingLog
@@ -42,12 +45,14 @@ def resume(trainer: Trainer) -> list[str]:
 def write_state(trainer: Trainer, examples: Examples | None = None) -> None:
     """Write a checkpoint, of weights that are finite and the same on all ranks, and a picture of
     the example images where this rank has them."""
-    state = trainer.state
+    state, config = trainer.state, trainer.config
     trainer.check_weights()
     check_ranks(state, trainer.ranks)
 
     def write() -> None:
-        write_own_state(trainer)
+        tensors, numbers = state_tensors(state), state_numbers(state)
+        keep = config.logging.keep_checkpoints
+        write_checkpoint(config.output, state.step, tensors, numbers, keep)
         if trainer.log is not None and examples is not None and not trainer.warming_up:
             picture = draw_examples(examples, state.corruption_average, trainer.model)
             trainer.log.picture(state.step, picture, encode_png(picture))
@@ -55,23 +60,18 @@ def write_state(trainer: Trainer, examples: Examples | None = None) -> None:
             trainer.log.upload()
 
     on_first_rank(write, f"the checkpoint of step {state.step}", trainer.ranks)
+    trainer.asked, trainer.kept = False, state.step
 
 
-def write_own_state(trainer: Trainer) -> None:
-    """Write a checkpoint of this rank's state, which is that of all. Raises OSError, UserError."""
-    state, config = trainer.state, trainer.config
-    tensors, numbers = state_tensors(state), state_numbers(state)
-    keep = config.logging.keep_checkpoints
-    write_checkpoint(config.output, state.step, tensors, numbers, keep)
-
-
-def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
-    """Train as one of Ray Train's ranks and, on rank 0, save the nets with `record`."""
+def run_training(config: TrainConfig, record: dict[str, Any], run: Mapping[str, Any]) -> None:
+    """Train as one of Ray Train's ranks and, on rank 0, save the nets with `record`. run: what
+    RUN/run.json says."""
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     loading, optimization = config.loading, config.optimization
+    check_same_data(loading.data, run)
     manifest = read_manifest(loading.data)
     trainer = Trainer(config, manifest, device, ranks)
     notes = resume(trainer)
@@ -94,20 +94,20 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
     batches = (Resident.read(loader) if resident else loader).train(
         order, loading.augmentation(), start=trainer.position, rank=rank, ranks=ranks
     )
+    check_folder = partial(check_own, config.output, run)
     notices = Notices(rank, join(config.output, REQUEST_NAME))
+    trainer.due = notices.due
     while trainer.state.step < trainer.steps:
         trainer.train_step(batches)
         if trainer.at_checkpoint:
+            on_first_rank(check_folder, f"the checkpoint of step {trainer.state.step}", ranks)
             write_state(trainer, examples)
-        if notices.due():
-            trainer.check_weights()
-            check_group(ranks)
-            write_own_state(trainer)
             notices.done()
     if trainer.log is not None:
         trainer.log.close()
 
     def save() -> None:
+        check_folder()
         nets, content = finished_nets(trainer.state, trainer.model), record
         if config.nets.network is not None and config.nets.rule is None:
             agreements = agreement(nets, training_images(loading, manifest, device))
@@ -118,7 +118,7 @@ def run_training(config: TrainConfig, record: dict[str, Any]) -> None:
     on_first_rank(save, "the trained nets", ranks)
 
 
-def train_worker(config: TrainConfig, record: dict[str, Any]) -> str | None:
+def train_worker(config: TrainConfig, record: dict[str, Any], run: Mapping[str, Any]) -> str | None:
     """Run a rank's training. A TrainingError, which all ranks meet at the same step, ends the run
     without another attempt: its message is returned. So does a UserError, which a rank may meet
     alone: it leaves its message to the next attempt. Anything else is to recover from."""
@@ -126,7 +126,7 @@ def train_worker(config: TrainConfig, record: dict[str, Any]) -> str | None:
     if is_file(fault):
         return read_bytes(fault).decode()
     try:
-        run_training(config, record)
+        run_training(config, record, run)
     except TrainingError as error:
         return str(error)
     except UserError as error:

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from jobs.loading import LoadingConfig
 from jobs.runs import ModelConfig
-from jobs.train.collectives import check_group, check_ranks, on_first_rank, reduce_step
+from jobs.train.collectives import check_ranks, on_first_rank, reduce_step
 from jobs.train.config import TrainConfig
 from jobs.train.state import TrainingError, TrainingState, apply_gradients, new_state
 from model.classifier import Classifier
@@ -168,7 +168,6 @@ def without_the_group(ranks: int) -> dict[str, bool]:
     works: dict[str, Callable[[], object]] = {
         "step": lambda: reduce_step(step, ranks),
         "state": lambda: check_ranks(small_state(), ranks),
-        "group": lambda: check_group(ranks),
         "writing": lambda: on_first_rank(lambda: None, "a file", ranks),
     }
     refused = dict.fromkeys(works, False)
@@ -185,4 +184,4 @@ def test_no_rank_of_several_goes_on_once_their_group_has_ended(
     ranks: int, results: dict[int, list[dict[str, Any]]]
 ) -> None:
     refused = [result["without_the_group"] for result in results[ranks]]
-    assert refused == [dict.fromkeys(("step", "state", "group", "writing"), ranks > 1)] * ranks
+    assert refused == [dict.fromkeys(("step", "state", "writing"), ranks > 1)] * ranks

@@ -1,9 +1,11 @@
 """Evaluation of a small generated set with random nets, over Ray."""
 
+import platform
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from jobs.evaluate.config import EvaluateConfig
 from jobs.evaluate.inputs import centred_shares, check_compatible
 from jobs.evaluate.maps import RunSource
 from jobs.evaluate.sources import check_coverage
-from jobs.evaluate.tasks import ranges
+from jobs.evaluate.tasks import ranges, read_files, score_range
 from jobs.runs import Nets, colour_statistics, load_nets, read_config, save_nets
 from model.classifier import class_probabilities
 from model.evidence import evidence
@@ -113,6 +115,17 @@ def test_any_number_of_tasks_gives_the_same_figures_to_the_last_digit(
     assert len(progress) == 7  # 24 images are 8 batches
     assert progress[-1] == (VAL_IMAGES, VAL_IMAGES)
     assert progress == sorted(progress)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "model.json"])
+def test_a_host_that_finds_other_shards_or_nets_is_named(
+    name: str, small_set: Path, random_run: Path, tmp_path: Path
+) -> None:
+    config = config_for(small_set, random_run, tmp_path)
+    hashes = read_files(config)
+    (path,) = [path for path in hashes if path.endswith(f"/{name}")]
+    with pytest.raises(UserError, match=rf"^host {platform.node()} finds another {path}"):
+        score_range(config, Mock(), 0, 1, False, hashes | {path: "0" * 64})
 
 
 def test_ten_crops_change_classes_and_neither_maps_nor_boxes(

@@ -1,9 +1,11 @@
 """What jobs.train checks before anything starts."""
 
 import json
+import platform
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +14,20 @@ from jobs.cli import record
 from jobs.runs import exclusive_run
 from jobs.train.__main__ import train
 from jobs.train.checkpoints import write_checkpoint
-from jobs.train.checks import check_data, check_warmup, claimed_output, describe_run
+from jobs.train.checks import (
+    check_data,
+    check_own,
+    check_same_data,
+    check_warmup,
+    claimed_output,
+    describe_run,
+)
 from jobs.train.config import ResourcesConfig, TrainConfig
 from jobs.train.launch import check_resources
 from pipeline.errors import UserError
 from pipeline.loading.cache import GIB, cached_bytes
 from pipeline.shards.format import read_manifest
+from tests.jobs.test_runs import some_tensors
 from tests.jobs.train.small import config_for
 
 
@@ -26,10 +36,10 @@ def copy(small_set: Path, tmp_path: Path) -> Path:
     return shutil.copytree(small_set, tmp_path / "shards")
 
 
-def claim(config: TrainConfig) -> None:
+def claim(config: TrainConfig) -> dict[str, Any]:
     manifest = read_manifest(config.loading.data)
-    with claimed_output(config.output, describe_run(config, manifest, record(config))):
-        pass
+    with claimed_output(config.output, describe_run(config, manifest, record(config))) as run:
+        return run
 
 
 def check(config: TrainConfig) -> None:
@@ -53,6 +63,35 @@ def test_another_configuration_on_the_same_output_is_refused(
     (copy / "dataset.json").write_text((copy / "dataset.json").read_text() + " ")
     with pytest.raises(UserError, match=r"the data set \(its dataset\.json is another\)"):
         claim(config_for(copy, output=run))
+
+
+def test_workers_that_outlive_their_run_write_no_more_and_leave_nothing_to_go_on_from(
+    small_set: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = config_for(small_set, output=run)
+    before = claim(config)
+    assert claim(config) == before
+    check_own(str(run), before)
+    shutil.rmtree(run)
+    with pytest.raises(UserError, match=r"run\.json is not this training's any more"):
+        check_own(str(run), before)
+    now = claim(config)
+    check_own(str(run), now)
+    with pytest.raises(UserError, match=r"run\.json is not this training's any more"):
+        check_own(str(run), before)
+    write_checkpoint(run, 7, some_tensors(), {}, keep=2)
+    (run / "run.json").unlink()
+    with pytest.raises(UserError, match=r"run holds checkpoints but no run\.json"):
+        claim(config)
+
+
+def test_a_host_with_another_set_at_that_place_is_named(small_set: Path, copy: Path) -> None:
+    run = claim(config_for(copy))
+    check_same_data(str(small_set), run)
+    (copy / "dataset.json").write_text((copy / "dataset.json").read_text() + " ")
+    with pytest.raises(UserError, match=rf"^host {platform.node()} finds another set at {copy}"):
+        check_same_data(str(copy), run)
 
 
 def test_a_run_of_an_earlier_version_is_refused(small_set: Path, tmp_path: Path) -> None:

@@ -69,12 +69,12 @@ def test_what_no_attempt_can_mend_is_tried_once(
     monkeypatch.setattr(worker, "run_training", attempts)
     config = config_for(tmp_path, output=tmp_path)
     with pytest.raises(UserError):
-        train_worker(config, {})
+        train_worker(config, {}, {})
     if ends:
-        assert train_worker(config, {}) == "a bad shard"
+        assert train_worker(config, {}, {}) == "a bad shard"
         launch._fit(Mock(), str(tmp_path))  # the same command given again tries again
     with pytest.raises(UserError):
-        train_worker(config, {})
+        train_worker(config, {}, {})
 
 
 def test_more_workers_than_a_cluster_has_are_waited_for_and_a_machine_refuses_them(

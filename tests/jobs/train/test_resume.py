@@ -70,6 +70,23 @@ def test_writing_checkpoints_changes_no_bit(
     ]
 
 
+@pytest.mark.parametrize(("at_once", "expected"), [(True, [2, 4, 6, 8]), (False, [3, 4, 7, 8])])
+def test_a_rank_that_asks_in_steps_2_and_6_gets_a_checkpoint_on_a_gpu_a_step_later(
+    at_once: bool, expected: list[int], uninterrupted: State, small_set: Path, tmp_path: Path
+) -> None:
+    trainer = new_trainer(config_for(small_set, output=tmp_path))
+    trainer.reads_at_once = at_once
+    trainer.due = lambda: trainer.state.step in (1, 5)
+    batches, kept = batches_for(trainer), []
+    for _ in range(15):
+        trainer.train_step(batches)
+        if trainer.at_checkpoint:
+            write_state(trainer)
+            kept.append(trainer.state.step)
+    assert kept == [*expected, 12]
+    assert_same_state(trainer, uninterrupted)
+
+
 def test_a_resumed_log_equals_the_uninterrupted_one_but_for_times(
     small_set: Path, tmp_path: Path
 ) -> None:
