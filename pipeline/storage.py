@@ -33,6 +33,7 @@ SILENT_SECONDS = 10  # without a byte, before a connection counts as lost
 CHUNK = 1 << 22  # bytes of one request
 STREAMS = 4  # requests at once: one connection seldom fills a network card
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system has no hard links
 REFUSED = (  # words of errors that another attempt would end with too
     "ACCESS_DENIED",
     "INVALID_ACCESS_KEY_ID",
@@ -261,9 +262,10 @@ def write_atomically(location: str | Path, data: bytes | memoryview) -> None:
 
 
 @contextmanager
-def atomic_file(location: str | Path) -> Iterator[BinaryIO]:
+def atomic_file(location: str | Path, *, new: bool = False) -> Iterator[BinaryIO]:
     """Open a file to write and read whose content appears at `location` once the block ends.
-    Nothing changes there where the block raises. A remote file is collected on the local disk."""
+    Nothing changes there where the block raises. A remote file is collected on the local disk.
+    new: replace no local file; raises FileExistsError where another process was faster."""
     if is_remote(location):
         with naming_full_disk(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
             yield file
@@ -279,9 +281,22 @@ def atomic_file(location: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if new:
+            _link(temporary, path)
+        else:
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give a file a second name, which must be new, but on file systems without hard links."""
+    try:
+        path.hardlink_to(temporary)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        temporary.replace(path)
 
 
 @contextmanager

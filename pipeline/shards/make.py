@@ -28,7 +28,7 @@ from pipeline.shards.ledger import (
     merge_records,
 )
 from pipeline.shards.manifest import differences, make_manifest
-from pipeline.shards.output import claim_output, exclusive_output
+from pipeline.shards.output import check_claim, claim_output, exclusive_output
 from pipeline.shards.plan import Plan, PreprocessConfig, ShardTask, make_plan
 from pipeline.shards.shard import make_shard
 from pipeline.tasks import Failure, run_tasks
@@ -218,6 +218,7 @@ def _finish(
 ) -> Outcome:
     """Merge the ledger, check the share of rejected images, and write the manifest. recorded: the
     manifest of a set that was finished before, which stays as it is."""
+    check_claim(plan)
     records = [task.record(plan.output) for task in plan.tasks]
     splits, classes = list(plan.collection.images), len(plan.collection.classes)
     totals, ledger = merge_records(records, plan.output, splits, classes)

@@ -3,7 +3,7 @@
 import errno
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +33,30 @@ def claim_output(plan: Plan) -> None:
     path = storage.join(plan.output, PLAN_NAME)
     if storage.is_file(plan.output):
         raise UserError(f"{plan.output} is a file; choose an empty folder.")
-    if storage.is_file(path):
-        recorded = read_fingerprint(plan.output)
-        if recorded != plan.fingerprint:
-            raise UserError(
-                f"{plan.output} holds shards of another configuration "
-                f"({_difference(recorded, plan.fingerprint)}); choose another output or delete it."
-            )
-        return
-    if any(storage.entries(plan.output)):
-        raise UserError(f"{plan.output} is not empty and holds no {PLAN_NAME}; choose another.")
-    if not storage.is_remote(plan.output):
-        for split in plan.collection.images:
-            (storage.local_path(plan.output) / split).mkdir(parents=True, exist_ok=True)
-    content = json.dumps(plan.fingerprint, indent=1, sort_keys=True) + "\n"
-    storage.write_atomically(path, content.encode())
+    if not storage.is_file(path):
+        folders, files = storage.entries(plan.output)
+        if folders or not all(name.endswith(".tmp") for name in files):
+            raise UserError(f"{plan.output} is not empty and holds no {PLAN_NAME}; choose another.")
+        storage.make_folder(plan.output)
+        content = json.dumps(plan.fingerprint, indent=1, sort_keys=True) + "\n"
+        # Another driver may be faster, and remove temporary files.
+        with suppress(FileExistsError, FileNotFoundError):
+            with storage.atomic_file(path, new=True) as file:
+                file.write(content.encode())
+            for split in plan.collection.images:
+                storage.make_folder(storage.join(plan.output, split))
+    check_claim(plan)
+
+
+def check_claim(plan: Plan) -> None:
+    """Raise UserError where the output is not this plan's: at a URI, where nothing can be written
+    for the first time only, also of a driver that claimed it at the same time."""
+    recorded = read_fingerprint(plan.output)
+    if recorded != plan.fingerprint:
+        raise UserError(
+            f"{plan.output} holds shards of another configuration "
+            f"({_difference(recorded, plan.fingerprint)}); choose another output or delete it."
+        )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -21,7 +23,9 @@ from PIL import Image
 
 from jobs import cli
 from jobs.preprocess.__main__ import summary
+from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.shards import make
 from pipeline.shards.format import read_manifest
 from pipeline.shards.ledger import read_ledger
 from pipeline.shards.make import Outcome, Progress, preprocess
@@ -30,6 +34,8 @@ from pipeline.shards.plan import Plan, PreprocessConfig, make_plan
 from pipeline.shards.shard import make_shard
 from pipeline.sources.files import SourceFiles
 from pipeline.storage import UnreachableError
+from tests import remote
+from tests.conftest import run_here
 from tests.pipeline.made_set import stored_samples
 from tests.pipeline.sources.miniature import xml
 
@@ -262,6 +268,47 @@ def test_a_second_driver_on_the_same_output_is_refused(source: Path, tmp_path: P
         pytest.raises(UserError, match="another process is at work on"),
     ):
         run(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("cleans", [False, True])
+def test_of_two_plans_that_claim_an_output_at_once_the_second_is_refused(
+    source: Path, tmp_path: Path, cleans: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = (make_plan(configured(source, tmp_path / "out", seed=seed)) for seed in (0, 1))
+    link = Path.hardlink_to
+
+    def link_after_them(path: Path, target: Path) -> None:
+        monkeypatch.setattr(Path, "hardlink_to", link)
+        claim_output(theirs)
+        if cleans:
+            with exclusive_output(theirs.output):
+                pass
+        link(path, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", link_after_them)
+    with pytest.raises(UserError, match="seed: 1 before, 0 now"):
+        claim_output(ours)
+    claim_output(theirs)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_uri_that_another_plan_claims_during_the_job_gets_no_manifest(
+    s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make, "run_tasks", run_here)
+    monkeypatch.setattr(make, "metrics", Mock())
+    source = write_source(tmp_path / "source", train=3)
+    config = replace(configured(source, tmp_path), output=remote.uri(s3_endpoint, "claimed"))
+
+    def claim() -> None:
+        fingerprint = make_plan(replace(config, seed=1)).fingerprint
+        storage.write_atomically(
+            storage.join(config.output, "plan.json"), json.dumps(fingerprint).encode()
+        )
+
+    with pytest.raises(UserError, match="seed: 1 before, 0 now"):
+        preprocess(config, quiet, claim)
+    assert storage.entries(config.output)[1].keys() == {"plan.json"}
 
 
 def test_outputs_that_are_not_ours_are_refused(source: Path, tmp_path: Path) -> None:
