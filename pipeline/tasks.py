@@ -58,20 +58,23 @@ def run_tasks(
     be called several times for one item, in several processes at once. Closing the generator stops
     the tasks that still run: a caller that gives up early does so within `contextlib.closing`.
 
-    at_once: tasks in flight; by default two for each CPU, also of hosts that join. gpus: share of
-    a GPU that a task takes. Arguments are made when a task is submitted. `tick` is called after
-    each round, about every second at least. Ray must be initialized.
+    at_once: tasks in flight; by default two for each CPU, also of hosts that join, and up to so
+    many where some are slow, which do not count. gpus: share of a GPU that a task takes. Arguments
+    are made when a task is submitted. `tick` is called after each round, about every second at
+    least. Ray must be initialized.
     """
     # Ray's own retries would go on for ever where it is Ray that ends the process, for its memory.
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(function)
     waiting = iter(items)
     attempts = _Attempts(lambda item: remote.remote(*arguments(item)))
-    limit, asked = at_once or 0, -math.inf
+    limit, asked = 0, -math.inf
     try:
         while True:
-            if at_once is None and time.monotonic() - asked >= POLL_SECONDS:
+            if time.monotonic() - asked >= POLL_SECONDS:
                 # An autoscaler adds hosts for tasks that wait.
-                limit = PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+                most = PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+                # Slow ones may never end, as on a host that stands still with all of `at_once`.
+                limit = max(at_once or most, min((at_once or most) + attempts.slow(), most))
                 asked = time.monotonic()
             for item in itertools.islice(waiting, max(0, limit - len(attempts.running))):
                 attempts.start(_Task(item))
@@ -116,11 +119,23 @@ class _Attempts:
         task.running.append(self.submit(task.item))
         self.running[task.running[-1]] = task
 
-    def start_slow_again(self) -> None:
-        """Start another attempt at the oldest task where it takes far longer than those before."""
-        oldest = min(self.running.values(), key=lambda task: task.started)
+    def slow_before(self) -> float:
+        """Return the time before which an attempt must have started to be slow; -inf where no task
+        has ended yet."""
         limit = max(SLOW_SECONDS, SLOW * median(self.seconds)) if self.seconds else math.inf
-        if time.monotonic() - oldest.started > limit:
+        return time.monotonic() - limit
+
+    def slow(self) -> int:
+        """Return how many attempts are slow: of each task all but the last one, or that too."""
+        before = self.slow_before()
+        in_time = {id(task) for task in self.running.values() if task.started >= before}
+        return len(self.running) - len(in_time)
+
+    def start_slow_again(self) -> None:
+        """Start another attempt at the oldest task where it is slow; ATTEMPTS run at most."""
+        tasks = [task for task in self.running.values() if len(task.running) < ATTEMPTS]
+        oldest = min(tasks, key=lambda task: task.started, default=None)
+        if oldest and oldest.started < self.slow_before():
             self._log(
                 "a task takes far longer than others, as on a slow host: it is started once more"
             )

@@ -90,7 +90,8 @@ def _nets(
     from jobs.evaluate.tasks import shard_parts
 
     assert inputs.maps is not None
-    part = _collect(shard_parts(config, inputs.maps), Path(config.output), inputs.maps, progress)
+    parts = shard_parts(config, inputs.maps, progress)
+    part = _collect(parts, Path(config.output), inputs.maps, progress)
     classes = part.classes | classes
     ours = config.run is not None
     of_aln = tuple(name for name in ("co-trained", "clean", "file") if name in classes)

@@ -4,7 +4,7 @@ image does not depend on the number of tasks, so neither do the figures."""
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -167,9 +167,12 @@ def ranges(total: int, parts: int) -> list[tuple[int, int]]:
     return [(total * i // parts, total * (i + 1) // parts) for i in range(parts)]
 
 
-def shard_parts(config: EvaluateConfig, truth: MapTruth) -> Iterator[Part]:
-    """Score the whole split in Ray tasks, and yield what each gives, as they end. Raises a task's
-    UserError as it is, when the other tasks have been stopped."""
+def shard_parts(
+    config: EvaluateConfig, truth: MapTruth, progress: Callable[[int, int], None]
+) -> Iterator[Part]:
+    """Score the whole split in Ray tasks, and yield what each gives, as they end. progress: called
+    with the images that are scored, and all, also while no task ends. Raises a task's UserError as
+    it is, when the other tasks have been stopped."""
     connect_ray()
     assert config.data is not None
     hashes = read_files(config)
@@ -178,16 +181,18 @@ def shard_parts(config: EvaluateConfig, truth: MapTruth) -> Iterator[Part]:
     gpus = int(resources.get("GPU", 0))
     workers = config.workers or int(gpus / GPU_SHARE) or max(1, int(resources.get("CPU", 1)))
     batches = -(-len(truth.ids) // config.batch_size)
-    shared = ray.put(truth)
+    shared, done = ray.put(truth), 0
     results = run_tasks(
         score_range,
         ranges(batches, config.shards or TASKS_PER_WORKER * workers),
         lambda part: (config, shared, *part, gpus > 0, hashes),
         workers,
         gpus=min(GPU_SHARE, gpus / workers),
+        tick=lambda: progress(done, len(truth.ids)),
     )
     with closing(results):
         for _, result in results:
             if isinstance(result, Failure):
                 raise result.error
+            done += len(result.rows)
             yield result

@@ -68,15 +68,45 @@ def nap(folder: Path, item: int) -> int:
     return attempt
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
 def test_a_slow_task_is_started_again_and_the_first_result_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    at_once: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(tasks, "SLOW_SECONDS", 2.0)
     started = time.monotonic()
-    found = dict(run_tasks(nap, range(6), lambda item: (tmp_path, item), 2))
+    found = dict(run_tasks(nap, range(6), lambda item: (tmp_path, item), at_once))
     assert found == {0: 1, 1: 1, 2: 1, 3: 2, 4: 1, 5: 1}
     assert time.monotonic() - started < 30
     assert len(caplog.messages) == 1
+
+
+def stall(item: int) -> None:
+    while item:
+        time.sleep(0.05)
+
+
+def test_a_task_that_is_slow_everywhere_is_started_four_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"PER_CPU": 8, "POLL_SECONDS": 0.05, "SLOW": 0, "SLOW_SECONDS": 0.1}.items():
+        monkeypatch.setattr(tasks, name, value)
+    submitted: list[int] = []
+    until = time.monotonic() + 2
+
+    def arguments(item: int) -> tuple:
+        submitted.append(item)
+        return (item,)
+
+    def tick() -> None:
+        if time.monotonic() > until and len(submitted) > ATTEMPTS:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        list(run_tasks(stall, range(2), arguments, 1, tick=tick))
+    assert submitted == [0] + [1] * ATTEMPTS
 
 
 def test_more_tasks_are_made_as_hosts_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
