@@ -47,7 +47,7 @@ test: env
 # needs root and network namespaces. CI leaves out those marked slow.
 FAULTS ?= hosts
 hosts: env
-	$(BIN)/python -m pytest -m "$(FAULTS)" tests/e2e/test_host_faults.py
+	$(BIN)/python -m pytest -m "$(FAULTS)" tests/e2e/test_host_faults.py tests/pipeline/test_tasks.py
 
 lint: env
 	$(BIN)/ruff check .

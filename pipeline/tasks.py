@@ -66,7 +66,11 @@ def run_tasks(
     # Ray's own retries would go on for ever where it is Ray that ends the process, for its memory.
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(function)
     waiting = iter(items)
-    attempts = _Attempts(lambda item: remote.remote(*arguments(item)))
+    # Ray would start another attempt on the same host, where that has room.
+    again = remote.options(scheduling_strategy="SPREAD")
+    attempts = _Attempts(
+        lambda task: (again if task.started else remote).remote(*arguments(task.item))
+    )
     limit, asked = 0, -math.inf
     try:
         while True:
@@ -108,15 +112,15 @@ class _Attempts:
     """The attempts that run. submit: start one. late: those that another one has overtaken.
     seconds: what tasks took, the last ones. lines: what was logged."""
 
-    submit: Callable[[Any], ray.ObjectRef]
+    submit: Callable[[_Task], ray.ObjectRef]
     running: dict[ray.ObjectRef, _Task] = field(default_factory=dict)
     late: list[ray.ObjectRef] = field(default_factory=list)
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     lines: set[str] = field(default_factory=set)
 
     def start(self, task: _Task) -> None:
+        task.running.append(self.submit(task))
         task.started = time.monotonic()
-        task.running.append(self.submit(task.item))
         self.running[task.running[-1]] = task
 
     def slow_before(self) -> float:

@@ -191,3 +191,36 @@ def test_a_task_that_ray_ends_for_its_memory_is_not_repeated_for_ever() -> None:
     )
     assert "its worker process ended 4 times (" in found.stdout
     assert "low on memory" in found.stdout
+
+
+STALLED_HOST = """
+import time, ray
+from ray.cluster_utils import Cluster
+from pipeline import tasks
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+hosts = [cluster.add_node(num_cpus=8) for _ in range(2)]
+ray.init(address=cluster.address)
+tasks.SLOW_SECONDS = 1.0
+stalled = set()
+def host(item):
+    node = ray.get_runtime_context().get_node_id()
+    while node in item:
+        time.sleep(0.1)
+    return node
+def arguments(item):
+    return (stalled if item else {},)
+for item, node in tasks.run_tasks(host, range(2), arguments, 1):
+    stalled.add(node)
+assert len(stalled) == 2
+"""
+
+
+@pytest.mark.hosts
+def test_a_task_that_stands_still_on_one_host_is_done_on_another() -> None:
+    """Each host has room for every attempt."""
+    subprocess.run(
+        [sys.executable, "-c", STALLED_HOST],
+        cwd=Path(__file__).parents[2],
+        timeout=120,
+        check=True,
+    )
