@@ -245,12 +245,8 @@ def _other_training(run: str | Path) -> UserError:
 @contextmanager
 def exclusive_run(run: str | Path) -> Iterator[None]:
     """Make a run's folder and keep other trainings from it; not from a URI. Raises UserError."""
-    if storage.is_remote(run):
-        yield
-        return
-    storage.make_folder(run)
-    with storage.local_path(storage.join(run, LOG_NAME)).open("ab") as file:
-        if not storage.lock(file):
+    with storage.locked_file(storage.join(run, LOG_NAME)) as is_alone:
+        if not is_alone:
             raise _other_training(run)
         yield
 

@@ -312,21 +312,19 @@ def naming_full_disk(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked_folder(folder: str | Path) -> Iterator[bool]:
-    """Make a local folder and lock it as `lock` does, while the context lasts. Nothing locks a
-    URI."""
-    if is_remote(folder):
+def locked_file(location: str | Path) -> Iterator[bool]:
+    """Lock a local file as `lock` does, while the context lasts; it and its folder are made where
+    there are none. Network file systems share such a lock between hosts, unlike a folder's. Nothing
+    locks a URI."""
+    if is_remote(location):
         yield True
         return
-    make_folder(folder)
-    descriptor = os.open(local_path(folder), os.O_RDONLY)
-    try:
-        yield lock(descriptor)
-    finally:
-        os.close(descriptor)
+    make_folder(parent(location))
+    with local_path(location).open("ab") as file:
+        yield lock(file)
 
 
-def lock(file: IO | int, *, shared: bool = False) -> bool:
+def lock(file: IO, *, shared: bool = False) -> bool:
     """Lock an open local file until it is closed; False where another process has it. shared: only
     look whether one has. Nothing is locked on network file systems without locks."""
     try:

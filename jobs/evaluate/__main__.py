@@ -40,9 +40,10 @@ from pipeline.evaluation.scoring import (
     truth_lists,
 )
 from pipeline.shards.format import split_of
-from pipeline.storage import absolute, is_file, join, locked_folder, working_folder
+from pipeline.storage import absolute, is_file, join, locked_file, working_folder
 
 REPORT_NAME = "report.html"
+LOCK_NAME = ".lock"  # an empty file; not removed, since another evaluation may have it open
 ROOT = Path(__file__).parents[2]  # of the packages
 COLUMNS = {  # of the printed table, where shares are per cent
     "gt_known": "GT-known",
@@ -254,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = cli.parse(EvaluateConfig, argv, __doc__ or "").resolved()
     if is_file(config.output):
         raise UserError(f"--output {config.output} is a file; give a folder.")
-    with locked_folder(config.output) as is_alone:
+    with locked_file(join(config.output, LOCK_NAME)) as is_alone:
         if not is_alone:
             raise UserError(
                 f"another evaluation into {config.output} runs now; wait for it, or give another "

@@ -3,7 +3,7 @@
 import errno
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,15 @@ def exclusive_output(output: str) -> Iterator[None]:
         yield
         return
     folder = storage.local_path(output)
-    try:  # a file, whose lock network file systems share between hosts, unlike a folder's
-        file = (folder / PLAN_NAME).open("r+b")
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES):
-            raise
-        yield
-        return
-    with file:
-        if not storage.lock(file):
+    with ExitStack() as stack:
+        try:
+            is_alone = stack.enter_context(storage.locked_file(folder / PLAN_NAME))
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            yield
+            return
+        if not is_alone:
             raise UserError(f"another process is at work on {output}; wait for it, or end it.")
         _clean(folder)
         try:

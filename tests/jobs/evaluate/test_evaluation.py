@@ -349,8 +349,8 @@ def test_the_job_prints_a_line_per_map_and_writes_files_and_page(
     output = tmp_path / "new" / "eval"
     flags = ["--data", small_set, "--run", random_run, "--output", output, "--rule", "mean"]
     job.main([str(flag) for flag in flags])
-    names = ["images.parquet", "maps", "metrics.json", "predictions.parquet", "report.html"]
-    assert sorted(path.name for path in output.iterdir()) == names
+    names = {"images.parquet", "maps", "metrics.json", "predictions.parquet", "report.html"}
+    assert {path.name for path in output.iterdir()} == {*names, job.LOCK_NAME}
     evaluation = read_evaluation(output)
     metrics = evaluation.metrics
     assert metrics["source"] == {"kind": "run", "name": str(random_run)}

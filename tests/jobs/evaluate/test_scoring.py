@@ -18,7 +18,7 @@ from model.localization import RULES
 from pipeline.errors import UserError
 from pipeline.evaluation.results import Evaluation, Row, RowFigures, read_evaluation, write_maps
 from pipeline.evaluation.truth import GroundTruth
-from pipeline.storage import locked_folder
+from pipeline.storage import locked_file
 from tests.pipeline.evaluation.files import write_metadata
 
 ROOT = Path(__file__).parents[3]
@@ -296,7 +296,10 @@ def test_the_job_scores_ground_truth_alone(
     output = tmp_path / "eval"
     write_maps(output, 0, b"of an evaluation that was interrupted")
     words = ["--ground-truth", str(tmp_path / "meta"), "--output", str(output)]
-    with locked_folder(output), pytest.raises(UserError, match=f"another evaluation into {output}"):
+    with (
+        locked_file(output / job.LOCK_NAME),
+        pytest.raises(UserError, match=f"another evaluation into {output}"),
+    ):
         job.main(words)
     job.main(words)
     assert not (output / "maps").exists()
