@@ -71,14 +71,17 @@ def run_tasks(
     attempts = _Attempts(
         lambda task: (again if task.started else remote).remote(*arguments(task.item))
     )
-    limit, asked = 0, -math.inf
+    limit = most = at_once or 0
+    asked = -math.inf
     try:
         while True:
             if time.monotonic() - asked >= POLL_SECONDS:
-                # An autoscaler adds hosts for tasks that wait.
-                most = PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+                slow = attempts.slow()
+                # Not oftener than needed: Ray aborts this process if the head restarts meanwhile.
+                if at_once is None or slow:  # an autoscaler adds hosts for tasks that wait
+                    most = PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
                 # Slow ones may never end, as on a host that stands still with all of `at_once`.
-                limit = max(at_once or most, min((at_once or most) + attempts.slow(), most))
+                limit = max(at_once or most, min((at_once or most) + slow, most))
                 asked = time.monotonic()
             for item in itertools.islice(waiting, max(0, limit - len(attempts.running))):
                 attempts.start(_Task(item))
