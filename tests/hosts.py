@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,15 +83,24 @@ class Host:
             self.machine.wait()
         self.machine = None
 
-    def tasks(self, title: str = "") -> list[int]:
+    def tasks(self, title: str) -> list[int]:
         """Return the process ids of Ray's workers whose title begins so."""
+        return self.processes(f"ray::{title}")
+
+    def processes(self, words: str) -> list[int]:
+        """Return the ids of the processes with these words in their command line."""
         pids = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True)
         chosen = []
         for pid in map(int, pids.stdout.split()):
             with suppress(OSError):
-                if Path(f"/proc/{pid}/cmdline").read_text().startswith(f"ray::{title}"):
+                if words in Path(f"/proc/{pid}/cmdline").read_text():
                     chosen.append(pid)
         return chosen
+
+    def drain(self) -> None:
+        """Announce the host's end as a cloud does: by SIGTERM of `ray start --block`."""
+        for pid in self.processes("\0start\0--block\0"):
+            os.kill(pid, signal.SIGTERM)
 
     def cut(self) -> None:
         """Take the host off the network."""

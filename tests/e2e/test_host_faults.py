@@ -104,6 +104,11 @@ def wait_for(condition: Callable[[], bool], job: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
+def steps_of(run: Path) -> list[int]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
 def send(number: signal.Signals, processes: list[int]) -> None:
     for process in processes:
         with suppress(ProcessLookupError):
@@ -111,7 +116,8 @@ def send(number: signal.Signals, processes: list[int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of generated images, and of small shards of them."""
     inputs = tmp_path_factory.mktemp("faults")
     write_synthetic(inputs / "images", SyntheticConfig(train_images=96, val_images=48))
     small = PreprocessConfig(
@@ -125,6 +131,36 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         patch.setattr(make, "run_tasks", run_here)
         patch.setattr(make, "metrics", Mock())  # Ray's
         make.preprocess(small, lambda _: None, lambda: None)
+    return inputs
+
+
+@pytest.mark.slow
+def test_a_host_that_announces_its_end_is_no_failure_of_a_training(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """Before the others, with hosts of its own at their addresses: `faketime` stops the clock of
+    Ray's watcher."""
+    log = tmp_path / "log.txt"
+    with two_hosts() as hosts, short_folder() as folder:
+        lab = Lab(*hosts, folder, inputs, {})
+        for host in hosts:
+            host.start_ray(folder)
+        job = lab.at_work("train", tmp_path, epochs=10_000, max_failures=0)
+        lab.second.drain()
+        wait_for(lambda: "is gone; waiting" in log.read_text(), job)
+        lab.second.kill()
+        lab.second.start_ray(folder)
+        wait_for(lambda: "went on from the checkpoint" in log.read_text(), job)
+        send(signal.SIGTERM, lab.first.processes("\0jobs.train\0"))
+        _, errors = job.communicate(timeout=60)
+    assert f"{lab.second.name} is about to go: a checkpoint is written" in log.read_text()
+    assert "the same command goes on from the checkpoint of step" in errors
+    steps = steps_of(tmp_path)
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.fixture(scope="module")
+def lab(inputs: Path) -> Iterator[Lab]:
     with two_hosts() as hosts, short_folder() as folder:
         if CLOCK:
             hosts[1].environment |= {"LD_PRELOAD": str(CLOCK[0]), "FAKETIME": "+1h"}
@@ -170,8 +206,7 @@ def test_an_elastic_training_goes_on_with_the_host_that_is_left(lab: Lab, tmp_pa
     lab.second.start_ray(lab.folder)
     assert job.returncode == 0, errors
     assert f"(workers: 1, on {lab.first.name})" in (tmp_path / "log.txt").read_text()
-    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [values["step"] for values in steps] == list(range(1, steps[0]["steps"] + 1))
+    assert steps_of(tmp_path) == list(range(1, 22 * 6 + 1))
 
 
 @pytest.mark.slow
