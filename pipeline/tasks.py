@@ -12,7 +12,9 @@ from statistics import median
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray._private.worker import global_worker
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.exceptions import RayError, RayTaskError, RpcError
 
 from pipeline.errors import UserError
 from pipeline.storage import UnreachableError
@@ -77,9 +79,8 @@ def run_tasks(
         while True:
             if time.monotonic() - asked >= POLL_SECONDS:
                 slow = attempts.slow()
-                # Not oftener than needed: Ray aborts this process if the head restarts meanwhile.
                 if at_once is None or slow:  # an autoscaler adds hosts for tasks that wait
-                    most = PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+                    most = PER_CPU * _cpus() or most or PER_CPU
                 # Slow ones may never end, as on a host that stands still with all of `at_once`.
                 limit = max(at_once or most, min((at_once or most) + slow, most))
                 asked = time.monotonic()
@@ -98,6 +99,16 @@ def run_tasks(
             tick()
     finally:
         _stop([*attempts.running, *attempts.late])
+
+
+def _cpus() -> int:
+    """Return the cluster's CPUs, 0 while its head does not answer. (`ray.cluster_resources` would
+    abort the process where the head starts anew meanwhile.)"""
+    try:
+        nodes = global_worker.gcs_client.get_all_node_info(timeout=POLL_SECONDS).values()
+    except RpcError:
+        return 0
+    return int(sum(x.resources_total.get("CPU", 0) for x in nodes if x.state == GcsNodeInfo.ALIVE))
 
 
 @dataclass

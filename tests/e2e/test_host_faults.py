@@ -31,7 +31,7 @@ pytestmark = pytest.mark.hosts
 CLOCK = list(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))  # Debian's `faketime`
 TITLES = {"preprocess": "make_shard", "train": "RayTrainWorker", "evaluate": "score_range"}
 FLAGS: dict[str, dict[str, Any]] = {
-    "preprocess": {"image_size": 512, "superpixels": 2000, "samples_per_shard": 4, "workers": 2},
+    "preprocess": {"image_size": 512, "superpixels": 2000, "samples_per_shard": 4},
     "train": {"warmup_epochs": 2, "epochs": 20, "batch_size": 16, "net_width": 8, "workers": 2}
     | {"bottleneck": 16, "log_interval": 1, "checkpoint_interval": 10},
     "evaluate": {"batch_size": 4, "shards": 12, "workers": 2},

@@ -118,7 +118,7 @@ def test_more_tasks_are_made_as_hosts_join(tmp_path: Path, monkeypatch: pytest.M
         return tmp_path, item
 
     monkeypatch.setattr(tasks, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(tasks.ray, "cluster_resources", lambda: cluster)
+    monkeypatch.setattr(tasks, "_cpus", lambda: cluster["CPU"])
     monkeypatch.setattr(tasks.ray, "wait", lambda tasks, **_: (tasks[:1], tasks[1:]))
     with closing(run_tasks(tally, range(30), arguments)) as results:
         for cpus, expected in ((0, 2), (1, 3), (4, 10), (2, 10), (2, 10)):
