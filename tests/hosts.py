@@ -142,6 +142,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         _ip("link", "set", bridge, "up")
         for host in hosts:
             _ip(*f"link add {host.cable} type veth peer name eth0 netns {host.name}".split())
+            stack.callback(_ip, "link", "delete", host.cable)
             _ip(*f"link set {host.cable} master {bridge} up".split())
             _ip(*f"-n {host.name} address add {host.address}/24 dev eth0".split())
             for device in ("lo", "eth0"):

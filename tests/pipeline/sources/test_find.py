@@ -240,6 +240,7 @@ def test_a_folder_named_as_a_split_is_no_class_but_one_named_train_may_be(tmp_pa
 
 
 def test_an_unknown_layout_is_refused_with_those_known(tmp_path: Path) -> None:
+    touch(tmp_path, "cat/1.jpg")
     with pytest.raises(UserError, match=r"'coco' is unknown; allowed: auto, ilsvrc"):
         read_source(tmp_path, "coco")
 
